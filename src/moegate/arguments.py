@@ -1,0 +1,141 @@
+"""Checks of what users pass, before anything runs: each error names the argument, what it got and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moegate.routing import RouterTensors
+from moegate.spec import MAX_GATE_ROWS, RouterSpec
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LOGITS = (torch.float32, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | str],
+    device: torch.device | None = None,
+) -> Tensor:
+    """Returns `value` if it is a dense tensor of one of the dtypes, of the shape, on the device.
+
+    A name in `shape` stands for any size. The last dimension must be contiguous; rows may be apart.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; allowed: a torch.Tensor")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: got dtype {_short(value.dtype)}; allowed: {', '.join(map(_short, dtypes))}")
+    fits = value.dim() == len(shape) and all(
+        isinstance(size, str) or size == got for size, got in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name}: got shape {list(value.shape)}; allowed: [{', '.join(map(str, shape))}]")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name}: got layout {value.layout}; allowed: torch.strided")
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name}: got strides {list(value.stride())}; allowed: 1 in the last dimension")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: got device {value.device}; allowed: {device}, where the other arguments are")
+    return value
+
+
+def check_gemm(hidden: object, weight: object, bias: object, out_dtype: object) -> None:
+    """Checks the arguments of `router_gemm`."""
+    hidden = check_tensor("hidden", hidden, FLOATS, ("M", "K"))
+    weight = check_tensor("weight", weight, FLOATS, ("N", hidden.shape[1]), hidden.device)
+    rows, columns = weight.shape
+    if not 1 <= rows <= MAX_GATE_ROWS:
+        raise ValueError(f"weight: got {rows} rows; allowed: 1 to {MAX_GATE_ROWS}")
+    if columns == 0:
+        raise ValueError("hidden: got shape [M, 0]; allowed: a K of at least 1")
+    if bias is not None:
+        check_tensor("bias", bias, FLOATS, (rows,), hidden.device)
+    if out_dtype not in LOGITS:
+        raise ValueError(f"out_dtype: got {out_dtype}; allowed: {', '.join(map(_short, LOGITS))}")
+
+
+def check_weight(weight: object, spec: RouterSpec) -> Tensor:
+    """Checks the weight of a gate against its spec."""
+    dtypes = (torch.float32,) if spec.weight_dtype == "float32" else FLOATS
+    return check_tensor("weight", weight, dtypes, (spec.num_gate_rows, spec.hidden_size))
+
+
+def check_hidden(hidden: object, spec: RouterSpec, device: torch.device) -> Tensor:
+    """Checks the hidden states."""
+    return check_tensor("hidden", hidden, FLOATS, ("M", spec.hidden_size), device)
+
+
+def check_logits(logits: object, spec: RouterSpec) -> Tensor:
+    """Checks the logits of `select`."""
+    return check_tensor("logits", logits, LOGITS, ("M", spec.num_gate_rows))
+
+
+def check_tensors(spec: RouterSpec, tensors: RouterTensors, device: torch.device, *, gemm: bool = True) -> None:
+    """Checks that the small tensors are those that the spec asks for; `gemm`: those of the logits, too."""
+    top_k = spec.top_k
+    wanted: dict[str, tuple[str, bool, Sequence[torch.dtype], Sequence[int | str]]] = {
+        "e_score_correction_bias": (
+            "correction_bias",
+            spec.correction_bias is not None,
+            (torch.float32,),
+            (spec.num_selectable,),
+        ),
+        "per_expert_scale": ("per_expert_scale", spec.per_expert_scale, FLOATS, (spec.num_experts,)),
+        "global_scale": ("global_scale", spec.global_scale, FLOATS, (1,)),
+        "tid2eid": ("hash_routing", spec.hash_routing, INTEGERS, ("V", top_k)),
+    }
+    if gemm:
+        wanted["bias"] = ("linear_bias", spec.linear_bias, FLOATS, (spec.num_gate_rows,))
+        wanted["input_scale"] = ("input_norm_eps", spec.input_norm_eps is not None, FLOATS, (spec.hidden_size,))
+    for name, (field, needed, dtypes, shape) in wanted.items():
+        value = getattr(tensors, name)
+        setting = f"the spec's {field} = {getattr(spec, field)!r}"
+        if needed and value is None:
+            raise ValueError(f"{name}: got None; allowed: a tensor {list(shape)}, for {setting}")
+        if not needed and value is not None:
+            raise ValueError(f"{name}: got a tensor; allowed: None, for {setting}")
+        if value is not None:
+            check_tensor(name, value, dtypes, shape, device)
+
+
+def check_input_ids(
+    input_ids: object, spec: RouterSpec, tensors: RouterTensors, num_tokens: int, device: torch.device
+) -> Tensor | None:
+    """Checks the token ids: given just for hash routing, one a token, within the table where a CPU can tell."""
+    if not spec.hash_routing:
+        if input_ids is not None:
+            raise ValueError("input_ids: got a tensor; allowed: None, for the spec's hash_routing = False")
+        return None
+    if input_ids is None:
+        raise ValueError(f"input_ids: got None; allowed: a tensor [{num_tokens}], for the spec's hash_routing = True")
+    ids = check_tensor("input_ids", input_ids, INTEGERS, (num_tokens,), device)
+    assert tensors.tid2eid is not None
+    if device.type == "cpu" and num_tokens:
+        low, high, size = int(ids.min()), int(ids.max()), len(tensors.tid2eid)
+        if low < 0 or high >= size:
+            raise ValueError(f"input_ids: got {low if low < 0 else high}; allowed: 0 to {size - 1}, the rows of tid2eid")
+        check_table(tensors.tid2eid[ids.long()], spec)
+    return ids
+
+
+def check_table(tid2eid: Tensor, spec: RouterSpec) -> None:
+    """Checks the experts in (rows of) a hash table: in range, and no expert twice in a row."""
+    if tid2eid.numel() == 0:
+        return
+    low, high = int(tid2eid.min()), int(tid2eid.max())
+    if low < 0 or high >= spec.num_experts:
+        raise ValueError(f"tid2eid: got expert {low if low < 0 else high}; allowed: 0 to {spec.num_experts - 1}")
+    ordered = tid2eid.sort(dim=-1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(dim=-1)
+    if bool(twice.any()):
+        row = int(twice.nonzero()[0])
+        raise ValueError(f"tid2eid: got {tid2eid[row].tolist()} in a row; allowed: distinct experts")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

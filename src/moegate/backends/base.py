@@ -1,0 +1,48 @@
+"""The interface of a backend: one way to compute what docs/contract.md defines."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moegate.routing import Routing, RouterTensors
+from moegate.spec import RouterSpec
+
+
+class Backend(Protocol):
+    """Arguments arrive checked; every method runs without autograd and keeps the contract."""
+
+    @property
+    def name(self) -> str:
+        """What users call it."""
+        ...
+
+    def unsupported(self, device: torch.device, spec: RouterSpec | None = None) -> str | None:
+        """None, or the reason why this backend cannot run on the device, or cannot run the spec there."""
+        ...
+
+    def prepare(self, weight: Tensor, spec: RouterSpec) -> object | None:
+        """What pays to be made once of a weight that will not change, for `route`; None: nothing."""
+        ...
+
+    def router_gemm(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """[M, K] x [R, K] (+ [R]) -> [M, R]."""
+        ...
+
+    def select(self, logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
+        """Logits [M, R] -> routing, without its logits."""
+        ...
+
+    def route(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        spec: RouterSpec,
+        tensors: RouterTensors,
+        input_ids: Tensor | None,
+        prepared: object | None,
+    ) -> Routing:
+        """Hidden states [M, K] -> routing, with its logits where they exist as a tensor."""
+        ...

@@ -1,0 +1,51 @@
+"""The `torch` backend: PyTorch ops, on the CPU and on every device that PyTorch has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moegate.backends.torch import gemm
+from moegate.backends.torch.select import select
+from moegate.routing import Routing, RouterTensors
+from moegate.spec import RouterSpec
+
+
+class TorchBackend:
+    """Runs everything, everywhere; the others are faster where they run."""
+
+    name = "torch"
+
+    def unsupported(self, device: torch.device, spec: RouterSpec | None = None) -> str | None:
+        """None: PyTorch's ops run on all its devices."""
+        return None
+
+    def prepare(self, weight: Tensor, spec: RouterSpec) -> gemm.PreparedWeight | None:
+        """On a CPU, the weight in the dtype and layout of its products."""
+        normed = spec.input_norm_eps is not None
+        return gemm.prepare(weight, torch.float32 if normed else getattr(torch, spec.logits_dtype))
+
+    def router_gemm(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """See `moegate.router_gemm`."""
+        return gemm.router_gemm(hidden, weight, bias, out_dtype)
+
+    def select(self, logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
+        """See `moegate.select`."""
+        return select(logits, spec, tensors, input_ids)
+
+    def route(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        spec: RouterSpec,
+        tensors: RouterTensors,
+        input_ids: Tensor | None,
+        prepared: object | None,
+    ) -> Routing:
+        """See `moegate.route`."""
+        assert prepared is None or isinstance(prepared, gemm.PreparedWeight)
+        if spec.input_norm_eps is not None:
+            assert tensors.input_scale is not None
+            hidden = gemm.normed_input(hidden, tensors.input_scale, spec.input_norm_eps)
+        logits = gemm.router_gemm(hidden, weight, tensors.bias, getattr(torch, spec.logits_dtype), prepared)
+        return select(logits, spec, tensors, input_ids)._replace(logits=logits)

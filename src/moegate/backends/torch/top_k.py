@@ -1,0 +1,31 @@
+"""The k largest keys, in order: `torch.topk` alone promises nothing about equal keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moegate.spec import MAX_GATE_ROWS
+
+# Up to so many rows on a CPU, one stable sort costs less than the six small ops that spare it.
+_FEW_ROWS = 16
+
+
+def top_k(keys: Tensor, k: int, *, coarse: bool) -> Tensor:
+    """Keys [M, E] float32, none NaN -> ids [M, k] int64: largest first, the lowest id first among equals.
+
+    `coarse` says that every key is a bfloat16 value, which leaves room for the id in 32 bits.
+    """
+    if keys.device.type == "cpu" and len(keys) <= _FEW_ROWS:
+        return keys.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return _distinct(keys, coarse).topk(k, dim=-1).indices
+
+
+def _distinct(keys: Tensor, coarse: bool) -> Tensor:
+    """Keys [M, E] as distinct integers in the same order, the lower id above among equal keys."""
+    bits = keys.contiguous().view(torch.int32)
+    sign = bits >> 31
+    ordered = (bits ^ (sign & 0x7FFFFFFF)).sub_(sign)  # the order of the floats; -0.0 becomes 0, like 0.0
+    if not coarse:
+        ordered = ordered.long().mul_(MAX_GATE_ROWS)
+    return ordered.add_(torch.arange(keys.shape[1] - 1, -1, -1, dtype=ordered.dtype, device=keys.device))

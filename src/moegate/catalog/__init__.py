@@ -1,0 +1,84 @@
+"""The routers of named models: `names()`, `get_spec("deepseek-v3")`, `get_model(...)` with its source."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from moegate.catalog.config import spec_from_config
+from moegate.catalog.model_types import model_types, read_toml
+from moegate.spec import RouterSpec
+
+__all__ = ["Model", "get_model", "get_spec", "models", "names"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A named model."""
+
+    name: str
+    also: tuple[str, ...]
+    """Other models with exactly this router."""
+    source: str
+    """Where its numbers can be checked."""
+    note: str | None
+    config: dict[str, Any]
+    """The part of its config.json that the router depends on."""
+
+    @property
+    def spec(self) -> RouterSpec:
+        """What its router computes."""
+        return spec_from_config(self.config)
+
+    @property
+    def model_type(self) -> str:
+        """Its `model_type` in config.json."""
+        return str(self.config["model_type"])
+
+    @property
+    def semantics_source(self) -> str:
+        """Where the behaviour of its model type can be checked."""
+        return model_types()[self.model_type].source
+
+
+@cache
+def models() -> tuple[Model, ...]:
+    """All named models, in the order of the catalog."""
+    return tuple(
+        Model(name, tuple(row.get("also", ())), row["source"], row.get("note"), row["config"])
+        for name, row in read_toml("models.toml").items()
+    )
+
+
+@cache
+def _by_name() -> dict[str, Model]:
+    return {name: model for model in models() for name in (model.name, *model.also)}
+
+
+def names() -> list[str]:
+    """All names that `get_spec` knows, sorted."""
+    return sorted(_by_name())
+
+
+def get_model(name: str) -> Model:
+    """The catalog's row of a model.
+
+    Args:
+        name: A name or another name of a row, as `names()` lists them; case does not matter.
+
+    Raises:
+        ValueError: An unknown name; the message suggests close ones.
+    """
+    model = _by_name().get(name.lower())
+    if model is None:
+        close = difflib.get_close_matches(name.lower(), _by_name(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        raise ValueError(f"name = {name!r}; {hint}allowed: a name of moegate.catalog.names()")
+    return model
+
+
+def get_spec(name: str) -> RouterSpec:
+    """What the router of a named model computes: `get_spec("deepseek-v3")`. See `get_model`."""
+    return get_model(name).spec

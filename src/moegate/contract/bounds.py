@@ -1,0 +1,160 @@
+"""How far a backend may be from the exact result: docs/contract.md's error bounds, in float64.
+
+All bounds count in u = 2**-24, float32's unit roundoff.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moegate.contract.reference import (
+    LEAST_SUM,
+    choice_keys,
+    finite_logits,
+    group_scores,
+    normed_input,
+    scores_of,
+    transformed,
+)
+from moegate.routing import RouterTensors
+from moegate.spec import RouterSpec
+
+U = 2.0**-24
+BFLOAT16_U = 2.0**-8
+SMALLEST_NORMAL = 2.0**-126
+_NORM_ERROR = 16 * U  # of the RMS norm: a mean, a reciprocal root and three products, 4 u in practice
+_FUNCTION_ERROR = 16 * U  # of exp, tanh, log1p and a sum or a root behind them: 8 ulp together
+_DTYPE_ROUNDING = {"float32": U, "bfloat16": BFLOAT16_U, "float16": 2.0**-11}
+_DTYPE_SMALLEST = {"float32": SMALLEST_NORMAL, "bfloat16": SMALLEST_NORMAL, "float16": 2.0**-24}
+
+
+class Interval(NamedTuple):
+    """Lower and upper ends of what a backend may return."""
+
+    low: Tensor
+    high: Tensor
+
+
+def logit_bound(hidden: Tensor, weight: Tensor, exact: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Tensor:
+    """The error allowed to each logit [M, R], float64, for `exact` logits without rounding.
+
+    4 sqrt(K) u sum_i |x_i w_i|: a float32 sum of K terms in any order stays within sqrt(K) u of it,
+    up to a small factor, with high probability (Higham and Mary, SIAM J. Sci. Comput. 41, 2019); the
+    factor 4 leaves room for tensor cores, which add 16 products at a time and truncate.
+    """
+    x = normed_input(hidden, spec, tensors, torch.float64)
+    magnitude = x.abs() @ weight.double().abs().T
+    bound = 4 * spec.hidden_size**0.5 * U * magnitude
+    if spec.input_norm_eps is not None:
+        bound = bound + _NORM_ERROR * magnitude
+    if tensors.bias is not None:
+        bound = bound + 4 * U * tensors.bias.double().abs()
+    if spec.logits_dtype == "bfloat16":
+        bound = bound + BFLOAT16_U * (exact.abs() + bound)
+    return bound
+
+
+def score_interval(logits: Tensor, spec: RouterSpec, logit_error: Tensor) -> Interval:
+    """The scores [M, E] that a backend may hold for finite, transformed logits, each off by logit_error."""
+    scores = scores_of(logits, spec)
+    if spec.scoring_func == "identity":
+        slack = logit_error + transform_error(logits, spec)
+        return Interval(scores - slack, scores + slack)
+    if spec.scoring_func == "softmax":
+        argument = logits - logits.amax(dim=-1, keepdim=True)
+        logit_error = logit_error + transform_error(logits, spec)
+        spread = logit_error + logit_error.amax(dim=-1, keepdim=True)
+        low, high = scores * torch.exp(-spread), scores * torch.exp(spread.clamp(max=60))
+    else:
+        argument = logits
+        logit_error = logit_error + transform_error(logits, spec)
+        low, high = scores_of(logits - logit_error, spec), scores_of(logits + logit_error, spec)
+    # exp(a (1 + u)) = exp(a) (1 + a u): an argument's rounding grows with the argument. Below e**-104
+    # float32 has no value, so that larger arguments change nothing.
+    relative = _FUNCTION_ERROR + 2 * U * argument.abs().clamp(max=128)
+    return Interval((low * (1 - relative) - SMALLEST_NORMAL).clamp(min=0), high * (1 + relative) + SMALLEST_NORMAL)
+
+
+def transform_error(logits: Tensor, spec: RouterSpec) -> Tensor:
+    """The rounding of the multiplier and the soft cap, for transformed logits."""
+    if spec.logit_multiplier == 1.0 and spec.logit_softcapping is None:
+        return torch.zeros_like(logits)
+    cap = spec.logit_softcapping or 0.0
+    return _FUNCTION_ERROR * logits.abs() + 2 * U * cap
+
+
+def key_interval(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, logit_error: Tensor) -> Interval:
+    """The keys [M, E] that a backend may hold for logits [M, R], each off by logit_error [M, R]."""
+    finite = finite_logits(logits, torch.float64)[:, : spec.num_selectable]
+    logit_error = logit_error[:, : spec.num_selectable]
+    if spec.selects_on_logits:
+        return Interval(finite - logit_error, finite + logit_error)
+    keys = choice_keys(finite, spec, tensors)
+    scored = transformed(finite, spec)
+    if spec.correction_bias == "logit":
+        slack = logit_error * spec.logit_multiplier + transform_error(scored, spec)
+        low, high = scored - slack, scored + slack
+    else:
+        low, high = score_interval(scored, spec, logit_error * spec.logit_multiplier)
+    if spec.correction_bias is not None:
+        assert tensors.e_score_correction_bias is not None
+        bias = finite_logits(tensors.e_score_correction_bias, torch.float64)
+        low, high = low + bias, high + bias
+    rounding = 2 * U * keys.abs() + SMALLEST_NORMAL
+    exact = keys.abs() == torch.finfo(torch.float32).max  # saturated: nothing left to round
+    return Interval(torch.where(exact, keys, low - rounding), torch.where(exact, keys, high + rounding))
+
+
+def group_interval(keys: Interval, spec: RouterSpec) -> Interval:
+    """The group scores [M, n_group] that a backend may hold."""
+    low, high = group_scores(keys.low, spec), group_scores(keys.high, spec)
+    return Interval(low - 2 * U * low.abs(), high + 2 * U * high.abs())
+
+
+def weight_interval(
+    ids: Tensor, logits: Tensor, spec: RouterSpec, tensors: RouterTensors, logit_error: Tensor
+) -> tuple[Interval, Interval]:
+    """The weights [M, k] that a backend may return for its ids, and the shared weights [M, num_shared_gates]."""
+    scored = transformed(finite_logits(logits, torch.float64), spec)
+    logit_error = logit_error * spec.logit_multiplier
+    selected, error = scored.gather(-1, ids), logit_error.gather(-1, ids)
+    shared = Interval(scored[:, :0], scored[:, :0])
+    if spec.softmax_over_selected:
+        weights = score_interval(selected, _SOFTMAX, error + transform_error(selected, spec))
+    elif spec.weights_from == "sigmoid_of_selected":
+        weights = score_interval(selected, _SIGMOID, error + transform_error(selected, spec))
+    else:
+        experts = spec.num_selectable
+        all_scores = score_interval(scored[:, :experts], spec, logit_error[:, :experts])
+        weights = Interval(*(end.gather(-1, ids) for end in all_scores))
+        if spec.num_shared_gates:
+            shared = score_interval(scored[:, experts:], spec, logit_error[:, experts:])
+    if spec.renormalize and not spec.softmax_over_selected:
+        total = Interval(*(_total(*ends, spec) for ends in zip(weights, shared, strict=True)))
+        weights, shared = (Interval(part.low / total.high, part.high / total.low) for part in (weights, shared))
+    return _scaled(weights, ids, spec, tensors), _scaled(shared, None, spec, tensors)
+
+
+_SOFTMAX = RouterSpec(hidden_size=1, num_experts=1, top_k=1, scoring_func="softmax")
+_SIGMOID = RouterSpec(hidden_size=1, num_experts=1, top_k=1, scoring_func="sigmoid")
+
+
+def _total(weights: Tensor, shared: Tensor, spec: RouterSpec) -> Tensor:
+    total = weights.sum(dim=-1, keepdim=True) + shared.sum(dim=-1, keepdim=True) + spec.renormalize_eps
+    return total.clamp(min=max(spec.renormalize_floor, LEAST_SUM))
+
+
+def _scaled(weights: Interval, ids: Tensor | None, spec: RouterSpec, tensors: RouterTensors) -> Interval:
+    """Times the factors, widened by the rounding of the sum, the products and the returned dtype."""
+    factor = torch.tensor(spec.routed_scaling_factor, dtype=torch.float64, device=weights.low.device)
+    if tensors.global_scale is not None:
+        factor = factor * tensors.global_scale.double()
+    if ids is not None and tensors.per_expert_scale is not None:
+        factor = factor * tensors.per_expert_scale.double()[ids]
+    ends = torch.stack([weights.low * factor, weights.high * factor])
+    rounding = 8 * U + spec.top_k * U + 2 * _DTYPE_ROUNDING[spec.topk_weights_dtype]
+    slack = ends.abs().amax(dim=0) * rounding + _DTYPE_SMALLEST[spec.topk_weights_dtype]
+    return Interval(ends.amin(dim=0) - slack, ends.amax(dim=0) + slack)

@@ -1,0 +1,161 @@
+"""The contract as a program: docs/contract.md in PyTorch, meant to be read, in any float dtype.
+
+In float64 it is the oracle of every test. No backend calls it, and it calls no backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moegate.routing import Routing, RouterTensors
+from moegate.spec import RouterSpec
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+LEAST_SUM = 2.0**-100
+"""The least renormalising sum: far above float32's underflow, far below any score that counts."""
+
+
+def router_logits(
+    hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """[M, K] and [R, K] -> logits [M, R] in `dtype`, holding bfloat16 values if the spec rounds them."""
+    hidden = normed_input(hidden, spec, tensors, dtype)
+    logits = hidden @ weight.to(dtype).T
+    if tensors.bias is not None:
+        logits = logits + tensors.bias.to(dtype)
+    if spec.logits_dtype == "bfloat16":
+        logits = logits.to(torch.bfloat16).to(dtype)
+    return logits
+
+
+def normed_input(hidden: Tensor, spec: RouterSpec, tensors: RouterTensors, dtype: torch.dtype) -> Tensor:
+    """[M, K] in `dtype`: `hidden`, or its RMS norm times input_scale * K**-0.5."""
+    hidden = hidden.to(dtype)
+    if spec.input_norm_eps is None:
+        return hidden
+    assert tensors.input_scale is not None
+    mean_square = hidden.square().mean(dim=-1, keepdim=True)
+    normed = hidden * torch.rsqrt(mean_square + spec.input_norm_eps)
+    return normed * tensors.input_scale.to(dtype) * spec.hidden_size**-0.5
+
+
+def select(
+    logits: Tensor,
+    spec: RouterSpec,
+    tensors: RouterTensors,
+    input_ids: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Routing:
+    """Logits [M, R] -> the routing, every formula evaluated in `dtype`."""
+    has_nan = logits.isnan().any(dim=-1, keepdim=True)
+    finite = finite_logits(logits, dtype)
+    if spec.hash_routing:
+        assert tensors.tid2eid is not None and input_ids is not None
+        ids = tensors.tid2eid[input_ids.long()].long()
+    else:
+        keys = choice_keys(finite, spec, tensors)
+        ids = best_first(keys, spec.top_k, eligible_experts(keys, spec))
+
+    weights, shared_weights = weights_at(ids, finite, spec, tensors)
+    identity_weight = weights.masked_fill(ids < spec.num_experts, 0).sum(dim=-1, keepdim=True)
+    weights, shared_weights, identity_weight = (
+        part.masked_fill(has_nan, torch.nan) for part in (weights, shared_weights, identity_weight)
+    )
+    return Routing(
+        topk_ids=ids.to(torch.int32),
+        topk_weights=weights,
+        shared_weights=shared_weights if spec.num_shared_gates else None,
+        identity_weight=identity_weight.squeeze(-1) if spec.num_zero_experts else None,
+    )
+
+
+def finite_logits(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Infinities become the largest finite float32 of their sign, NaN the lowest."""
+    return logits.to(dtype).nan_to_num(nan=-FLOAT32_MAX, posinf=FLOAT32_MAX, neginf=-FLOAT32_MAX)
+
+
+def transformed(logits: Tensor, spec: RouterSpec) -> Tensor:
+    """The logits that the scores are taken of."""
+    logits = (logits * spec.logit_multiplier).clamp(-FLOAT32_MAX, FLOAT32_MAX)
+    if spec.logit_softcapping is not None:
+        logits = spec.logit_softcapping * torch.tanh(logits / spec.logit_softcapping)
+    return logits
+
+
+def scores_of(logits: Tensor, spec: RouterSpec) -> Tensor:
+    """Transformed logits [M, R] -> scores [M, R]; a softmax runs over the selectable experts."""
+    match spec.scoring_func:
+        case "softmax":
+            return torch.softmax(logits, dim=-1)
+        case "sigmoid":
+            return torch.sigmoid(logits)
+        case "sqrtsoftplus":
+            softplus = logits.clamp(min=0) + torch.log1p(torch.exp(-logits.abs()))
+            return torch.sqrt(softplus)
+        case "identity":
+            return logits
+
+
+def choice_keys(logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Tensor:
+    """Finite logits [M, R] -> keys [M, E], finite as well: the choice is by key, descending."""
+    selectable = logits[:, : spec.num_selectable]
+    if spec.selects_on_logits:
+        return selectable
+    keys = transformed(selectable, spec)
+    if spec.correction_bias != "logit":
+        keys = scores_of(keys, spec)
+    if spec.correction_bias is not None:
+        assert tensors.e_score_correction_bias is not None
+        keys = keys + tensors.e_score_correction_bias.to(keys.dtype)
+    return finite_logits(keys, keys.dtype).clamp(-FLOAT32_MAX, FLOAT32_MAX)
+
+
+def group_scores(keys: Tensor, spec: RouterSpec) -> Tensor:
+    """Keys [M, E] -> the score of each group [M, n_group]."""
+    grouped = keys.unflatten(-1, (spec.n_group, -1))
+    if spec.group_score == "max":
+        return grouped.amax(dim=-1)
+    return grouped.topk(2, dim=-1).values.sum(dim=-1)
+
+
+def eligible_experts(keys: Tensor, spec: RouterSpec) -> Tensor:
+    """Keys [M, E] -> a mask [M, E] of the experts in the topk_group best groups."""
+    if spec.n_group == 1:
+        return torch.ones_like(keys, dtype=torch.bool)
+    groups = best_first(group_scores(keys, spec), spec.topk_group)
+    kept = torch.zeros(len(keys), spec.n_group, dtype=torch.bool, device=keys.device).scatter(1, groups, True)
+    return kept.repeat_interleave(spec.num_selectable // spec.n_group, dim=-1)
+
+
+def best_first(keys: Tensor, k: int, eligible: Tensor | None = None) -> Tensor:
+    """Keys [M, E] -> the ids [M, k] of the k largest, in descending order, the lowest id first among equals."""
+    if eligible is not None:
+        keys = keys.masked_fill(~eligible, -torch.inf)  # below every key, for those are finite
+    return keys.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def weights_at(ids: Tensor, logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> tuple[Tensor, Tensor]:
+    """The weights of the chosen ids [M, k] and of the shared gates [M, num_shared_gates]."""
+    logits = transformed(logits, spec)
+    selected = logits[:, : spec.num_selectable].gather(-1, ids)
+    shared = logits[:, spec.num_selectable :]
+    if spec.softmax_over_selected:
+        weights = torch.softmax(selected, dim=-1)
+    elif spec.weights_from == "sigmoid_of_selected":
+        weights = torch.sigmoid(selected)
+    else:
+        weights = scores_of(logits[:, : spec.num_selectable], spec).gather(-1, ids)
+        shared = scores_of(shared, spec)
+    if spec.renormalize and not spec.softmax_over_selected:
+        total = weights.sum(dim=-1, keepdim=True) + shared.sum(dim=-1, keepdim=True) + spec.renormalize_eps
+        total = total.clamp(min=max(spec.renormalize_floor, LEAST_SUM))
+        weights, shared = weights / total, shared / total
+
+    factor = torch.full((1,), spec.routed_scaling_factor, dtype=logits.dtype, device=logits.device)
+    if tensors.global_scale is not None:
+        factor = factor * tensors.global_scale.to(logits.dtype)
+    weights, shared = weights * factor, shared * factor
+    if tensors.per_expert_scale is not None:
+        weights = weights * tensors.per_expert_scale.to(logits.dtype)[ids]
+    return weights, shared

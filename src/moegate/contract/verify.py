@@ -1,0 +1,157 @@
+"""Holds a routing against the contract, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moegate.contract import bounds
+from moegate.contract.bounds import Interval
+from moegate.contract.reference import eligible_experts, select
+from moegate.routing import Routing, RouterTensors
+from moegate.spec import RouterSpec
+
+
+@dataclass
+class Verdict:
+    """What `verify_routing` found."""
+
+    rows: int
+    excused_rows: int = 0
+    """Rows whose expert set differs from the float64 reference's, within the contract's margin."""
+    problems: list[str] = field(default_factory=list)
+    """Breaches of the contract, each naming its first row."""
+
+    def breach(self, wrong: Tensor, what: str) -> None:
+        """Notes a breach if any row of the mask [M] or [M, ...] is set."""
+        rows = wrong.reshape(len(wrong), -1).any(dim=-1) if wrong.numel() else wrong.new_zeros(0)
+        if rows.any():
+            self.problems.append(f"{what} in {int(rows.sum())} of {self.rows} rows, first row {int(rows.nonzero()[0])}")
+
+
+def verify_routing(
+    routing: Routing,
+    logits: Tensor,
+    spec: RouterSpec,
+    tensors: RouterTensors,
+    *,
+    input_ids: Tensor | None = None,
+    logit_error: Tensor | None = None,
+) -> Verdict:
+    """Holds `routing` against the float64 reference on `logits` [M, R].
+
+    Args:
+        routing: What a backend returned.
+        logits: The backend's own logits, for an exact check of the choice; or the reference's,
+            together with the error that the backend's may have.
+        logit_error: [M, R] float64, how far the backend's logits may be from `logits`; None: equal.
+
+    Returns:
+        The verdict, with no problems if the routing keeps the contract.
+    """
+    # One place to compare: small tensors, and a device whose float64 is exact.
+    logits, input_ids = logits.cpu(), None if input_ids is None else input_ids.cpu()
+    routing = Routing(*(part if part is None else part.cpu() for part in routing))
+    tensors = RouterTensors(*(part if part is None else part.cpu() for part in tensors))
+    exact_logits = logit_error is None
+    error = torch.zeros(logits.shape, dtype=torch.float64) if logit_error is None else logit_error.cpu()
+
+    verdict = Verdict(rows=len(logits))
+    ids = routing.topk_ids.long()
+    if routing.topk_ids.dtype != torch.int32 or ids.shape != (len(logits), spec.top_k):
+        verdict.problems.append(f"topk_ids are {routing.topk_ids.dtype} {tuple(ids.shape)}")
+        return verdict
+    out_of_range = (ids < 0) | (ids >= spec.num_selectable)
+    verdict.breach(out_of_range, "ids out of range")
+    ordered = ids.sort(dim=-1).values
+    verdict.breach(ordered[:, 1:] == ordered[:, :-1], "an id twice")
+    if verdict.problems:
+        return verdict
+
+    expected = select(logits, spec, tensors, input_ids).topk_ids.long()
+    if spec.hash_routing or (spec.selects_on_logits and exact_logits):
+        verdict.breach(ids != expected, "other ids than the reference")
+    else:
+        _verify_choice(verdict, ids, expected, bounds.key_interval(logits, spec, tensors, error), spec)
+    _verify_weights(verdict, routing, logits, spec, tensors, error)
+    return verdict
+
+
+def _verify_choice(verdict: Verdict, ids: Tensor, expected: Tensor, keys: Interval, spec: RouterSpec) -> None:
+    differs = ids.sort(dim=-1).values.ne(expected.sort(dim=-1).values).any(dim=-1)
+    verdict.excused_rows = int(differs.sum())
+
+    possible, certain = _possible_groups(keys, spec)
+    verdict.breach(~possible.gather(-1, ids), "an expert of a group that cannot be among the best")
+    chosen = torch.zeros_like(possible).scatter(1, ids, True)
+    # Every chosen key must reach every unchosen one that is surely eligible.
+    least_chosen = keys.high.masked_fill(~chosen, torch.inf).amin(dim=-1)
+    best_left = keys.low.masked_fill(chosen | ~certain, -torch.inf).amax(dim=-1)
+    verdict.breach(least_chosen < best_left, "an expert chosen before one with a larger key")
+    high, low = keys.high.gather(-1, ids), keys.low.gather(-1, ids)
+    verdict.breach(high[:, :-1] < low[:, 1:], "ids out of order")
+
+
+def _possible_groups(keys: Interval, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """Masks [M, E]: experts of groups that may be, and that must be, among the topk_group best."""
+    if spec.n_group == 1:
+        everything = torch.ones_like(keys.low, dtype=torch.bool)
+        return everything, everything
+    low, high = bounds.group_interval(keys, spec)
+    # A group may be in if fewer than topk_group others are surely above it; it must be in if fewer
+    # than topk_group others can possibly be above it.
+    surely_above = (low[:, None, :] > high[:, :, None]).sum(dim=-1)
+    maybe_above = (high[:, None, :] >= low[:, :, None]).sum(dim=-1) - 1  # less itself
+    per_group = spec.num_selectable // spec.n_group
+    possible, certain = surely_above < spec.topk_group, maybe_above < spec.topk_group
+    return possible.repeat_interleave(per_group, dim=-1), certain.repeat_interleave(per_group, dim=-1)
+
+
+def _verify_weights(
+    verdict: Verdict, routing: Routing, logits: Tensor, spec: RouterSpec, tensors: RouterTensors, error: Tensor
+) -> None:
+    has_nan = logits.isnan().any(dim=-1, keepdim=True)
+    ids = routing.topk_ids.long()
+    weights, shared = bounds.weight_interval(ids, logits, spec, tensors, error)
+    _verify_values(verdict, "topk_weights", routing.topk_weights, weights, has_nan, spec)
+    if spec.num_shared_gates:
+        _verify_values(verdict, "shared_weights", routing.shared_weights, shared, has_nan, spec)
+    if spec.num_zero_experts:
+        is_expert = ids < spec.num_experts
+        low, high = (end.masked_fill(is_expert, 0).sum(dim=-1, keepdim=True) for end in weights)
+        slack = spec.top_k * bounds.U * high.abs()
+        mass = None if routing.identity_weight is None else routing.identity_weight[:, None]
+        _verify_values(verdict, "identity_weight", mass, Interval(low - slack, high + slack), has_nan, spec)
+
+
+def _verify_values(
+    verdict: Verdict, name: str, values: Tensor | None, allowed: Interval, has_nan: Tensor, spec: RouterSpec
+) -> None:
+    if values is None or str(values.dtype) != f"torch.{spec.topk_weights_dtype}" or values.shape != allowed.low.shape:
+        found = "missing" if values is None else f"{values.dtype} {tuple(values.shape)}"
+        verdict.problems.append(f"{name} {found}, not {spec.topk_weights_dtype} {tuple(allowed.low.shape)}")
+        return
+    values = values.double()
+    inside = (values >= allowed.low) & (values <= allowed.high)
+    verdict.breach(~torch.where(has_nan, values.isnan(), inside), f"{name} outside the bound")
+
+
+def verify_logits(logits: Tensor, hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Verdict:
+    """Holds logits [M, R] against float64 and the bound of docs/contract.md."""
+    from dataclasses import replace
+
+    from moegate.contract.reference import router_logits
+
+    verdict = Verdict(rows=len(hidden))
+    hidden, weight, logits = hidden.cpu(), weight.cpu(), logits.cpu()
+    tensors = RouterTensors(*(part if part is None else part.cpu() for part in tensors))
+    exact = router_logits(hidden, weight, replace(spec, logits_dtype="float32"), tensors)
+    bound = bounds.logit_bound(hidden, weight, exact, spec, tensors)
+    if str(logits.dtype) != f"torch.{spec.logits_dtype}" or logits.shape != exact.shape:
+        verdict.problems.append(f"logits are {logits.dtype} {tuple(logits.shape)}")
+        return verdict
+    inside = (logits.double() - exact).abs() <= bound
+    verdict.breach(~(inside | exact.isnan() | exact.isinf()), "logits outside the bound")
+    return verdict

@@ -1,0 +1,128 @@
+"""The functions: `router_gemm`, `select` and `route`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moegate import arguments
+from moegate.backends import choose
+from moegate.routing import Routing, RouterTensors
+from moegate.spec import RouterSpec
+
+
+@torch.no_grad()
+def router_gemm(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The logits of a router: `hidden @ weight.T + bias`.
+
+    The products of half-precision numbers are exact, the sum is accumulated in float32, and the
+    result is rounded once if `out_dtype` is bfloat16. docs/contract.md bounds the error.
+
+    Args:
+        hidden: [M, K] bfloat16, float16 or float32. M may be 0; rows may be apart, a row is contiguous.
+        weight: [N, K] bfloat16, float16 or float32, N from 1 to 1024, on the same device. The two
+            dtypes may differ.
+        bias: [N] in any of these dtypes, added before the rounding; None: no bias.
+        out_dtype: torch.float32 or torch.bfloat16.
+
+    Returns:
+        The logits [M, N] in `out_dtype`. No gradient flows through them.
+
+    Raises:
+        TypeError: Not a tensor, or a dtype that is not allowed.
+        ValueError: A shape, stride, device or `out_dtype` that is not allowed.
+    """
+    arguments.check_gemm(hidden, weight, bias, out_dtype)
+    return choose(hidden.device).router_gemm(hidden, weight, bias, out_dtype)
+
+
+@torch.no_grad()
+def select(
+    logits: Tensor,
+    spec: RouterSpec,
+    *,
+    e_score_correction_bias: Tensor | None = None,
+    per_expert_scale: Tensor | None = None,
+    global_scale: Tensor | None = None,
+    tid2eid: Tensor | None = None,
+    input_ids: Tensor | None = None,
+) -> Routing:
+    """The experts of each token and their weights, from logits.
+
+    Args:
+        logits: [M, R] float32 or bfloat16, taken as they are; R = `spec.num_gate_rows`, M may be 0.
+        spec: What the router computes. The tensors below must be given just when it asks for them.
+        e_score_correction_bias: [num_experts + num_zero_experts] float32.
+        per_expert_scale: [num_experts] float32, bfloat16 or float16.
+        global_scale: [1] float32, bfloat16 or float16.
+        tid2eid: [vocabulary, top_k] int32 or int64, the experts of each token id, distinct in a row.
+        input_ids: [M] int32 or int64, the token ids for hash routing.
+
+    Returns:
+        A `Routing` without logits. No gradient flows through it.
+
+    Raises:
+        TypeError: Not a tensor, or a dtype that is not allowed.
+        ValueError: A shape, stride or device that is not allowed, a tensor that the spec does not ask
+            for or one missing; on a CPU, a token id outside the table.
+    """
+    logits = arguments.check_logits(logits, spec)
+    tensors = RouterTensors(
+        e_score_correction_bias=e_score_correction_bias,
+        per_expert_scale=per_expert_scale,
+        global_scale=global_scale,
+        tid2eid=tid2eid,
+    )
+    arguments.check_tensors(spec, tensors, logits.device, gemm=False)
+    arguments.check_input_ids(input_ids, spec, tensors, len(logits), logits.device)
+    return choose(logits.device, spec).select(logits, spec, tensors, input_ids)
+
+
+@torch.no_grad()
+def route(
+    hidden: Tensor,
+    weight: Tensor,
+    spec: RouterSpec,
+    *,
+    bias: Tensor | None = None,
+    e_score_correction_bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    per_expert_scale: Tensor | None = None,
+    global_scale: Tensor | None = None,
+    tid2eid: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    return_logits: bool = False,
+) -> Routing:
+    """The whole router: hidden states in, expert ids and weights out. `Gate` does it faster, again and again.
+
+    Args:
+        hidden: [M, K] bfloat16, float16 or float32; M may be 0.
+        weight: [R, K] bfloat16, float16 or float32 (only float32 if the spec pins it), with the rows
+            of the experts, the zero experts and the shared gates in this order.
+        spec: What the router computes. The tensors below must be given just when it asks for them.
+        bias: [R] float32, bfloat16 or float16, the linear bias.
+        e_score_correction_bias: [num_experts + num_zero_experts] float32.
+        input_scale: [K] float32, bfloat16 or float16, of the input norm.
+        per_expert_scale: [num_experts] float32, bfloat16 or float16.
+        global_scale: [1] float32, bfloat16 or float16.
+        tid2eid: [vocabulary, top_k] int32 or int64, the experts of each token id, distinct in a row.
+        input_ids: [M] int32 or int64, the token ids for hash routing.
+        return_logits: Also return the logits [M, R] in the spec's `logits_dtype`.
+
+    Returns:
+        A `Routing`. No gradient flows through it.
+
+    Raises:
+        TypeError: Not a tensor, or a dtype that is not allowed.
+        ValueError: A shape, stride or device that is not allowed, a tensor that the spec does not ask
+            for or one missing; on a CPU, a token id outside the table.
+    """
+    weight = arguments.check_weight(weight, spec)
+    hidden = arguments.check_hidden(hidden, spec, weight.device)
+    tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
+    arguments.check_tensors(spec, tensors, hidden.device)
+    arguments.check_input_ids(input_ids, spec, tensors, len(hidden), hidden.device)
+    routing = choose(hidden.device, spec).route(hidden, weight, spec, tensors, input_ids, None)
+    return routing if return_logits else routing._replace(logits=None)

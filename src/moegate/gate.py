@@ -1,0 +1,185 @@
+"""`Gate`: a router with its tensors, as a module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moegate import arguments
+from moegate.backends import choose
+from moegate.routing import Routing, RouterTensors
+from moegate.spec import RouterSpec
+
+
+class Gate(nn.Module):
+    """The router of one layer.
+
+    Parameters and buffers carry the names of checkpoints: `weight`, `bias`, `e_score_correction_bias`,
+    `per_expert_scale`, `global_scale`, `tid2eid` (and `input_scale`, Gemma-4's `scale`); those that
+    the spec does not ask for are None. The correction bias, and a weight that the spec pins to float32,
+    stay in float32 whatever dtype the module is cast to.
+
+    The gate reads the very tensors it was given, so that updates in place take effect. With
+    `frozen=True` it may also keep what it made of them (on a CPU, the weight in the layout of its
+    product): then nobody may change them without calling `refresh()`, which the module's own `to()`
+    and `load_state_dict()` do.
+
+    Args:
+        spec: What the router computes. The tensors below must be given just when it asks for them.
+        weight: [R, K] bfloat16, float16 or float32 (only float32 if the spec pins it), with the rows
+            of the experts, the zero experts and the shared gates in this order.
+        bias: [R], the linear bias; bfloat16, float16 or float32, as all that have no dtype here.
+        e_score_correction_bias: [num_experts + num_zero_experts]; half precision is widened to float32.
+        input_scale: [K], of the input norm.
+        per_expert_scale: [num_experts].
+        global_scale: [1].
+        tid2eid: [vocabulary, top_k] int32 or int64, the experts of each token id, distinct in a row.
+        frozen: The tensors change only together with a call of `refresh()`.
+
+    Raises:
+        TypeError: Not a tensor, or a dtype that is not allowed.
+        ValueError: A shape, stride or device that is not allowed, a tensor that the spec does not ask
+            for or one missing, a hash table with an expert out of range or twice in a row.
+    """
+
+    _prepared: object | None
+
+    def __init__(
+        self,
+        spec: RouterSpec,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        e_score_correction_bias: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        per_expert_scale: Tensor | None = None,
+        global_scale: Tensor | None = None,
+        tid2eid: Tensor | None = None,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        weight = arguments.check_weight(weight, spec)
+        if isinstance(e_score_correction_bias, Tensor) and e_score_correction_bias.dtype in arguments.FLOATS:
+            e_score_correction_bias = e_score_correction_bias.detach().float()
+        tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
+        arguments.check_tensors(spec, tensors, weight.device)
+        if tid2eid is not None:
+            arguments.check_table(tid2eid, spec)
+
+        self.spec = spec
+        self.frozen = frozen
+        self.register_parameter("weight", _parameter(weight))
+        for name in ("bias", "input_scale", "per_expert_scale", "global_scale"):
+            self.register_parameter(name, _parameter(getattr(tensors, name)))
+        self.register_buffer("e_score_correction_bias", e_score_correction_bias)
+        self.register_buffer("tid2eid", tid2eid)
+        self.register_load_state_dict_post_hook(_refresh_after_load)
+        self.refresh()
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | os.PathLike[str], layer: int, *, device: torch.device | str = "cpu", frozen: bool = True
+    ) -> Gate:
+        """The gate of a layer of a local Hugging Face checkpoint.
+
+        Reads the config and, through the index if the checkpoint is sharded, only this gate's tensors.
+
+        Args:
+            path: The folder with `config.json` and the safetensors files.
+            layer: The layer, counted as the checkpoint counts.
+            device: Where the gate's tensors go.
+            frozen: See the class; nobody else holds the tensors that were read here.
+
+        Raises:
+            ValueError: A missing, broken or unknown config; a missing, corrupt or truncated file; a
+                layer without a router (the message names those that have one); a tensor that is
+                missing or has another shape than the config says.
+        """
+        from moegate.catalog.checkpoint import read_gate
+
+        spec, tensors = read_gate(path, layer)
+        return cls(spec, **{name: tensor.to(device) for name, tensor in tensors.items()}, frozen=frozen)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, *, input_ids: Tensor | None = None, return_logits: bool = False) -> Routing:
+        """Routes M tokens.
+
+        Args:
+            hidden: [M, K] bfloat16, float16 or float32, on the gate's device; M may be 0.
+            input_ids: [M] int32 or int64, the token ids, just for hash routing.
+            return_logits: Also return the logits [M, R] in the spec's `logits_dtype`.
+
+        Returns:
+            A `Routing`. No gradient flows through it.
+
+        Raises:
+            TypeError: Not a tensor, or a dtype that is not allowed.
+            ValueError: A shape, stride or device that is not allowed; on a CPU, a token id outside
+                the table.
+        """
+        weight, tensors = self._tensors()
+        arguments.check_hidden(hidden, self.spec, weight.device)
+        if input_ids is not None or self.spec.hash_routing:
+            arguments.check_input_ids(input_ids, self.spec, tensors, len(hidden), weight.device)
+        routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared)
+        return routing if return_logits else routing._replace(logits=None)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Takes note of changed tensors, after an update in place of a frozen gate."""
+        weight, _ = self._tensors()
+        self._backend = choose(weight.device, self.spec)
+        self._prepared = self._backend.prepare(weight.detach(), self.spec) if self.frozen else None
+
+    def extra_repr(self) -> str:
+        """What the router computes, in a line."""
+        spec = self.spec
+        size = f"hidden_size={spec.hidden_size}, num_experts={spec.num_experts}, top_k={spec.top_k}"
+        return f"{size}, scoring_func={spec.scoring_func!r}, backend={self._backend.name!r}, frozen={self.frozen}"
+
+    def _tensors(self) -> tuple[Tensor, RouterTensors]:
+        parameters, buffers = self._parameters, self._buffers  # nn.Module's own attribute look-up is slow
+        weight = parameters["weight"]
+        assert weight is not None
+        return weight, RouterTensors(
+            bias=parameters["bias"],
+            e_score_correction_bias=buffers["e_score_correction_bias"],
+            input_scale=parameters["input_scale"],
+            per_expert_scale=parameters["per_expert_scale"],
+            global_scale=parameters["global_scale"],
+            tid2eid=buffers["tid2eid"],
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        """Moves and casts like any module, less the casts that would change the choice of experts."""
+        pinned = ["e_score_correction_bias"] + ["weight"] * (self.spec.weight_dtype == "float32")
+        before = {name: tensor.detach() for name in pinned if (tensor := getattr(self, name)) is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            now = getattr(self, name)
+            if now.dtype != torch.float32:
+                now.data = tensor.to(now.device)
+        self.refresh()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was prepared may be in a layout that nothing can copy; it is made again.
+        return {**self.__dict__, "_prepared": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.refresh()
+
+
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=tensor.requires_grad)
+
+
+def _refresh_after_load(gate: Gate, incompatible_keys: object) -> None:
+    gate.refresh()

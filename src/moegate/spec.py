@@ -1,0 +1,277 @@
+"""What a router computes: `RouterSpec`, one frozen value for every model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+ScoringFunc = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity"]
+CorrectionBias = Literal["score", "logit"]
+GroupScore = Literal["top2_sum", "max"]
+WeightsFrom = Literal["score", "softmax_of_selected", "sigmoid_of_selected"]
+LogitsDtype = Literal["float32", "bfloat16"]
+GateWeightDtype = Literal["model", "float32"]
+WeightsDtype = Literal["float32", "bfloat16", "float16"]
+
+MAX_GATE_ROWS = 1024
+MAX_TOP_K = 32
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "scoring_func": get_args(ScoringFunc),
+    "correction_bias": (None, *get_args(CorrectionBias)),
+    "group_score": get_args(GroupScore),
+    "weights_from": get_args(WeightsFrom),
+    "logits_dtype": get_args(LogitsDtype),
+    "weight_dtype": get_args(GateWeightDtype),
+    "topk_weights_dtype": get_args(WeightsDtype),
+}
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """What a mixture-of-experts router computes, from `hidden` [M, K] to ids and weights [M, k].
+
+    A spec is immutable, hashable and validated: a combination that makes no sense raises a
+    `ValueError` (a value of the wrong type, a `TypeError`) that names the field, what it got and
+    what is allowed. `dataclasses.replace` derives one spec from another. docs/contract.md defines
+    every field's arithmetic.
+
+    Args:
+        hidden_size: K, the length of a hidden state.
+        num_experts: N, the routed experts that own parameters. Zero experts and shared gates are
+            counted by their own fields.
+        top_k: k, the experts chosen for each token, 1 to 32.
+        scoring_func: The score of a logit: softmax over the selectable experts, sigmoid,
+            sqrt(softplus), or the logit itself.
+        correction_bias: What `e_score_correction_bias` is added to, for the choice only (DeepSeek-V3,
+            arXiv:2412.19437, eq. 16: the score; Kolibri-1: the logit). None: there is no such bias.
+        n_group: Experts form this many equal groups of consecutive ids; 1 means no groups.
+        topk_group: Only the experts of this many best groups can be chosen.
+        group_score: What ranks a group: the sum of its two best keys (DeepSeek-V3), or the best
+            one (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
+        weights_from: The selected experts' scores, or a softmax or sigmoid of their logits alone.
+        renormalize: Divide the selected scores by their sum.
+        renormalize_eps: Added to that sum.
+        renormalize_floor: The least value of that sum (ERNIE-4.5 clamps it).
+        routed_scaling_factor: Multiplied into the weights, last.
+        logits_dtype: "bfloat16" rounds the logits once, to nearest even, before anything else.
+        logit_multiplier: Multiplied into the logits before the score (Muse-Spark).
+        logit_softcapping: c in c * tanh(logit / c), before the score (Laguna); None: no cap.
+        linear_bias: The gate is a linear layer with a bias on the logits (gpt-oss).
+        weight_dtype: "float32" says that the gate's weight is kept in float32 whatever the model's
+            dtype; "model", that nothing pins it.
+        topk_weights_dtype: The dtype of the returned weights.
+        per_expert_scale: The weights are multiplied by a learned scale of their expert (Gemma-4).
+        num_zero_experts: Selectable rows behind the N experts, which stand for the identity
+            (LongCat-Flash, arXiv:2509.01322): ids N to N + num_zero_experts - 1.
+        num_shared_gates: Rows behind those that are never chosen, but whose scores join the
+            renormalising sum and are returned as `shared_weights` (Inkling).
+        global_scale: All weights are multiplied by one learned scalar (Inkling).
+        hash_routing: The ids come from a table by token id, not from the scores (DeepSeek-V4's
+            first layers).
+        input_norm_eps: The epsilon of an RMS norm of `hidden` before the GEMM, followed by
+            `input_scale` * K**-0.5 (Gemma-4); None: no norm.
+    """
+
+    hidden_size: int
+    num_experts: int
+    top_k: int
+    scoring_func: ScoringFunc = "softmax"
+    correction_bias: CorrectionBias | None = None
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: GroupScore = "top2_sum"
+    weights_from: WeightsFrom = "score"
+    renormalize: bool = False
+    renormalize_eps: float = 0.0
+    renormalize_floor: float = 0.0
+    routed_scaling_factor: float = 1.0
+    logits_dtype: LogitsDtype = "float32"
+    logit_multiplier: float = 1.0
+    logit_softcapping: float | None = None
+    linear_bias: bool = False
+    weight_dtype: GateWeightDtype = "model"
+    topk_weights_dtype: WeightsDtype = "float32"
+    per_expert_scale: bool = False
+    num_zero_experts: int = 0
+    num_shared_gates: int = 0
+    global_scale: bool = False
+    hash_routing: bool = False
+    input_norm_eps: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, str(field.type), getattr(self, field.name))
+        for name, allowed in _CHOICES.items():
+            _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {list(allowed)}")
+        self._check_sizes()
+        self._check_groups()
+        self._check_weights()
+        self._check_numbers()
+
+    @classmethod
+    def from_config(
+        cls, config: str | os.PathLike[str] | Mapping[str, Any] | object, *, layer: int | None = None
+    ) -> RouterSpec:
+        """The router of a Hugging Face model, from its `config.json`.
+
+        Args:
+            config: A path to a `config.json` or to the folder that holds it, a dict, or a
+                configuration object with `to_dict()`.
+            layer: The layer, for models whose layers differ (DeepSeek-V4's hash layers, Hunyuan's
+                lists). None takes the rule that most layers follow.
+
+        Raises:
+            ValueError: An unknown model type (the message lists the known ones), a field with
+                neither a value nor a default, or values that make no sense together.
+        """
+        from moegate.catalog.config import spec_from_config
+
+        return spec_from_config(config, layer=layer)
+
+    @cached_property
+    def num_selectable(self) -> int:
+        """E = num_experts + num_zero_experts: the ids that can be chosen are 0..E-1."""
+        return self.num_experts + self.num_zero_experts
+
+    @cached_property
+    def num_gate_rows(self) -> int:
+        """Rows of the gate's weight, and logits of a token: experts, zero experts, shared gates."""
+        return self.num_selectable + self.num_shared_gates
+
+    @cached_property
+    def selects_on_logits(self) -> bool:
+        """True if the key of the choice is the logit itself.
+
+        Every score function is monotone, so that without a bias the logits have the order of the
+        scores, and more: saturated sigmoids and underflown probabilities do not tie. A sum of two
+        scores has no such order, hence the exception.
+        """
+        return self.correction_bias is None and (self.n_group == 1 or self.group_score == "max")
+
+    @cached_property
+    def softmax_over_selected(self) -> bool:
+        """True if the weights are a softmax over the selected logits alone.
+
+        A softmax over all experts, renormalised over the selected ones without eps or floor, is
+        that too; it is defined so, because that form cannot underflow to 0/0.
+        """
+        renormalized_softmax = (
+            self.weights_from == "score"
+            and self.scoring_func == "softmax"
+            and self.renormalize
+            and self.renormalize_eps == 0.0
+            and self.renormalize_floor == 0.0
+            and self.num_shared_gates == 0
+        )
+        return self.weights_from == "softmax_of_selected" or renormalized_softmax
+
+    def _check_sizes(self) -> None:
+        _require(self.hidden_size >= 1, "hidden_size", self.hidden_size, "at least 1")
+        _require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
+        for name in ("num_zero_experts", "num_shared_gates"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        rows = self.num_gate_rows
+        _require(
+            rows <= MAX_GATE_ROWS,
+            "num_experts",
+            self.num_experts,
+            f"at most {MAX_GATE_ROWS} rows with zero experts and shared gates, which make {rows}",
+        )
+        limit = min(MAX_TOP_K, self.num_selectable)
+        _require(1 <= self.top_k <= limit, "top_k", self.top_k, f"1 to {limit}")
+
+    def _check_groups(self) -> None:
+        if self.n_group == 1:
+            _require(self.topk_group == 1, "topk_group", self.topk_group, "1 when n_group is 1")
+            return
+        experts = self.num_selectable
+        _require(
+            self.n_group > 1 and experts % self.n_group == 0,
+            "n_group",
+            self.n_group,
+            f"a divisor of the {experts} selectable experts",
+        )
+        _require(1 <= self.topk_group <= self.n_group, "topk_group", self.topk_group, f"1 to {self.n_group}")
+        per_group = experts // self.n_group
+        _require(
+            self.topk_group * per_group >= self.top_k,
+            "topk_group",
+            self.topk_group,
+            f"enough groups of {per_group} experts to choose top_k={self.top_k} from",
+        )
+        if self.group_score == "top2_sum":
+            _require(per_group >= 2, "n_group", self.n_group, "groups of at least 2 experts for group_score='top2_sum'")
+        _require(not self.hash_routing, "n_group", self.n_group, "1 with hash_routing, which looks no score up")
+
+    def _check_weights(self) -> None:
+        if self.renormalize:
+            _require(
+                self.weights_from != "softmax_of_selected",
+                "renormalize",
+                True,
+                "False with weights_from='softmax_of_selected', which sums to 1 already",
+            )
+            _require(
+                self.scoring_func != "identity" or self.weights_from != "score",
+                "renormalize",
+                True,
+                "False with scoring_func='identity', whose sum may be zero or negative",
+            )
+        else:
+            for name in ("renormalize_eps", "renormalize_floor"):
+                _require(getattr(self, name) == 0.0, name, getattr(self, name), "0.0 without renormalize")
+        if self.num_shared_gates:
+            _require(
+                self.renormalize and self.scoring_func in ("sigmoid", "sqrtsoftplus") and self.weights_from == "score",
+                "num_shared_gates",
+                self.num_shared_gates,
+                "0, unless renormalize joins them to weights_from='score' with a sigmoid or sqrtsoftplus",
+            )
+        if self.hash_routing:
+            _require(self.correction_bias is None, "correction_bias", self.correction_bias, "None with hash_routing")
+        if self.per_expert_scale:
+            _require(
+                self.num_zero_experts == 0,
+                "per_expert_scale",
+                True,
+                "False with zero experts, which have no parameters",
+            )
+
+    def _check_numbers(self) -> None:
+        for name in ("renormalize_eps", "renormalize_floor"):
+            _require(0.0 <= getattr(self, name) < math.inf, name, getattr(self, name), "finite and 0 or more")
+        for name in ("routed_scaling_factor", "logit_multiplier"):
+            _require(0.0 < getattr(self, name) < math.inf, name, getattr(self, name), "finite and above 0")
+        for name in ("logit_softcapping", "input_norm_eps"):
+            value = getattr(self, name)
+            _require(value is None or 0.0 < value < math.inf, name, value, "None, or finite and above 0")
+
+
+def _require(holds: bool, field: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"RouterSpec.{field} = {value!r}; allowed: {allowed}")
+
+
+def _check_type(field: str, annotation: str, value: object) -> None:
+    """Refuses what a dataclass would take silently: a bool for an int, a string for a float."""
+    expected: tuple[type, ...]
+    if annotation.startswith("int"):
+        expected = (int,)
+    elif annotation.startswith("float"):
+        expected = (int, float)
+    elif annotation == "bool":
+        expected = (bool,)
+    else:
+        return  # a Literal: _CHOICES decides
+    if value is None and annotation.endswith("None"):
+        return
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected != (bool,)):
+        raise TypeError(f"RouterSpec.{field} must be {annotation}, got {type(value).__name__} {value!r}")

@@ -30,10 +30,7 @@ def check_tensor(
         raise TypeError(f"{name}: got {type(value).__name__}; allowed: a torch.Tensor")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {_short(value.dtype)}; allowed: {', '.join(map(_short, dtypes))}")
-    fits = value.dim() == len(shape) and all(
-        isinstance(size, str) or size == got for size, got in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
+    if not _fits(value.shape, shape):
         raise ValueError(f"{name}: got shape {list(value.shape)}; allowed: [{', '.join(map(str, shape))}]")
     if value.layout != torch.strided:
         raise ValueError(f"{name}: got layout {value.layout}; allowed: torch.strided")
@@ -42,6 +39,16 @@ def check_tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name}: got device {value.device}; allowed: {device}, where the other arguments are")
     return value
+
+
+def _fits(got: Sequence[int], allowed: Sequence[int | str]) -> bool:
+    if len(got) != len(allowed):
+        return False
+    # A loop, not all(): this runs in every call.
+    for size, wanted in zip(got, allowed, strict=True):  # noqa: SIM110
+        if size != wanted and not isinstance(wanted, str):
+            return False
+    return True
 
 
 def check_gemm(hidden: object, weight: object, bias: object, out_dtype: object) -> None:
@@ -118,7 +125,8 @@ def check_input_ids(
     if device.type == "cpu" and num_tokens:
         low, high, size = int(ids.min()), int(ids.max()), len(tensors.tid2eid)
         if low < 0 or high >= size:
-            raise ValueError(f"input_ids: got {low if low < 0 else high}; allowed: 0 to {size - 1}, the rows of tid2eid")
+            got = low if low < 0 else high
+            raise ValueError(f"input_ids: got {got}; allowed: 0 to {size - 1}, the rows of tid2eid")
         check_table(tensors.tid2eid[ids.long()], spec)
     return ids
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moegate import arguments
 from moegate.backends import choose
-from moegate.routing import Routing, RouterTensors
+from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
 
@@ -77,7 +77,7 @@ def select(
     )
     arguments.check_tensors(spec, tensors, logits.device, gemm=False)
     arguments.check_input_ids(input_ids, spec, tensors, len(logits), logits.device)
-    return choose(logits.device, spec).select(logits, spec, tensors, input_ids)
+    return choose(logits.device, spec).select(logits, spec, tensors, input_ids).without_logits()
 
 
 @torch.no_grad()
@@ -125,4 +125,4 @@ def route(
     arguments.check_tensors(spec, tensors, hidden.device)
     arguments.check_input_ids(input_ids, spec, tensors, len(hidden), hidden.device)
     routing = choose(hidden.device, spec).route(hidden, weight, spec, tensors, input_ids, None)
-    return routing if return_logits else routing._replace(logits=None)
+    return routing if return_logits else routing.without_logits()

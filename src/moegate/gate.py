@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moegate import arguments
 from moegate.backends import choose
-from moegate.routing import Routing, RouterTensors
+from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
 
@@ -77,7 +77,7 @@ class Gate(nn.Module):
             self.register_parameter(name, _parameter(getattr(tensors, name)))
         self.register_buffer("e_score_correction_bias", e_score_correction_bias)
         self.register_buffer("tid2eid", tid2eid)
-        self.register_load_state_dict_post_hook(_refresh_after_load)
+        self.register_load_state_dict_post_hook(_refresh_after_load)  # type: ignore[no-untyped-call]
         self.refresh()
 
     @classmethod
@@ -104,7 +104,6 @@ class Gate(nn.Module):
         spec, tensors = read_gate(path, layer)
         return cls(spec, **{name: tensor.to(device) for name, tensor in tensors.items()}, frozen=frozen)
 
-    @torch.no_grad()
     def forward(self, hidden: Tensor, *, input_ids: Tensor | None = None, return_logits: bool = False) -> Routing:
         """Routes M tokens.
 
@@ -124,9 +123,13 @@ class Gate(nn.Module):
         weight, tensors = self._tensors()
         arguments.check_hidden(hidden, self.spec, weight.device)
         if input_ids is not None or self.spec.hash_routing:
-            arguments.check_input_ids(input_ids, self.spec, tensors, len(hidden), weight.device)
-        routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared)
-        return routing if return_logits else routing._replace(logits=None)
+            arguments.check_input_ids(input_ids, self.spec, tensors, hidden.shape[0], weight.device)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared)
+        else:
+            routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared)
+        return routing if return_logits else routing.without_logits()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -146,19 +149,19 @@ class Gate(nn.Module):
         weight = parameters["weight"]
         assert weight is not None
         return weight, RouterTensors(
-            bias=parameters["bias"],
-            e_score_correction_bias=buffers["e_score_correction_bias"],
-            input_scale=parameters["input_scale"],
-            per_expert_scale=parameters["per_expert_scale"],
-            global_scale=parameters["global_scale"],
-            tid2eid=buffers["tid2eid"],
+            parameters["bias"],
+            buffers["e_score_correction_bias"],
+            parameters["input_scale"],
+            parameters["per_expert_scale"],
+            parameters["global_scale"],
+            buffers["tid2eid"],
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         """Moves and casts like any module, less the casts that would change the choice of experts."""
         pinned = ["e_score_correction_bias"] + ["weight"] * (self.spec.weight_dtype == "float32")
         before = {name: tensor.detach() for name in pinned if (tensor := getattr(self, name)) is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
             now = getattr(self, name)
             if now.dtype != torch.float32:

@@ -40,3 +40,7 @@ class Routing(NamedTuple):
     """[M, num_shared_gates], like `topk_weights`: the factors of the shared experts' outputs."""
     identity_weight: Tensor | None = None
     """[M], like `topk_weights`: the sum of the chosen zero experts' weights, the factor of `hidden` itself."""
+
+    def without_logits(self) -> Routing:
+        """The same, less the logits."""
+        return Routing(self.topk_ids, self.topk_weights, None, self.shared_weights, self.identity_weight)

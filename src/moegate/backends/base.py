@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moegate.routing import Routing, RouterTensors
+from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
 
@@ -32,7 +32,7 @@ class Backend(Protocol):
         ...
 
     def select(self, logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
-        """Logits [M, R] -> routing, without its logits."""
+        """Logits [M, R] -> routing."""
         ...
 
     def route(

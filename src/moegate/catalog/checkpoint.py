@@ -29,10 +29,7 @@ def read_gate(path: str | os.PathLike[str], layer: int) -> tuple[RouterSpec, dic
     _, model_type = routing_config(folder)
     files = tensor_files(folder)
     spec = _spec_of_layer(folder, layer, model_type, files)
-    found = {
-        role: _find(files, model_type, role, layer)
-        for role in ("weight", *_wanted(spec))
-    }
+    found = {role: _find(files, model_type, role, layer) for role in ("weight", *_wanted(spec))}
     tensors = {}
     for role, (name, take) in found.items():
         tensor = _read(files[name], name)
@@ -122,7 +119,8 @@ def _read(file: Path, name: str) -> Tensor:
         raise ValueError(f"path: no file {file}, which should hold {name}")
     try:
         with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
     except (SafetensorError, OSError) as error:
         raise ValueError(f"path: cannot read {name} from {file}: {error}") from None
 

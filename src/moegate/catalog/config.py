@@ -50,7 +50,7 @@ def routing_config(config: object) -> tuple[dict[str, Any], ModelType]:
         part = queue.pop(0)
         name = part.get("model_type")
         if name in known:
-            inherited = {key: values[key] for key in ("dtype", "torch_dtype") if key in values}
+            inherited: dict[str, Any] = {key: values[key] for key in ("dtype", "torch_dtype") if key in values}
             return {**inherited, **part}, known[name]
         if name is not None:
             seen.append(str(name))
@@ -59,7 +59,8 @@ def routing_config(config: object) -> tuple[dict[str, Any], ModelType]:
         raise ValueError("config: no model_type in it; allowed: a config.json of a mixture-of-experts model")
     close = difflib.get_close_matches(seen[-1], known, n=3)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    raise ValueError(f"config: unknown model_type {', '.join(map(repr, seen))}; {hint}known: {', '.join(sorted(known))}")
+    got = ", ".join(map(repr, seen))
+    raise ValueError(f"config: unknown model_type {got}; {hint}known: {', '.join(sorted(known))}")
 
 
 def _as_dict(config: object) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def _is_hash_layer(values: dict[str, Any], rule: dict[str, Any], layer: int | No
             return bool(_of_layer("hash_routing", rule["key"], list(kinds), layer) == rule["value"])
         return 2 * sum(kind == rule["value"] for kind in kinds) > len(kinds)
     first = values.get(rule.get("first_key", ""))
-    return layer is not None and layer < (rule.get("first_default", 0) if first is None else first)
+    return layer is not None and bool(layer < (rule.get("first_default", 0) if first is None else first))
 
 
 def _dtype(values: dict[str, Any]) -> str:
@@ -151,12 +152,12 @@ def _dtype(values: dict[str, Any]) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _has(values: dict[str, Any], key: str) -> bool:
+def _has(values: Mapping[str, Any], key: str) -> bool:
     head, _, rest = key.partition(".")
     return head in values and (not rest or (isinstance(values[head], Mapping) and _has(values[head], rest)))
 
 
-def _at(values: dict[str, Any], key: str) -> Any:
+def _at(values: Mapping[str, Any], key: str) -> Any:
     head, _, rest = key.partition(".")
     value = values.get(head)
     if not rest:

@@ -47,7 +47,7 @@ def logit_bound(hidden: Tensor, weight: Tensor, exact: Tensor, spec: RouterSpec,
     """
     x = normed_input(hidden, spec, tensors, torch.float64)
     magnitude = x.abs() @ weight.double().abs().T
-    bound = 4 * spec.hidden_size**0.5 * U * magnitude
+    bound: Tensor = 4 * spec.hidden_size**0.5 * U * magnitude
     if spec.input_norm_eps is not None:
         bound = bound + _NORM_ERROR * magnitude
     if tensors.bias is not None:

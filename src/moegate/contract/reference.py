@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moegate.routing import Routing, RouterTensors
+from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -21,7 +21,7 @@ def router_logits(
 ) -> Tensor:
     """[M, K] and [R, K] -> logits [M, R] in `dtype`, holding bfloat16 values if the spec rounds them."""
     hidden = normed_input(hidden, spec, tensors, dtype)
-    logits = hidden @ weight.to(dtype).T
+    logits: Tensor = hidden @ weight.to(dtype).T
     if tensors.bias is not None:
         logits = logits + tensors.bias.to(dtype)
     if spec.logits_dtype == "bfloat16":
@@ -37,7 +37,8 @@ def normed_input(hidden: Tensor, spec: RouterSpec, tensors: RouterTensors, dtype
     assert tensors.input_scale is not None
     mean_square = hidden.square().mean(dim=-1, keepdim=True)
     normed = hidden * torch.rsqrt(mean_square + spec.input_norm_eps)
-    return normed * tensors.input_scale.to(dtype) * spec.hidden_size**-0.5
+    scaled: Tensor = normed * tensors.input_scale.to(dtype) * spec.hidden_size**-0.5
+    return scaled
 
 
 def select(
@@ -113,10 +114,11 @@ def choice_keys(logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Ten
 
 def group_scores(keys: Tensor, spec: RouterSpec) -> Tensor:
     """Keys [M, E] -> the score of each group [M, n_group]."""
-    grouped = keys.unflatten(-1, (spec.n_group, -1))
+    grouped: Tensor = keys.unflatten(-1, (spec.n_group, -1))
     if spec.group_score == "max":
         return grouped.amax(dim=-1)
-    return grouped.topk(2, dim=-1).values.sum(dim=-1)
+    best_two: Tensor = grouped.topk(2, dim=-1).values
+    return best_two.sum(dim=-1)
 
 
 def eligible_experts(keys: Tensor, spec: RouterSpec) -> Tensor:
@@ -132,7 +134,8 @@ def best_first(keys: Tensor, k: int, eligible: Tensor | None = None) -> Tensor:
     """Keys [M, E] -> the ids [M, k] of the k largest, in descending order, the lowest id first among equals."""
     if eligible is not None:
         keys = keys.masked_fill(~eligible, -torch.inf)  # below every key, for those are finite
-    return keys.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    order: Tensor = keys.sort(dim=-1, descending=True, stable=True).indices
+    return order[:, :k]
 
 
 def weights_at(ids: Tensor, logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from moegate.contract import bounds
 from moegate.contract.bounds import Interval
-from moegate.contract.reference import eligible_experts, select
-from moegate.routing import Routing, RouterTensors
+from moegate.contract.reference import router_logits, select
+from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
 
@@ -46,6 +46,9 @@ def verify_routing(
         routing: What a backend returned.
         logits: The backend's own logits, for an exact check of the choice; or the reference's,
             together with the error that the backend's may have.
+        spec: What the router computes.
+        tensors: The small tensors that the spec asks for.
+        input_ids: [M], for hash routing.
         logit_error: [M, R] float64, how far the backend's logits may be from `logits`; None: equal.
 
     Returns:
@@ -53,7 +56,7 @@ def verify_routing(
     """
     # One place to compare: small tensors, and a device whose float64 is exact.
     logits, input_ids = logits.cpu(), None if input_ids is None else input_ids.cpu()
-    routing = Routing(*(part if part is None else part.cpu() for part in routing))
+    routing = Routing(*(part if part is None else part.cpu() for part in routing))  # type: ignore[arg-type]
     tensors = RouterTensors(*(part if part is None else part.cpu() for part in tensors))
     exact_logits = logit_error is None
     error = torch.zeros(logits.shape, dtype=torch.float64) if logit_error is None else logit_error.cpu()
@@ -140,10 +143,6 @@ def _verify_values(
 
 def verify_logits(logits: Tensor, hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Verdict:
     """Holds logits [M, R] against float64 and the bound of docs/contract.md."""
-    from dataclasses import replace
-
-    from moegate.contract.reference import router_logits
-
     verdict = Verdict(rows=len(hidden))
     hidden, weight, logits = hidden.cpu(), weight.cpu(), logits.cpu()
     tensors = RouterTensors(*(part if part is None else part.cpu() for part in tensors))

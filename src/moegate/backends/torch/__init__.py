@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moegate.backends.torch import gemm
 from moegate.backends.torch.select import select
-from moegate.routing import Routing, RouterTensors
+from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
 
@@ -48,4 +48,4 @@ class TorchBackend:
             assert tensors.input_scale is not None
             hidden = gemm.normed_input(hidden, tensors.input_scale, spec.input_norm_eps)
         logits = gemm.router_gemm(hidden, weight, tensors.bias, getattr(torch, spec.logits_dtype), prepared)
-        return select(logits, spec, tensors, input_ids)._replace(logits=logits)
+        return select(logits, spec, tensors, input_ids)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,53 +13,48 @@ from torch import Tensor
 
 
 class PreparedWeight(NamedTuple):
-    """A weight that will not change, in the layouts that the CPU's products want."""
+    """A weight that will not change, in oneDNN's own layout, which F.linear would make anew in each call."""
 
-    plain: Tensor
-    """[R, K] in the dtype of the product: best for one token, which is a matrix-vector product."""
     packed: Tensor
-    """The same in oneDNN's own layout, which F.linear would make anew in each call."""
+    dtype: torch.dtype
 
 
-_PACKED_FOR_TOKENS = 8  # a hint to oneDNN; measured within 5 % of the best at 2 to 512 tokens
+_PACKED_FOR_TOKENS = 8  # a hint to oneDNN; measured within 5 % of the best at 1 to 512 tokens
 
 
 def prepare(weight: Tensor, out_dtype: torch.dtype) -> PreparedWeight | None:
     """Prepares the weight [R, K] of a gate whose logits have `out_dtype`; None where nothing is to gain."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if not weight.is_cpu or not torch.backends.mkldnn.is_available():
         return None
-    plain = weight.to(_product_dtype(weight.dtype, weight.dtype, out_dtype)).contiguous()
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() and plain.dtype != torch.float32:
+    dtype = _product_dtype(weight.dtype, weight.dtype, out_dtype)
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
-    return PreparedWeight(plain, torch.ops.mkldnn._reorder_linear_weight(plain, _PACKED_FOR_TOKENS))
+    return PreparedWeight(torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), _PACKED_FOR_TOKENS), dtype)
 
 
 def router_gemm(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, prepared: PreparedWeight | None = None
 ) -> Tensor:
     """[M, K] x [R, K] (+ [R]) -> logits [M, R], accumulated in float32 and rounded at most once."""
-    if hidden.device.type == "cuda" and hidden.dtype == weight.dtype != torch.float32:
+    if hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32:
         logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         return (logits if bias is None else logits + bias.float()).to(out_dtype)
-    dtype = torch.float32
-    if hidden.device.type == "cpu":
-        dtype = _product_dtype(hidden.dtype, weight.dtype, out_dtype)
+    dtype = _product_dtype(hidden.dtype, weight.dtype, out_dtype) if hidden.is_cpu else torch.float32
     if bias is not None and bias.dtype != dtype:
         dtype, bias = torch.float32, bias.float()
-    if prepared is None or prepared.plain.dtype != dtype:
-        logits = _product(hidden.to(dtype), weight.to(dtype), bias)
-    elif len(hidden) <= 1:
-        logits = _product(hidden.to(dtype), prepared.plain, bias)
-    else:
+    if prepared is not None and prepared.dtype == dtype and hidden.shape[0]:
         logits = _product(hidden.to(dtype), prepared.packed, bias, is_packed=True)
-    return logits.to(out_dtype)
+    else:
+        logits = _product(hidden.to(dtype), weight.to(dtype), bias)
+    return logits if dtype == out_dtype else logits.to(out_dtype)
 
 
 def normed_input(hidden: Tensor, input_scale: Tensor, eps: float) -> Tensor:
     """[M, K] -> its RMS norm times input_scale [K] times K**-0.5, in float32."""
     hidden = hidden.float()
     normed = hidden * torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + eps)
-    return normed * (input_scale.float() * hidden.shape[1] ** -0.5)
+    scaled: Tensor = normed * (input_scale.float() * hidden.shape[1] ** -0.5)
+    return scaled
 
 
 def _product_dtype(hidden: torch.dtype, weight: torch.dtype, out: torch.dtype) -> torch.dtype:
@@ -65,28 +62,52 @@ def _product_dtype(hidden: torch.dtype, weight: torch.dtype, out: torch.dtype) -
     return out if hidden == weight == out else torch.float32
 
 
-_precision_lock = threading.Lock()
-
-
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, is_packed: bool = False) -> Tensor:
-    """hidden @ weight.T + bias; in float32, exact to float32 whatever `set_float32_matmul_precision` allows.
-
-    "high" and "medium" let PyTorch multiply in TF32 or bfloat16: 2**-11 of a logit swaps experts.
-    The setting is the process's, so that threads take turns in changing it.
-    """
-    settings = torch.backends.cuda.matmul if hidden.device.type == "cuda" else torch.backends.mkldnn.matmul
-    if hidden.dtype != torch.float32 or settings.fp32_precision in ("ieee", "none"):
+    """`hidden @ weight.T + bias`; in float32, exact to float32 whatever the process allows PyTorch."""
+    if hidden.dtype != torch.float32 or not _allows_less_than_float32(hidden.is_cuda):
         return _linear(hidden, weight, bias, is_packed)
-    with _precision_lock:
-        before = settings.fp32_precision
-        settings.fp32_precision = "ieee"
-        try:
-            return _linear(hidden, weight, bias, is_packed)
-        finally:
-            settings.fp32_precision = before
+    with _full_float32(hidden.is_cuda):
+        return _linear(hidden, weight, bias, is_packed)
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, is_packed: bool) -> Tensor:
     if is_packed:
-        return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+        logits: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+        return logits
     return F.linear(hidden, weight, bias)
+
+
+# `torch.set_float32_matmul_precision("high")`, which many programs call, lets PyTorch multiply float32
+# in TF32 ("medium": in bfloat16). 2**-11 of a logit swaps experts, so that a router must not take part.
+# From torch 2.9 on the setting has a place for each kind of device; before, one for all.
+_HAS_SETTING_BY_DEVICE = hasattr(torch.backends.mkldnn, "matmul")
+_precision_lock = threading.Lock()
+
+
+def _allows_less_than_float32(is_cuda: bool) -> bool:
+    if _HAS_SETTING_BY_DEVICE:
+        return _setting(is_cuda).fp32_precision not in ("ieee", "none")
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+@contextmanager
+def _full_float32(is_cuda: bool) -> Iterator[None]:
+    """Forbids it for a moment. The setting is the process's, so that threads take turns."""
+    with _precision_lock:
+        if _HAS_SETTING_BY_DEVICE:
+            setting = _setting(is_cuda)
+            before, setting.fp32_precision = setting.fp32_precision, "ieee"
+        else:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            if _HAS_SETTING_BY_DEVICE:
+                setting.fp32_precision = before
+            else:
+                torch.set_float32_matmul_precision(before)
+
+
+def _setting(is_cuda: bool) -> Any:
+    return torch.backends.cuda.matmul if is_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

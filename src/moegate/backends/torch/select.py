@@ -10,78 +10,103 @@ from torch import Tensor
 
 from moegate.backends.torch.top_k import top_k
 from moegate.contract.reference import FLOAT32_MAX, LEAST_SUM
-from moegate.routing import Routing, RouterTensors
+from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
+
+# Up to so many rows on a CPU, where every op counts, one stable sort orders and shows what is special.
+_FEW_ROWS = 16
 
 
 def select(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
-    """Logits [M, R], float32 or bfloat16, to the routing."""
-    coarse = logits.dtype == torch.bfloat16 and spec.selects_on_logits
-    logits = logits.float()
-    all_finite = _known_finite(logits)
-    row_is_nan = None
-    if not all_finite:
-        row_is_nan = logits.amax(dim=-1, keepdim=True).isnan()  # a maximum carries a NaN on, in one pass
-        logits = logits.nan_to_num(nan=-FLOAT32_MAX)
+    """Logits [M, R], float32 or bfloat16, to the routing, which carries them."""
+    if logits.is_cpu and logits.shape[0] <= _FEW_ROWS and not torch.compiler.is_compiling():
+        routing = _select_few_plain_rows(logits, spec, tensors)
+        if routing is not None:
+            return routing
 
+    finite, row_is_nan = logits.float(), None
+    if not _known_finite(finite):
+        row_is_nan = finite.amax(dim=-1, keepdim=True).isnan()  # a maximum carries a NaN on, in one pass
+        finite = finite.nan_to_num(nan=-FLOAT32_MAX)
     scores = None
     if spec.hash_routing:
-        assert tensors.tid2eid is not None and input_ids is not None
         ids, outside = _look_up(input_ids, tensors.tid2eid)
         row_is_nan = outside if row_is_nan is None else row_is_nan | outside
     else:
-        keys, scores = _choice_keys(logits, spec, tensors)
+        keys, scores = _choice_keys(finite, spec, tensors)
+        if not spec.selects_on_logits:
+            keys = keys.nan_to_num(nan=-FLOAT32_MAX)
+        coarse = logits.dtype == torch.bfloat16 and spec.selects_on_logits
         ids = top_k(_mask_groups(keys, spec), spec.top_k, coarse=coarse)
-
-    weights, shared = _weights(ids, logits, scores, spec, tensors)
-    identity = None
-    if spec.num_zero_experts:
-        identity = weights.masked_fill(ids < spec.num_experts, 0).sum(dim=-1, keepdim=True)
-    dtype = getattr(torch, spec.topk_weights_dtype)
-    weights, shared, identity = (
-        part if part is None else (part if row_is_nan is None else part.masked_fill(row_is_nan, torch.nan)).to(dtype)
-        for part in (weights, shared, identity)
-    )
-    assert weights is not None
-    return Routing(
-        topk_ids=ids.to(torch.int32),
-        topk_weights=weights,
-        shared_weights=shared,
-        identity_weight=None if identity is None else identity.squeeze(-1),
-    )
+    weights, shared = _weights(ids, finite.gather(1, ids), finite, scores, spec, tensors)
+    return _routing(ids, weights, logits, shared, row_is_nan, spec)
 
 
 def _known_finite(logits: Tensor) -> bool:
-    """True if there is surely no NaN and no infinity among the logits [M, R], so that no row is special.
+    """True if there is surely no NaN and no infinity among the logits, so that no row is special.
 
     A finite sum proves it. Only a CPU can be asked: elsewhere the answer is a wait, in a graph a break.
     """
-    if logits.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return math.isfinite(float(logits.sum()))
+    return logits.is_cpu and not torch.compiler.is_compiling() and math.isfinite(logits.sum())
+
+
+def _select_few_plain_rows(logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Routing | None:
+    """The same for a few rows without NaN or infinities; None if there may be any."""
+    if spec.hash_routing or spec.num_shared_gates:
+        return None
+    wide = logits if spec.selects_on_logits else logits.float()
+    keys, scores = _choice_keys(wide, spec, tensors)
+    values, order = _mask_groups(keys, spec).sort(dim=-1, descending=True, stable=True)
+    values, ids = values[:, : spec.top_k], order[:, : spec.top_k]
+    # Descending order puts a NaN first: a row is plain if its ends are finite.
+    if not all(row[0] < math.inf and row[-1] > -math.inf for row in values.tolist()):
+        return None
+    selected = values.float() if spec.selects_on_logits else wide.gather(1, ids)
+    weights, _ = _weights(ids, selected, wide, scores, spec, tensors)
+    return _routing(ids, weights, logits, None, None, spec)
+
+
+def _routing(
+    ids: Tensor, weights: Tensor, logits: Tensor, shared: Tensor | None, row_is_nan: Tensor | None, spec: RouterSpec
+) -> Routing:
+    """Puts the parts together: NaN in the rows that had one, and the dtype that the spec asks for."""
+    identity = None
+    if spec.num_zero_experts:
+        identity = weights.masked_fill(ids < spec.num_experts, 0).sum(dim=-1, keepdim=True)
+    return Routing(
+        ids.to(torch.int32),
+        _finished(weights, row_is_nan, spec),
+        logits,
+        None if shared is None else _finished(shared, row_is_nan, spec),
+        None if identity is None else _finished(identity, row_is_nan, spec).squeeze(-1),
+    )
+
+
+def _finished(weights: Tensor, row_is_nan: Tensor | None, spec: RouterSpec) -> Tensor:
+    if row_is_nan is not None:
+        weights = weights.masked_fill(row_is_nan, torch.nan)
+    return weights if spec.topk_weights_dtype == "float32" else weights.to(getattr(torch, spec.topk_weights_dtype))
 
 
 def _choice_keys(logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> tuple[Tensor, Tensor | None]:
     """Logits [M, R] -> the keys [M, E] and, where they came by, the experts' scores [M, E]."""
-    selectable = logits[:, : spec.num_selectable]
+    selectable = logits if spec.num_shared_gates == 0 else logits[:, : spec.num_selectable]
     if spec.selects_on_logits:
         return selectable, None
     transformed = _transform(selectable, spec)
     bias = tensors.e_score_correction_bias
     if spec.correction_bias == "logit":
         assert bias is not None
-        return (transformed + bias).nan_to_num(nan=-FLOAT32_MAX), None
+        return transformed + bias, None
     scores = _score(transformed, spec)
-    if bias is None:
-        return scores, scores
-    return (scores + bias).nan_to_num(nan=-FLOAT32_MAX), scores
+    return (scores if bias is None else scores + bias), scores
 
 
 def _mask_groups(keys: Tensor, spec: RouterSpec) -> Tensor:
     """Keys [M, E] with -inf, which is below every key, outside of the topk_group best groups."""
     if spec.n_group == 1:
         return keys
-    grouped = keys.unflatten(-1, (spec.n_group, -1))
+    grouped: Tensor = keys.unflatten(-1, (spec.n_group, -1))
     if spec.group_score == "max":
         group_scores = grouped.amax(dim=-1)
     else:
@@ -92,34 +117,40 @@ def _mask_groups(keys: Tensor, spec: RouterSpec) -> Tensor:
     return grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(1)
 
 
-def _look_up(input_ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def _look_up(input_ids: Tensor | None, table: Tensor | None) -> tuple[Tensor, Tensor]:
     """Token ids [M] -> expert ids [M, k], and a mask [M, 1] of the token ids outside the table.
 
     On a CPU an id outside the table was refused before. A GPU cannot be asked without waiting for
     it: there such an id reads the nearest row of the table, and its weights become NaN.
     """
+    assert input_ids is not None and table is not None
     rows = input_ids.long()
-    outside = (rows < 0) | (rows >= len(table))
-    return table[rows.clamp(0, len(table) - 1)].long(), outside.unsqueeze(-1)
+    outside = (rows < 0) | (rows >= table.shape[0])
+    return table[rows.clamp(0, table.shape[0] - 1)].long(), outside.unsqueeze(-1)
 
 
 def _weights(
-    ids: Tensor, finite: Tensor, scores: Tensor | None, spec: RouterSpec, tensors: RouterTensors
+    ids: Tensor,
+    selected: Tensor,
+    logits: Tensor,
+    scores: Tensor | None,
+    spec: RouterSpec,
+    tensors: RouterTensors,
 ) -> tuple[Tensor, Tensor | None]:
-    """The weights of the chosen ids [M, k] and, if the spec has any, of the shared gates."""
+    """The weights of the chosen ids [M, k], whose logits are `selected`; and those of the shared gates."""
     shared = None
     if spec.softmax_over_selected:
-        weights = torch.softmax(_transform(finite.gather(1, ids), spec), dim=-1)
+        weights = _softmax_of_few(_transform(selected, spec))
     elif spec.weights_from == "sigmoid_of_selected":
-        weights = torch.sigmoid(_transform(finite.gather(1, ids), spec))
+        weights = torch.sigmoid(_transform(selected, spec))
     elif scores is not None:
         weights = scores.gather(1, ids)
     elif spec.scoring_func == "softmax":
-        weights = _score(_transform(finite[:, : spec.num_selectable], spec), spec).gather(1, ids)
+        weights = _score(_transform(logits[:, : spec.num_selectable].float(), spec), spec).gather(1, ids)
     else:
-        weights = _score(_transform(finite.gather(1, ids), spec), spec)
+        weights = _score(_transform(selected, spec), spec)
     if spec.num_shared_gates:
-        shared = _score(_transform(finite[:, spec.num_selectable :], spec), spec)
+        shared = _score(_transform(logits[:, spec.num_selectable :], spec), spec)
 
     scale: Tensor | float = spec.routed_scaling_factor
     if tensors.global_scale is not None:
@@ -135,6 +166,14 @@ def _weights(
     if tensors.per_expert_scale is not None:
         weights = weights * tensors.per_expert_scale.float()[ids]
     return weights, shared
+
+
+def _softmax_of_few(logits: Tensor) -> Tensor:
+    """A softmax over a short last dimension, for which a CPU's own takes ten times as long on many rows."""
+    if not logits.is_cpu or logits.shape[0] <= _FEW_ROWS:
+        return torch.softmax(logits, dim=-1)
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
+    return weights.div_(weights.sum(dim=-1, keepdim=True))
 
 
 def _transform(logits: Tensor, spec: RouterSpec) -> Tensor:

@@ -187,8 +187,13 @@ CLASSES: dict[str, str] = {
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     """The config of the tiny model; `overrides` are keys of the family's own config."""
     config_class = CONFIG_MAPPING[model_type]
-    known = {key: value for key, value in SMALL.items() if _knows(config_class, key)}
-    return config_class(**(known | TINY[model_type] | overrides))
+    return config_class(**(small_sizes(config_class) | TINY[model_type] | overrides))
+
+
+def small_sizes(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Those of the small sizes that a config class knows."""
+    known = getattr(config_class, "__dataclass_fields__", {})
+    return {key: value for key, value in SMALL.items() if key in known}
 
 
 def tiny_model(
@@ -202,10 +207,6 @@ def tiny_model(
         _randomise_routers(model)
     _cast(model, dtype)
     return model
-
-
-def _knows(config_class: type[PreTrainedConfig], key: str) -> bool:
-    return key in getattr(config_class, "__dataclass_fields__", {})
 
 
 def _model_class(model_type: str, config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -6,11 +6,9 @@ a model does part of the routing outside of that class, the adapter does that pa
 """
 
 import importlib
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.resources import files
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moegate.catalog.model_types import model_types as catalog_types
 
 Routing = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 """(logits, ids [M, k], weights [M, k] in float32, weights of the shared experts)"""
@@ -150,10 +150,7 @@ def _assign(router: nn.Module, name: str, value: Tensor) -> None:
 
 @cache
 def _routers() -> dict[str, str]:
-    text = (files("moegate") / "catalog" / "model_types.toml").read_text()
-    return {
-        model_type: entry["router"] for model_type, entry in tomllib.loads(text).items() if "router" in entry
-    }
+    return {name: entry.router for name, entry in catalog_types().items() if entry.router is not None}
 
 
 def model_types() -> list[str]:

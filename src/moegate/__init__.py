@@ -1,11 +1,35 @@
 """moegate: the router of every mixture-of-experts model. Hidden states in, expert ids and weights out."""
 
+from typing import TYPE_CHECKING
+
 from moegate import catalog
 from moegate.catalog import get_spec
-from moegate.functional import route, router_gemm, select
-from moegate.gate import Gate
-from moegate.routing import Routing
 from moegate.spec import RouterSpec
+
+if TYPE_CHECKING:
+    from moegate.functional import route, router_gemm, select
+    from moegate.gate import Gate
+    from moegate.routing import Routing
+else:
+    # Importing PyTorch takes over a second: specs and the catalog do without it.
+    _NEEDS_TORCH = {
+        "Gate": "moegate.gate",
+        "Routing": "moegate.routing",
+        "route": "moegate.functional",
+        "router_gemm": "moegate.functional",
+        "select": "moegate.functional",
+    }
+
+    def __getattr__(name):
+        if name not in _NEEDS_TORCH:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        return globals().setdefault(name, getattr(import_module(_NEEDS_TORCH[name]), name))
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 

@@ -69,7 +69,7 @@ def _spec_of_layer(folder: Path, layer: int, model_type: ModelType, files: dict[
     gated = layers_with_gate(files, model_type)
     if layer not in gated:
         names = ", ".join(suffix for suffix, _ in _alternatives(model_type, "weight"))
-        allowed = f"layers with a router: {_ranges(gated)}" if gated else f"no layer has a {names}"
+        allowed = f"layers with a router: {ranges(gated)}" if gated else f"no layer has a {names}"
         raise ValueError(f"layer = {layer}; allowed: {allowed}, in {folder}")
     return spec_from_config(folder, layer=layer)
 
@@ -143,7 +143,7 @@ def _shaped(role: str, tensor: Tensor, name: str, spec: RouterSpec) -> Tensor:
     return tensor.reshape(shape).contiguous()
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """[1, 2, 3, 7] -> "1-3, 7"."""
     parts: list[list[int]] = []
     for number in numbers:

@@ -15,6 +15,7 @@ from moegate.spec import RouterSpec
 
 # Where composite models keep the config of the part that routes.
 _NESTED = ("text_config", "thinker_config", "language_config", "llm_config")
+_DTYPE_KEYS = ("dtype", "torch_dtype")
 _NULL_MEANS_ONE = ("n_group", "topk_group", "routed_scaling_factor")
 _SPEC_FIELDS = tuple(field.name for field in fields(RouterSpec))
 
@@ -25,7 +26,7 @@ def spec_from_config(
     """See `RouterSpec.from_config`."""
     values, model_type = routing_config(config)
     if layer is not None:
-        values = {**values, **values.get("per_layer_config", {}).get(str(layer), {})}
+        values = {**values, **_of_one_layer(values, layer)}
     found = {name: _field(name, values, model_type, layer) for name in _SPEC_FIELDS}
     spec = {name: value for name, value in found.items() if value is not _ABSENT}
     if model_type.hash_routing_layers is not None and _is_hash_layer(values, model_type.hash_routing_layers, layer):
@@ -34,10 +35,13 @@ def spec_from_config(
         spec["logits_dtype"] = "bfloat16" if _dtype(values) == "bfloat16" else "float32"
     if spec.get("logit_softcapping") == 0:
         spec["logit_softcapping"] = None
+    if not spec.get("renormalize"):  # then there is no sum that a type's epsilon could be added to
+        spec.pop("renormalize_eps", None)
+        spec.pop("renormalize_floor", None)
     try:
         return RouterSpec(**spec)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"config of model_type {model_type.name!r}: {error}") from None
+        raise ValueError(f"config of model_type {model_type.name!r}: {error}") from None
 
 
 def routing_config(config: object) -> tuple[dict[str, Any], ModelType]:
@@ -49,9 +53,10 @@ def routing_config(config: object) -> tuple[dict[str, Any], ModelType]:
     while queue:
         part = queue.pop(0)
         name = part.get("model_type")
-        if name in known:
-            inherited: dict[str, Any] = {key: values[key] for key in ("dtype", "torch_dtype") if key in values}
-            return {**inherited, **part}, known[name]
+        if isinstance(name, str) and name in known:
+            own = {key: value for key, value in part.items() if key not in _DTYPE_KEYS or value is not None}
+            inherited = {key: values[key] for key in _DTYPE_KEYS if key in values}
+            return {**inherited, **own}, _become(known[name], part)
         if name is not None:
             seen.append(str(name))
         queue.extend(part[key] for key in _NESTED if isinstance(part.get(key), Mapping))
@@ -61,6 +66,15 @@ def routing_config(config: object) -> tuple[dict[str, Any], ModelType]:
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     got = ", ".join(map(repr, seen))
     raise ValueError(f"config: unknown model_type {got}; {hint}known: {', '.join(sorted(known))}")
+
+
+def _become(model_type: ModelType, values: dict[str, Any]) -> ModelType:
+    """The type that a config really is of, where one name stands for several routers."""
+    for rule in model_type.becomes:
+        other = rule.get(_text(values.get(rule["key"])))
+        if other is not None:
+            return model_types()[other]
+    return model_type
 
 
 def _as_dict(config: object) -> dict[str, Any]:
@@ -73,6 +87,8 @@ def _as_dict(config: object) -> dict[str, Any]:
             loaded = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"config: no file {path}") from None
+        except OSError as error:
+            raise ValueError(f"config: cannot read {path}: {error}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"config: {path} is not JSON: {error}") from None
         if not isinstance(loaded, dict):
@@ -115,7 +131,7 @@ def _choose(name: str, choice: dict[str, Any], values: dict[str, Any], model_typ
     if not _has(values, key):
         return "from_keys"
     value = _at(values, key)
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = _text(value)
     if text in choice:
         return choice[text]
     if "else" in choice:
@@ -124,27 +140,39 @@ def _choose(name: str, choice: dict[str, Any], values: dict[str, Any], model_typ
     raise ValueError(f"config of model_type {model_type.name!r}: {key} = {value!r}; allowed for {name}: {allowed}")
 
 
+def _text(value: Any) -> str:
+    """What model_types.toml calls a value: its JSON text, or the string itself."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _of_layer(name: str, key: str, value: Any, layer: int | None) -> Any:
     """The entry of a layer, where a config lists one for each."""
-    if not isinstance(value, list):
+    if not isinstance(value, (list, tuple)):
         return value
     if layer is not None:
         if not 0 <= layer < len(value):
             raise ValueError(f"layer = {layer}; allowed: 0 to {len(value) - 1}, for {key} lists {len(value)} layers")
         return value[layer]
-    if len(set(value)) != 1:
+    if not value or any(entry != value[0] for entry in value):
         raise ValueError(f"config: {key} differs between layers ({value}); name the layer to get {name}")
     return value[0]
 
 
+def _of_one_layer(values: dict[str, Any], layer: int) -> dict[str, Any]:
+    """What a config says of this layer alone."""
+    layers = values.get("per_layer_config")
+    own = layers.get(str(layer)) if isinstance(layers, Mapping) else None
+    return dict(own) if isinstance(own, Mapping) else {}
+
+
 def _is_hash_layer(values: dict[str, Any], rule: dict[str, Any], layer: int | None) -> bool:
     kinds = values.get(rule["key"])
-    if kinds is not None:
+    if isinstance(kinds, (list, tuple)):
         if layer is not None:
-            return bool(_of_layer("hash_routing", rule["key"], list(kinds), layer) == rule["value"])
+            return bool(_of_layer("hash_routing", rule["key"], kinds, layer) == rule["value"])
         return 2 * sum(kind == rule["value"] for kind in kinds) > len(kinds)
-    first = values.get(rule.get("first_key", ""))
-    return layer is not None and bool(layer < (rule.get("first_default", 0) if first is None else first))
+    first = values.get(rule["first_key"])
+    return layer is not None and bool(layer < (first if isinstance(first, int) else rule["first_default"]))
 
 
 def _dtype(values: dict[str, Any]) -> str:

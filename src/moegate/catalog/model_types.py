@@ -31,6 +31,7 @@ class ModelType:
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     hash_routing_layers: dict[str, Any] | None = None
     layers: str = "layers"
+    becomes: list[dict[str, str]] = field(default_factory=list)
 
 
 def read_toml(name: str) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def _resolved(table: dict[str, Any], tables: dict[str, Any], templates: dict[str
     if parent_name is None:
         return table
     parent = _resolved(templates.get(parent_name) or tables[parent_name], tables, templates)
-    for own in ("router", "source", "note"):
+    for own in ("router", "source", "note", "becomes"):
         parent.pop(own, None)
     for merged in _MERGED:
         table[merged] = {**parent.get(merged, {}), **table.get(merged, {})}

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from moegate.contract.reference import (
-    LEAST_SUM,
     choice_keys,
     finite_logits,
     group_scores,
+    least_sum,
     normed_input,
     scores_of,
     transformed,
@@ -75,7 +75,8 @@ def score_interval(logits: Tensor, spec: RouterSpec, logit_error: Tensor) -> Int
     # exp(a (1 + u)) = exp(a) (1 + a u): an argument's rounding grows with the argument. Below e**-104
     # float32 has no value, so that larger arguments change nothing.
     relative = _FUNCTION_ERROR + 2 * U * argument.abs().clamp(max=128)
-    return Interval((low * (1 - relative) - SMALLEST_NORMAL).clamp(min=0), high * (1 + relative) + SMALLEST_NORMAL)
+    underflow = SMALLEST_NORMAL**0.5 if spec.scoring_func == "sqrtsoftplus" else SMALLEST_NORMAL
+    return Interval((low * (1 - relative) - underflow).clamp(min=0), high * (1 + relative) + underflow)
 
 
 def transform_error(logits: Tensor, spec: RouterSpec) -> Tensor:
@@ -144,7 +145,7 @@ _SIGMOID = RouterSpec(hidden_size=1, num_experts=1, top_k=1, scoring_func="sigmo
 
 def _total(weights: Tensor, shared: Tensor, spec: RouterSpec) -> Tensor:
     total = weights.sum(dim=-1, keepdim=True) + shared.sum(dim=-1, keepdim=True) + spec.renormalize_eps
-    return total.clamp(min=max(spec.renormalize_floor, LEAST_SUM))
+    return total.clamp(min=least_sum(spec))
 
 
 def _scaled(weights: Interval, ids: Tensor | None, spec: RouterSpec, tensors: RouterTensors) -> Interval:

@@ -12,8 +12,14 @@ from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-LEAST_SUM = 2.0**-100
-"""The least renormalising sum: far above float32's underflow, far below any score that counts."""
+
+
+def least_sum(spec: RouterSpec) -> float:
+    """The least renormalising sum: far above what underflows in float32, far below any score that counts.
+
+    A sqrtsoftplus is the root of what underflows at 2**-126.
+    """
+    return max(spec.renormalize_floor, 2.0**-40 if spec.scoring_func == "sqrtsoftplus" else 2.0**-100)
 
 
 def router_logits(
@@ -118,7 +124,9 @@ def group_scores(keys: Tensor, spec: RouterSpec) -> Tensor:
     if spec.group_score == "max":
         return grouped.amax(dim=-1)
     best_two: Tensor = grouped.topk(2, dim=-1).values
-    return best_two.sum(dim=-1)
+    total = best_two.sum(dim=-1)
+    # Beyond float32's range sums are infinite, and tie; twice the maximum stands for it in a wider dtype.
+    return torch.where(total.abs() > FLOAT32_MAX, torch.sign(total) * 2 * FLOAT32_MAX, total)
 
 
 def eligible_experts(keys: Tensor, spec: RouterSpec) -> Tensor:
@@ -152,7 +160,7 @@ def weights_at(ids: Tensor, logits: Tensor, spec: RouterSpec, tensors: RouterTen
         shared = scores_of(shared, spec)
     if spec.renormalize and not spec.softmax_over_selected:
         total = weights.sum(dim=-1, keepdim=True) + shared.sum(dim=-1, keepdim=True) + spec.renormalize_eps
-        total = total.clamp(min=max(spec.renormalize_floor, LEAST_SUM))
+        total = total.clamp(min=least_sum(spec))
         weights, shared = weights / total, shared / total
 
     factor = torch.full((1,), spec.routed_scaling_factor, dtype=logits.dtype, device=logits.device)

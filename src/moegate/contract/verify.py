@@ -136,8 +136,9 @@ def _verify_values(
         found = "missing" if values is None else f"{values.dtype} {tuple(values.shape)}"
         verdict.problems.append(f"{name} {found}, not {spec.topk_weights_dtype} {tuple(allowed.low.shape)}")
         return
-    values = values.double()
-    inside = (values >= allowed.low) & (values <= allowed.high)
+    limit = torch.finfo(values.dtype).max  # what is larger saturates to infinity
+    values = values.double().clamp(-limit, limit)
+    inside = (values >= allowed.low.clamp(max=limit)) & (values <= allowed.high.clamp(min=-limit))
     verdict.breach(~torch.where(has_nan, values.isnan(), inside), f"{name} outside the bound")
 
 

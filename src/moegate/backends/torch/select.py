@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moegate.backends.torch.top_k import top_k
-from moegate.contract.reference import FLOAT32_MAX, LEAST_SUM
+from moegate.contract.reference import FLOAT32_MAX, least_sum
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
@@ -55,10 +55,12 @@ def _select_few_plain_rows(logits: Tensor, spec: RouterSpec, tensors: RouterTens
     if spec.hash_routing or spec.num_shared_gates:
         return None
     wide = logits if spec.selects_on_logits else logits.float()
+    if not spec.selects_on_logits and not _known_finite(wide):
+        return None
     keys, scores = _choice_keys(wide, spec, tensors)
     values, order = _mask_groups(keys, spec).sort(dim=-1, descending=True, stable=True)
     values, ids = values[:, : spec.top_k], order[:, : spec.top_k]
-    # Descending order puts a NaN first: a row is plain if its ends are finite.
+    # Descending order puts a NaN first: the keys of a row are plain if its ends are finite.
     if not all(row[0] < math.inf and row[-1] > -math.inf for row in values.tolist()):
         return None
     selected = values.float() if spec.selects_on_logits else wide.gather(1, ids)
@@ -159,7 +161,7 @@ def _weights(
         total = weights.sum(dim=-1, keepdim=True)
         if shared is not None:
             total = total + shared.sum(dim=-1, keepdim=True)
-        total = (total + spec.renormalize_eps).clamp(min=max(spec.renormalize_floor, LEAST_SUM))
+        total = (total + spec.renormalize_eps).clamp(min=least_sum(spec))
         weights, shared = weights / total, None if shared is None else shared / total
     if isinstance(scale, Tensor) or scale != 1.0:
         weights, shared = weights * scale, None if shared is None else shared * scale

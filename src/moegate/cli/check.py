@@ -1,0 +1,171 @@
+"""`moegate check`: what this machine has, and every backend held against the contract on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.text import Text
+
+from moegate import catalog
+from moegate.cli.output import complain, console, new_table, print_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from moegate.backends.base import Backend
+    from moegate.cli.measure import Comparison
+    from moegate.spec import RouterSpec
+
+# Between them they use every field of a spec that the catalog uses.
+MODELS = (
+    "deepseek-v3",
+    "deepseek-v2",
+    "deepseek-v4-flash",
+    "deepseek-v4-flash-hash",
+    "qwen3-30b-a3b",
+    "gpt-oss-120b",
+    "llama-4-scout",
+    "kolibri-1",
+    "muse-spark-open-816b",
+    "gemma-4-26b-a4b",
+    "ernie-4.5-21b-a3b",
+    "longcat-flash",
+    "inkling",
+)
+TOKENS = (1, 17, 256)
+
+
+def check(as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False) -> None:
+    """Show what this machine has, and hold every backend against float64 on routers of the catalog.
+
+    Random weights and hidden states in the models' real sizes. Exit status: 1 if a check failed.
+    """
+    from moegate import backends
+    from moegate.cli.machine import describe_machine, devices
+
+    machine = describe_machine()
+    support = [
+        {"backend": backend.name, "device": str(device), "reason": backend.unsupported(device)}
+        for backend in backends.BACKENDS
+        for device in devices()
+    ]
+    runs = [
+        (backend, device, name)
+        for backend in backends.BACKENDS
+        for device in devices()
+        if backend.unsupported(device) is None
+        for name in MODELS
+    ]
+    progress = console(stderr=True)
+    checks: list[dict[str, Any]] = []
+    for run in track(runs, "checking", console=progress, transient=True, disable=not progress.is_terminal):
+        checks += _check_model(*run)
+
+    if as_json:
+        rows = [{**row, "runs": row["reason"] is None} for row in support]
+        print_json({"machine": machine, "backends": rows, "checks": checks})
+    else:
+        _print_machine(machine, support, console())
+        _print_checks(checks, console())
+    failed = sum(not check["ok"] for check in checks)
+    if failed:
+        complain(f"{failed} of {len(checks)} checks failed")
+        raise typer.Exit(1)
+    if not checks:
+        complain("no backend runs here")
+        raise typer.Exit(1)
+
+
+def _check_model(backend: Backend, device: torch.device, name: str) -> list[dict[str, Any]]:
+    """One check for each number of tokens; none, with the reason, where the backend does not take the spec."""
+    from moegate.cli.measure import Comparison
+
+    spec = catalog.get_spec(name)
+    facts = {"backend": backend.name, "device": str(device), "model": name}
+    reason = backend.unsupported(device, spec)
+    if reason is not None:
+        return [{**facts, "tokens": None, "ok": True, "skipped": reason, **dataclasses.asdict(Comparison(rows=0))}]
+    return [
+        {**facts, "tokens": tokens, "ok": found.ok, "skipped": None, **dataclasses.asdict(found)}
+        for tokens in TOKENS
+        for found in [_compare(backend, device, spec, tokens)]
+    ]
+
+
+def _compare(backend: Backend, device: torch.device, spec: RouterSpec, tokens: int) -> Comparison:
+    import torch
+
+    from moegate.catalog.synthetic import random_hidden, random_input_ids, random_tensors
+    from moegate.cli.measure import Comparison, compare
+
+    weight, tensors = random_tensors(spec, seed=0, device=device)
+    hidden = random_hidden(spec, tokens, seed=tokens, device=device)
+    input_ids = random_input_ids(tokens, seed=tokens, device=device) if spec.hash_routing else None
+    try:
+        with torch.no_grad():
+            prepared = backend.prepare(weight, spec)
+            routing = backend.route(hidden, weight, spec, tensors, input_ids, prepared)
+    except Exception as error:  # whatever a broken backend raises is the finding
+        message = " ".join(str(error).split())
+        return Comparison(rows=tokens, problems=[f"{type(error).__name__}: {message}"])
+    return compare(routing, hidden, weight, spec, tensors, input_ids)
+
+
+def _print_machine(machine: dict[str, Any], support: list[dict[str, Any]], out: Console) -> None:
+    cuda = f"CUDA {machine['cuda']}" if machine["cuda"] else "without CUDA"
+    out.print(f"python    {machine['python']}, {machine['system']}")
+    out.print(f"torch     {machine['torch']}, {cuda}", soft_wrap=True)
+    out.print(f"cpu       {machine['cpu']}, threads used: {machine['threads']}", soft_wrap=True)
+    for index, gpu in enumerate(machine["gpus"]):
+        facts = f"{gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['memory_gib']} GiB"
+        out.print(f"{f'cuda:{index}':<10}{facts}", soft_wrap=True)
+    if not machine["gpus"]:
+        out.print("gpu       none that PyTorch can use")
+    for row in support:
+        verdict = "runs" if row["reason"] is None else f"does not run: {row['reason']}"
+        out.print(f"backend   {row['backend']} on {row['device']}: {verdict}", soft_wrap=True)
+    out.print()
+
+
+def _print_checks(checks: list[dict[str, Any]], out: Console) -> None:
+    table = new_table()
+    for name in ("backend", "device", "router"):
+        table.add_column(name, overflow="fold")
+    for name in ("logits off by", "of bound", "excused"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for run in dict.fromkeys((row["backend"], row["device"], row["model"]) for row in checks):
+        rows = [row for row in checks if (row["backend"], row["device"], row["model"]) == run]
+        table.add_row(*run, *_cells(rows))
+    out.print(table)
+    out.print()
+    for row in checks:
+        for problem in row["problems"]:
+            where = f"{row['backend']} on {row['device']}, {row['model']}, {row['tokens']} tokens"
+            out.print(Text(f"{where}: {problem}", style="red"), soft_wrap=True)
+    done = [row for row in checks if row["skipped"] is None]
+    passed = sum(row["ok"] for row in done)
+    counts = ", ".join(map(str, TOKENS))
+    summary = f"{passed} of {len(done)} checks passed"
+    out.print(Text(summary, style="green" if passed == len(done) else "bold red"))
+    legend = (
+        f"Each router on {counts} random tokens, against float64. The worst logit, and its share of the error that "
+        "the contract allows (bfloat16 logits: half an ulp and little more); rows with other experts than "
+        "float64's, excused as near-ties."
+    )
+    out.print(Text(legend, style="dim"))
+
+
+def _cells(rows: list[dict[str, Any]]) -> tuple[str | Text, ...]:
+    """The worst of a router's checks."""
+    if rows[0]["skipped"] is not None:
+        return "", "", "", f"not run: {rows[0]['skipped']}"
+    error, share = (max(row[name] for row in rows) for name in ("max_error", "share_of_bound"))
+    excused, tokens = (sum(row[name] for row in rows) for name in ("excused_rows", "rows"))
+    ok = all(row["ok"] for row in rows)
+    verdict = Text("ok", style="green") if ok else Text("FAILED", style="bold red")
+    return f"{error:.1e}", f"{share:.1%}", f"{excused} of {tokens}", verdict

@@ -1,0 +1,155 @@
+"""How exact a routing is, and how long it takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from moegate.contract.bounds import logit_bound
+from moegate.contract.reference import router_logits
+from moegate.contract.verify import verify_logits, verify_routing
+from moegate.routing import RouterTensors, Routing
+from moegate.spec import RouterSpec
+
+_BLOCK = 4096  # rows held against float64 at a time, which takes 8 bytes a number
+_ENOUGH = 300_000.0  # microseconds of calls, for a median to settle
+
+
+@dataclass
+class Comparison:
+    """A routing against the float64 reference."""
+
+    rows: int
+    excused_rows: int = 0
+    """Rows with other experts than the reference's, within the contract's margin."""
+    max_error: float = 0.0
+    """The largest error of a finite logit."""
+    share_of_bound: float = 0.0
+    """The largest error of a logit as a share of what the contract allows to that logit."""
+    problems: list[str] = field(default_factory=list)
+    """Breaches of the contract."""
+
+    @property
+    def ok(self) -> bool:
+        """True if the contract is kept."""
+        return not self.problems
+
+
+def compare(
+    routing: Routing,
+    hidden: Tensor,
+    weight: Tensor,
+    spec: RouterSpec,
+    tensors: RouterTensors,
+    input_ids: Tensor | None = None,
+) -> Comparison:
+    """Holds a routing with its logits against the contract."""
+    result = Comparison(rows=len(hidden))
+    if routing.logits is None:
+        result.problems.append("no logits returned")
+        return result
+    wrong = [
+        f"{name} has {len(part)} rows for {len(hidden)} tokens"
+        for name, part in routing._asdict().items()
+        if part is not None and len(part) != len(hidden)
+    ]
+    if wrong:
+        result.problems += wrong
+        return result
+    for start in range(0, len(hidden), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        block = Routing(*(None if part is None else part[rows] for part in routing))  # type: ignore[arg-type]
+        ids = None if input_ids is None else input_ids[rows]
+        where = f"rows from {start}: " if len(hidden) > _BLOCK else ""
+        _compare_block(result, where, block, hidden[rows], weight, spec, tensors, ids)
+    return result
+
+
+def _compare_block(
+    result: Comparison,
+    where: str,
+    routing: Routing,
+    hidden: Tensor,
+    weight: Tensor,
+    spec: RouterSpec,
+    tensors: RouterTensors,
+    input_ids: Tensor | None,
+) -> None:
+    logits = routing.logits
+    assert logits is not None
+    problems = verify_logits(logits, hidden, weight, spec, tensors).problems
+    if logits.shape == (len(hidden), spec.num_gate_rows):
+        choice = verify_routing(routing, logits, spec, tensors, input_ids=input_ids)
+        problems = problems + choice.problems
+        result.excused_rows += choice.excused_rows
+        error, share = _logit_errors(logits, hidden, weight, spec, tensors)
+        result.max_error, result.share_of_bound = max(result.max_error, error), max(result.share_of_bound, share)
+    result.problems += [where + problem for problem in problems]
+
+
+def _logit_errors(
+    logits: Tensor, hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors
+) -> tuple[float, float]:
+    """The largest error, absolute and as a share of the bound."""
+    logits, hidden, weight = logits.cpu(), hidden.cpu(), weight.cpu()
+    tensors = RouterTensors(*(part if part is None else part.cpu() for part in tensors))
+    exact = router_logits(hidden, weight, replace(spec, logits_dtype="float32"), tensors)
+    bound = logit_bound(hidden, weight, exact, spec, tensors)
+    error = (logits.double() - exact).abs()
+    share = error / bound.clamp(min=torch.finfo(torch.float64).tiny)
+    counted = error.isfinite() & bound.isfinite()
+    if not counted.any():
+        return 0.0, 0.0
+    return float(error[counted].max()), float(share[counted].max())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The median time of a call."""
+
+    median_us: float
+    repeats: int
+
+
+def time_call(call: Callable[[], object], device: torch.device) -> Timing:
+    """Times a call after a warm-up: on a GPU between two events on its stream, elsewhere by the clock."""
+    if device.type != "cuda":
+        return _timing(lambda: _clocked(call))
+    with torch.cuda.device(device):
+        return _timing(lambda: _between_events(call))
+
+
+def _timing(once: Callable[[], float]) -> Timing:
+    _repeat(once, 3)  # to warm up
+    times = _repeat(once, 20)
+    return Timing(statistics.median(times), len(times))
+
+
+def _repeat(once: Callable[[], float], least: int) -> list[float]:
+    """The microseconds of at least so many calls and 0.3 s, at most 1000 calls or 3 s."""
+    times: list[float] = []
+    total = 0.0
+    while (len(times) < least or total < _ENOUGH) and len(times) < 1000 and total < 10 * _ENOUGH:
+        times.append(once())
+        total += times[-1]
+    return times
+
+
+def _clocked(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e6
+
+
+def _between_events(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3

@@ -1,0 +1,95 @@
+"""`moegate route`: a model's router, run and held against the contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moegate.cli.output import complain, console, errors_in_one_line, print_json
+
+if TYPE_CHECKING:
+    from moegate.cli.inputs import Job
+    from moegate.routing import Routing
+
+_MAX_TOKENS = 1 << 20
+
+
+def route(
+    source: Annotated[
+        str, typer.Argument(help="A name of `moegate models`, or a checkpoint folder.", metavar="SOURCE")
+    ],
+    layer: Annotated[int | None, typer.Option(help="The layer; needed for a checkpoint folder.", metavar="L")] = None,
+    hidden: Annotated[
+        Path | None,
+        typer.Option(
+            help="A safetensors file with the hidden states, one 2-D tensor or one named hidden "
+            "(and input_ids where the token ids choose). Without it they are random.",
+            metavar="FILE",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Random tokens; 64 of them unless given.", min=1, max=_MAX_TOKENS, metavar="M")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32, metavar="S")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="A safetensors file for ids, weights and logits.", metavar="FILE")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; unless given, the GPU if there is one.", metavar="D")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
+) -> None:
+    """Run a model's router: show where tokens go, how exact the logits are, and how long a call takes.
+
+    A named model gets random weights of realistic size; a checkpoint folder (config.json and safetensors)
+    its own. Exit status: 1 if the result breaks the contract, 2 for wrong arguments.
+    """
+    with errors_in_one_line():
+        from moegate.cli.inputs import load_job
+        from moegate.cli.machine import pick_device
+
+        if out is not None:
+            _check_out(out)
+        job = load_job(source, layer, hidden, tokens, seed, pick_device(device))
+        routing = job.gate(job.hidden, input_ids=job.input_ids, return_logits=True)
+        if out is not None:
+            _write(out, job, routing)
+
+    from moegate.cli.route_report import print_report, summarise
+
+    summary = summarise(job, routing)
+    if as_json:
+        print_json(summary.as_dict() | {"out": None if out is None else str(out)})
+    else:
+        print_report(summary, console())
+        if out is not None:
+            console().print(f"written   {out}", soft_wrap=True)
+    if not summary.comparison.ok:
+        complain(f"the contract is broken: {'; '.join(summary.comparison.problems)}")
+        raise typer.Exit(1)
+
+
+def _check_out(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: no folder {out.parent}")
+    if out.is_dir():
+        raise ValueError(f"--out: {out} is a folder; allowed: a file")
+
+
+def _write(out: Path, job: Job, routing: Routing) -> None:
+    import dataclasses
+    import json
+
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from moegate import __version__
+
+    tensors = {name: part.contiguous() for name, part in routing._asdict().items() if part is not None}
+    spec = json.dumps(dataclasses.asdict(job.gate.spec))
+    try:
+        save_file(tensors, out, metadata={"spec": spec, "source": job.title, "moegate": __version__})
+    except SafetensorError as error:
+        raise ValueError(f"--out: cannot write {out}: {error}") from None

@@ -1,0 +1,173 @@
+"""What `moegate route` tells about a routing."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from moegate.backends import choose
+from moegate.cli.inputs import Job
+from moegate.cli.machine import device_name
+from moegate.cli.measure import Comparison, Timing, compare, time_call
+from moegate.cli.models import describe
+from moegate.cli.output import new_table
+from moegate.routing import Routing
+from moegate.spec import RouterSpec
+
+_TOKENS_SHOWN = 4
+_LEVELS = "▁▂▃▄▅▆▇█"
+_PER_LINE = 64
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All facts of a run."""
+
+    job: Job
+    routing: Routing
+    backend: str
+    device: str
+    load: Tensor
+    """[E] int64: the tokens of each selectable id."""
+    comparison: Comparison
+    timing: Timing
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: everything, but ids and weights of the first tokens only."""
+        spec = self.job.gate.spec
+        parts = {name: part for name, part in self.routing._asdict().items() if part is not None and name != "logits"}
+        load = self.load.tolist()
+        return {
+            "source": self.job.title,
+            "origin": self.job.origin,
+            "spec": dataclasses.asdict(spec),
+            "tokens": len(self.job.hidden),
+            "hidden_dtype": _short(self.job.hidden),
+            "weight_dtype": _short(self.job.weight),
+            "backend": self.backend,
+            "device": {"type": str(self.job.hidden.device), "name": self.device},
+            "first_tokens": {name: part[:_TOKENS_SHOWN].tolist() for name, part in parts.items()},
+            "load": {"experts": load[: spec.num_experts], "zero_experts": load[spec.num_experts :]},
+            "logits": {
+                "dtype": spec.logits_dtype,
+                "max_error": self.comparison.max_error,
+                "share_of_bound": self.comparison.share_of_bound,
+            },
+            "contract": {
+                "ok": self.comparison.ok,
+                "rows": self.comparison.rows,
+                "excused_rows": self.comparison.excused_rows,
+                "problems": self.comparison.problems,
+            },
+            "time": dataclasses.asdict(self.timing),
+        }
+
+
+def summarise(job: Job, routing: Routing) -> Summary:
+    """Checks and times a routing."""
+    spec, device = job.gate.spec, job.weight.device
+    with torch.no_grad():
+        comparison = compare(routing, job.hidden, job.weight, spec, job.tensors, job.input_ids)
+    in_range = routing.topk_ids.flatten().long().cpu()
+    in_range = in_range[(in_range >= 0) & (in_range < spec.num_selectable)]  # a broken backend is reported, too
+    load = torch.bincount(in_range, minlength=spec.num_selectable)
+    timing = time_call(lambda: job.gate(job.hidden, input_ids=job.input_ids), device)
+    return Summary(job, routing, choose(device, spec).name, device_name(device), load, comparison, timing)
+
+
+def print_report(summary: Summary, out: Console) -> None:
+    """Prints the summary for people."""
+    _print_head(summary, out)
+    _print_tokens(summary, out)
+    _print_load(summary, out)
+    comparison, timing = summary.comparison, summary.timing
+    share = f"{comparison.share_of_bound:.{2 if comparison.share_of_bound < 0.1 else 0}%}"
+    rounded = " (bfloat16)" if summary.job.gate.spec.logits_dtype == "bfloat16" else ""
+    out.print(f"logits    off float64 by {comparison.max_error:.2g}{rounded}, {share} of the contract's bound")
+    kept = Text("kept", style="green") if comparison.ok else Text("BROKEN", style="bold red")
+    rows = f" for {comparison.rows} tokens, {comparison.excused_rows} of them excused as near-ties"
+    out.print(Text("contract  ").append(kept).append(rows if comparison.ok else ""))
+    for problem in comparison.problems:
+        out.print(f"          {problem}", soft_wrap=True)
+    out.print(
+        f"time      {timing.median_us:.1f} µs a call (median of {timing.repeats}) on {summary.device}", soft_wrap=True
+    )
+
+
+def _print_head(summary: Summary, out: Console) -> None:
+    job, spec = summary.job, summary.job.gate.spec
+    extra = f" + {spec.num_zero_experts} zero" if spec.num_zero_experts else ""
+    extra += f" + {spec.num_shared_gates} shared" if spec.num_shared_gates else ""
+    shape = f"{len(job.hidden)} x {spec.hidden_size} → {spec.num_experts}{extra} experts, top {spec.top_k}"
+    out.print(Text(job.title, style="bold cyan").append(f"  {shape}", style="not bold default"), soft_wrap=True)
+    out.print(f"router    {describe(spec)}", soft_wrap=True)
+    out.print(f"inputs    {job.origin}", soft_wrap=True)
+    dtypes = f"{_short(job.hidden)} x {_short(job.weight)} → {spec.logits_dtype} logits"
+    out.print(f"backend   {summary.backend}, {dtypes}")
+    out.print(f"device    {job.hidden.device}, {summary.device}", soft_wrap=True)
+    out.print()
+
+
+def _print_tokens(summary: Summary, out: Console) -> None:
+    routing, spec = summary.routing, summary.job.gate.spec
+    table = new_table()
+    table.add_column("expert, weight")
+    shown = min(_TOKENS_SHOWN, len(routing.topk_ids))
+    for token in range(shown):
+        table.add_column(f"token {token}", justify="right", no_wrap=True)
+    ids, weights = routing.topk_ids[:shown].tolist(), routing.topk_weights[:shown].tolist()
+    for rank in range(routing.topk_ids.shape[1]):
+        cells = (_pair(ids[token][rank], weights[token][rank], spec) for token in range(shown))
+        table.add_row(f"choice {rank + 1}", *cells)
+    if routing.shared_weights is not None:
+        for gate, values in enumerate(routing.shared_weights[:shown].T.tolist()):
+            table.add_row(f"shared gate {gate}", *(f"{value:.4f}" for value in values), style="dim")
+    if routing.identity_weight is not None:
+        masses = routing.identity_weight[:shown].tolist()
+        table.add_row("identity", *(f"{value:.4f}" for value in masses), style="dim")
+    if shown:
+        out.print(table)
+        out.print()
+
+
+def _pair(expert: int, weight: float, spec: RouterSpec) -> str:
+    return f"{expert}{'z' if expert >= spec.num_experts else ''}  {weight:.4f}"
+
+
+def _print_load(summary: Summary, out: Console) -> None:
+    spec = summary.job.gate.spec
+    load = summary.load.tolist()
+    _print_loads("load", "experts", load[: spec.num_experts], 0, max(load), out)
+    if spec.num_zero_experts:
+        _print_loads("zero", "zero experts", load[spec.num_experts :], spec.num_experts, max(load), out)
+    if spec.num_shared_gates:
+        gates = "1 gate takes" if spec.num_shared_gates == 1 else f"{spec.num_shared_gates} gates take"
+        out.print(f"shared    {gates} every token")
+    out.print()
+
+
+def _print_loads(label: str, what: str, load: list[int], first_id: int, highest: int, out: Console) -> None:
+    """Eight levels up to the highest load of all, a dot for none; the ids of a line in front of it."""
+    busiest = max(range(len(load)), key=load.__getitem__)
+    who = f" (id {first_id + busiest})" if load[busiest] else ""
+    spread = f"min {min(load)}, mean {sum(load) / len(load):.1f}, max {load[busiest]} tokens{who}"
+    out.print(f"{label:<10}{spread}; {load.count(0)} of {len(load)} {what} idle")
+    width = max(1, min(4, _PER_LINE // len(load)))  # a few experts get wide bars
+    for start in range(0, len(load), _PER_LINE):
+        part = load[start : start + _PER_LINE]
+        bars = "".join(_bar(value, highest) * width + (" " if width > 1 else "") for value in part)
+        out.print(Text(f"{first_id + start:>8}  ").append(bars.rstrip(), style="cyan"), soft_wrap=True)
+
+
+def _bar(value: int, highest: int) -> str:
+    return _LEVELS[(value * len(_LEVELS) - 1) // highest] if value else "·"
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,71 @@
+"""Hidden states for a gate: random ones, and ones whose best experts are so far apart that no rounding swaps them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moegate.routing import RouterTensors
+from moegate.spec import RouterSpec
+
+_INVERSE = {"sigmoid": torch.logit, "sqrtsoftplus": lambda score: torch.log(torch.expm1(score.square()))}
+
+
+def random_hidden(spec: RouterSpec, tokens: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """[tokens, K]"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, spec.hidden_size, generator=generator).to(dtype)
+
+
+def separated_hidden(spec: RouterSpec, weight: Tensor, tensors: RouterTensors, tokens: int, seed: int) -> Tensor:
+    """[tokens, K] bfloat16: the k + 2 best experts of each token, random ones, have keys well apart.
+
+    Logits in bfloat16 leave few values between two experts of a random token: ties are frequent there, and
+    which of two tied experts a `topk` takes is no property of a model. So the logits are drawn first, and
+    the hidden state is the least one that leads to them, W^T (W W^T)^-1 logits.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if spec.selects_on_logits or spec.correction_bias is None:
+        logits = _separated_logits(spec, tokens, generator)
+    else:
+        assert tensors.e_score_correction_bias is not None
+        logits = _logits_of_separated_keys(spec, tensors.e_score_correction_bias.double(), tokens, generator)
+    if tensors.bias is not None:
+        logits = logits - tensors.bias.double()
+    wide = weight.double()
+    hidden = torch.linalg.solve(wide @ wide.T, logits.T).T @ wide
+    if tensors.input_scale is not None:
+        hidden = hidden / tensors.input_scale.double()  # the norm behind it keeps the ratios of the logits
+    return hidden.to(torch.bfloat16)
+
+
+def _separated_logits(spec: RouterSpec, tokens: int, generator: torch.Generator) -> Tensor:
+    """The best from 4..7 on, each 4 to 10 times 2**-7 below the one before it: 4 to 20 bfloat16 steps."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    experts = spec.num_selectable
+    best = min(spec.top_k + 2, experts)
+    steps = 1 - (4 + 6 * uniform(tokens, best)) * 2**-7
+    values = (4 + 3 * uniform(tokens, 1)) * steps.cumprod(dim=-1)
+    rest = -3 + (0.9 * values[:, -1:] + 3) * uniform(tokens, experts - best)
+    order = uniform(tokens, experts).argsort(dim=-1)
+    return torch.empty(tokens, experts, dtype=torch.float64).scatter(1, order, torch.cat([values, rest], dim=-1))
+
+
+def _logits_of_separated_keys(spec: RouterSpec, bias: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
+    """Keys, scores plus bias: the best from 0.8 on, each 0.02 to 0.035 below the one before it, the rest below 0.42."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    best = min(spec.top_k + 2, spec.num_selectable)
+    scores = 0.1 + (0.32 - bias).clamp(min=0.02) * uniform(tokens, spec.num_selectable)
+    # Experts with a large bias come last: no score below 1 gives them such a key.
+    order = (uniform(tokens, spec.num_selectable) + 2 * (bias.abs() > 0.15)).argsort(dim=-1)[:, :best]
+    keys = 0.8 - (0.02 + 0.015 * uniform(tokens, best)).cumsum(dim=-1)
+    logits = _INVERSE[spec.scoring_func](scores.scatter(1, order, keys - bias[order]))
+    if spec.logit_softcapping is not None:
+        logits = spec.logit_softcapping * torch.atanh(logits / spec.logit_softcapping)
+    return logits / spec.logit_multiplier

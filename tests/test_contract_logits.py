@@ -1,0 +1,111 @@
+"""docs/contract.md, part 1: logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from routers import SPECS, generator, tensors_of, with_bfloat16_logits
+from torch import Tensor
+
+import moegate
+from moegate import RouterSpec
+from moegate.backends.torch import gemm
+from moegate.contract import bounds
+from moegate.contract.reference import router_logits
+from moegate.contract.verify import verify_logits
+from moegate.routing import RouterTensors
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+SHAPES = [(0, 64, 8), (1, 7168, 256), (3, 640, 7), (8, 2880, 32), (17, 1000, 258), (64, 2048, 60), (65, 8, 1), (2, 1, 3)]
+
+
+def draw(shape: tuple[int, int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    m, k, n = shape
+    g = generator(seed)
+    return torch.randn(m, k, generator=g), torch.randn(n, k, generator=g) * k**-0.5
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("hidden_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_are_within_the_bound(
+    shape: tuple[int, int, int], hidden_dtype: torch.dtype, weight_dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    hidden, weight = (part.to(dtype) for part, dtype in zip(draw(shape), (hidden_dtype, weight_dtype), strict=True))
+    bias = torch.randn(shape[2], generator=generator(1))
+    logits_dtype = "bfloat16" if out_dtype == torch.bfloat16 else "float32"
+    spec = RouterSpec(shape[1], shape[2], 1, logits_dtype=logits_dtype)
+    for given in (None, bias, bias.bfloat16()):
+        logits = moegate.router_gemm(hidden, weight, given, out_dtype=out_dtype)
+        assert verify_logits(logits, hidden, weight, spec, RouterTensors(bias=given)).problems == []
+        prepared = gemm.prepare(weight, out_dtype)
+        logits = gemm.router_gemm(hidden, weight, given, out_dtype, prepared)
+        assert verify_logits(logits, hidden, weight, spec, RouterTensors(bias=given)).problems == []
+
+
+def test_the_bound_is_that_of_float32() -> None:
+    """Rounding the input to bfloat16, or the product to TF32, breaks the bound."""
+    hidden, weight = draw((8, 7168, 256))
+    spec = RouterSpec(7168, 256, 8)
+    exact = router_logits(hidden, weight, spec, RouterTensors())
+    assert (exact.float() - exact).abs().amax() < bounds.logit_bound(hidden, weight, exact, spec, RouterTensors()).amin()
+    rounded = router_logits(hidden.bfloat16(), weight, spec, RouterTensors())
+    assert verify_logits(rounded.float(), hidden, weight, spec, RouterTensors()).problems
+    tf32 = (weight.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    truncated = router_logits(hidden, tf32, spec, RouterTensors())
+    assert verify_logits(truncated.float(), hidden, weight, spec, RouterTensors()).problems
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_reduced_precision_is_not_used(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = draw((8, 2048, 16))
+    seen = []
+    linear = gemm._linear
+
+    def watched(*args: object) -> Tensor:
+        seen.append(gemm._allows_less_than_float32(is_cuda=False))
+        return linear(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gemm, "_linear", watched)
+    for by_device in (True, False):
+        monkeypatch.setattr(gemm, "_HAS_SETTING_BY_DEVICE", by_device and gemm._HAS_SETTING_BY_DEVICE)
+        torch.set_float32_matmul_precision(precision)
+        try:
+            moegate.router_gemm(hidden, weight)
+            assert gemm._allows_less_than_float32(is_cuda=False), "the user's setting is kept"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert seen == [False, False]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_input_norm(dtype: torch.dtype) -> None:
+    spec = SPECS["input norm and expert scale"]
+    tensors = tensors_of(spec)
+    hidden, weight = (part.to(dtype) for part in draw((9, spec.hidden_size, spec.num_gate_rows)))
+    hidden[3] *= 1000
+    hidden[4] = 0  # its norm is that of eps alone
+    arguments = {name: value for name, value in tensors._asdict().items() if value is not None}
+    for candidate in (spec, with_bfloat16_logits(spec)):
+        routing = moegate.route(hidden, weight, candidate, **arguments, return_logits=True)
+        assert routing.logits is not None
+        assert verify_logits(routing.logits, hidden, weight, candidate, tensors).problems == []
+    unscaled = tensors._replace(input_scale=torch.ones(spec.hidden_size))
+    assert verify_logits(routing.logits, hidden, weight, candidate, unscaled).problems
+
+
+def test_bfloat16_logits_are_rounded_once() -> None:
+    """With the bias: a product rounded first and the sum again would miss by up to an ulp."""
+    hidden, weight = (part.bfloat16() for part in draw((64, 2880, 128)))
+    bias = (100 * torch.randn(128, generator=generator(2))).bfloat16()
+    spec = RouterSpec(2880, 128, 4, logits_dtype="bfloat16", linear_bias=True)
+    tensors = RouterTensors(bias=bias)
+    logits = moegate.router_gemm(hidden, weight, bias, out_dtype=torch.bfloat16)
+    assert verify_logits(logits, hidden, weight, spec, tensors).problems == []
+    exact = router_logits(hidden, weight, replace(spec, logits_dtype="float32"), tensors)
+    assert (logits != exact.bfloat16()).float().mean() < 0.01  # only next to a tie of the rounding
+    twice = moegate.router_gemm(hidden, weight, out_dtype=torch.bfloat16) + bias
+    assert verify_logits(twice, hidden, weight, spec, tensors).problems

@@ -35,7 +35,15 @@ SPECS: dict[str, RouterSpec] = {
         64, 30, 7, "sigmoid", "score", renormalize=True, logit_multiplier=0.177, logit_softcapping=3.0
     ),
     "sigmoid with shared gates": RouterSpec(
-        64, 256, 6, "sigmoid", "score", renormalize=True, num_shared_gates=2, global_scale=True, routed_scaling_factor=8.0
+        64,
+        256,
+        6,
+        "sigmoid",
+        "score",
+        renormalize=True,
+        num_shared_gates=2,
+        global_scale=True,
+        routed_scaling_factor=8.0,
     ),
     "sqrtsoftplus with bias": RouterSpec(
         64, 96, 6, "sqrtsoftplus", "score", renormalize=True, renormalize_eps=1e-20, routed_scaling_factor=1.5

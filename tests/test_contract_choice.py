@@ -55,8 +55,7 @@ def test_saturated_scores_do_not_tie() -> None:
 
 
 def test_groups() -> None:
-    #                 group 0        group 1        group 2        group 3
-    keys = torch.tensor([0.9, 0.0] + [0.5, 0.6] + [0.8, 0.2] + [0.3, 0.3])
+    keys = torch.tensor([[0.9, 0.0], [0.5, 0.6], [0.8, 0.2], [0.3, 0.3]]).flatten()
     logits = torch.zeros(8)  # every sigmoid is 1/2, so the bias is the key
     assert ids_of(logits, GROUPED, keys) == [4, 3]  # sums 0.9, 1.1, 1.0, 0.6
     assert ids_of(logits, replace(GROUPED, group_score="max"), keys) == [0, 4]
@@ -67,13 +66,13 @@ def test_groups() -> None:
 
 def test_equal_groups() -> None:
     logits = torch.zeros(8)
-    keys = torch.tensor([0.1, 0.1] + [0.4, 0.3] + [0.3, 0.4] + [0.3, 0.4])
+    keys = torch.tensor([[0.1, 0.1], [0.4, 0.3], [0.3, 0.4], [0.3, 0.4]]).flatten()
     assert ids_of(logits, GROUPED, keys) == [2, 5]  # groups 1 and 2, the lowest of three equal ones
     assert ids_of(logits, GROUPED, torch.zeros(8)) == [0, 1]
 
 
 def test_two_equal_keys_count_twice() -> None:
-    keys = torch.tensor([0.5, 0.5] + [0.6, 0.3] + [0.5, 0.5] + [0.6, 0.3])
+    keys = torch.tensor([[0.5, 0.5], [0.6, 0.3], [0.5, 0.5], [0.6, 0.3]]).flatten()
     assert ids_of(torch.zeros(8), GROUPED, keys) == [0, 1]
 
 

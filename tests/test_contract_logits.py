@@ -18,7 +18,16 @@ from moegate.contract.verify import verify_logits
 from moegate.routing import RouterTensors
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-SHAPES = [(0, 64, 8), (1, 7168, 256), (3, 640, 7), (8, 2880, 32), (17, 1000, 258), (64, 2048, 60), (65, 8, 1), (2, 1, 3)]
+SHAPES = [
+    (0, 64, 8),
+    (1, 7168, 256),
+    (3, 640, 7),
+    (8, 2880, 32),
+    (17, 1000, 258),
+    (64, 2048, 60),
+    (65, 8, 1),
+    (2, 1, 3),
+]
 
 
 def draw(shape: tuple[int, int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -36,8 +45,9 @@ def test_logits_are_within_the_bound(
 ) -> None:
     hidden, weight = (part.to(dtype) for part, dtype in zip(draw(shape), (hidden_dtype, weight_dtype), strict=True))
     bias = torch.randn(shape[2], generator=generator(1))
-    logits_dtype = "bfloat16" if out_dtype == torch.bfloat16 else "float32"
-    spec = RouterSpec(shape[1], shape[2], 1, logits_dtype=logits_dtype)
+    spec = RouterSpec(shape[1], shape[2], 1)
+    if out_dtype == torch.bfloat16:
+        spec = with_bfloat16_logits(spec)
     for given in (None, bias, bias.bfloat16()):
         logits = moegate.router_gemm(hidden, weight, given, out_dtype=out_dtype)
         assert verify_logits(logits, hidden, weight, spec, RouterTensors(bias=given)).problems == []
@@ -51,7 +61,9 @@ def test_the_bound_is_that_of_float32() -> None:
     hidden, weight = draw((8, 7168, 256))
     spec = RouterSpec(7168, 256, 8)
     exact = router_logits(hidden, weight, spec, RouterTensors())
-    assert (exact.float() - exact).abs().amax() < bounds.logit_bound(hidden, weight, exact, spec, RouterTensors()).amin()
+    assert (exact.float() - exact).abs().amax() < bounds.logit_bound(
+        hidden, weight, exact, spec, RouterTensors()
+    ).amin()
     rounded = router_logits(hidden.bfloat16(), weight, spec, RouterTensors())
     assert verify_logits(rounded.float(), hidden, weight, spec, RouterTensors()).problems
     tf32 = (weight.view(torch.int32) & ~0x1FFF).view(torch.float32)
@@ -93,6 +105,7 @@ def test_input_norm(dtype: torch.dtype) -> None:
         routing = moegate.route(hidden, weight, candidate, **arguments, return_logits=True)
         assert routing.logits is not None
         assert verify_logits(routing.logits, hidden, weight, candidate, tensors).problems == []
+    assert routing.logits is not None
     unscaled = tensors._replace(input_scale=torch.ones(spec.hidden_size))
     assert verify_logits(routing.logits, hidden, weight, candidate, unscaled).problems
 

@@ -77,7 +77,7 @@ def test_special_biases() -> None:
     """A bias of -Inf or NaN switches an expert off until nothing else is left; +Inf makes it first."""
     logits = torch.zeros(1, 5)
     for score in ("score", "logit"):
-        spec = RouterSpec(8, 5, 3, "sigmoid", score)  # type: ignore[arg-type]
+        spec = RouterSpec(8, 5, 3, "sigmoid", score)
         for bias, expected in (
             ([-INF, 0, NAN, 0, 0], [1, 3, 4]),
             ([-INF, 0, NAN, -INF, INF], [4, 1, 0]),

@@ -40,7 +40,9 @@ def test_weights_do_not_see_the_bias() -> None:
     routing = moegate.select(logits, spec, e_score_correction_bias=bias)
     assert routing.topk_ids.tolist() == [[1, 0]]
     first, second = (torch.nn.functional.softplus(logits[0, e]).sqrt().item() for e in (1, 0))
-    assert routing.topk_weights.tolist()[0] == pytest.approx([first / (first + second), second / (first + second)], rel=1e-6)
+    assert routing.topk_weights.tolist()[0] == pytest.approx(
+        [first / (first + second), second / (first + second)], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 40])

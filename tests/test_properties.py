@@ -82,7 +82,7 @@ def run(spec: RouterSpec, logits: Tensor, tensors: RouterTensors) -> tuple[moega
 @settings(max_examples=400, deadline=None)
 @given(specs(), SEEDS, st.integers(0, MAX_ROWS), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_select_equals_the_reference(spec: RouterSpec, seed: int, rows: int, dtype: torch.dtype) -> None:
-    """Tie-free input: the same sets but for 1 % of the rows, which the margin must excuse. Tie-full: within the margin."""
+    """Tie-free input: the same sets, but for rows (1 % at most) that the margin excuses."""
     tensors = tensors_of(spec, seed % 1000)
     for logits, is_tie_free in ((tie_free(spec, rows, seed), True), (tie_full(spec, rows, seed, dtype), False)):
         routing, input_ids = run(spec, logits, tensors)
@@ -155,6 +155,8 @@ def test_rows_are_independent(spec: RouterSpec, seed: int, rows: int) -> None:
     other, _ = run(spec, changed, tensors)
     for first, second, third in zip(routing, again, other, strict=True):
         if first is not None:
+            assert second is not None
+            assert third is not None
             assert first.equal(second)
             assert first[0].equal(third[0])
 
@@ -172,7 +174,9 @@ def test_k_equal_to_n_and_odd_sizes() -> None:
 
 def test_the_verdict_finds_wrong_routings() -> None:
     """The oracle itself must be able to fail: each kind of damage is a problem."""
-    spec = RouterSpec(16, 24, 4, "sigmoid", "score", 4, 2, renormalize=True, num_zero_experts=4, routed_scaling_factor=2.0)
+    spec = RouterSpec(
+        16, 24, 4, "sigmoid", "score", 4, 2, renormalize=True, num_zero_experts=4, routed_scaling_factor=2.0
+    )
     tensors = tensors_of(spec)
     logits = tie_free(spec, 10, 1)
     right, _ = run(spec, logits, tensors)

@@ -142,7 +142,7 @@ TINY: dict[str, dict[str, Any]] = {
     "jetmoe": {},
     "kimi_linear": {"use_cache": False},
     "kolibri1": {"norm_topk_prob": True},
-    "laguna": {"moe_router_logit_softcapping": 2.0, "moe_routed_scaling_factor": 2.5},
+    "laguna": {"moe_router_logit_softcapping": 4.0, "moe_routed_scaling_factor": 2.5},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "llama4_text": {"num_experts_per_tok": 1, "intermediate_size_mlp": 64},
     "longcat_flash": {
@@ -196,9 +196,7 @@ def small_sizes(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     return {key: value for key, value in SMALL.items() if key in known}
 
 
-def tiny_model(
-    model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
-) -> PreTrainedModel:
+def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A tiny model in eval mode, the same for the same arguments."""
     config = tiny_config(model_type, **overrides)
     with torch.random.fork_rng(devices=[]):
@@ -212,9 +210,10 @@ def tiny_model(
 def _model_class(model_type: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
     if model_type in CLASSES:
         package = type(config).__module__.replace("configuration_", "modeling_")
-        return getattr(importlib.import_module(package), CLASSES[model_type])
+        text_class: type[PreTrainedModel] = getattr(importlib.import_module(package), CLASSES[model_type])
+        return text_class
     auto = MODEL_FOR_CAUSAL_LM_MAPPING if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else MODEL_MAPPING
-    model_class: Any = auto[type(config)]
+    model_class: type[PreTrainedModel] = auto[type(config)]
     return model_class
 
 

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moegate import RouterSpec, Routing
 from moegate.catalog.model_types import model_types as catalog_types
+from moegate.contract.reference import choice_keys, finite_logits
+from moegate.routing import RouterTensors
 
-Routing = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
+Output = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 """(logits, ids [M, k], weights [M, k] in float32, weights of the shared experts)"""
 
 
@@ -32,7 +35,7 @@ class Quirk:
     """role -> name of the tensor in the router, where that is not the role itself"""
     bias_is_argument: bool = False
     """the correction bias lives on the block around the router, which passes it to each call"""
-    unpack: Callable[["TransformersRouter", Any], Routing] | None = None
+    unpack: Callable[["TransformersRouter", Any], Output] | None = None
     output_factor: Callable[[PreTrainedConfig], float] | None = None
     """a factor that the model applies to the summed expert output; the adapter puts it on the weights"""
     batch_dimension: bool = False
@@ -44,24 +47,25 @@ class Quirk:
 
 
 class TransformersRouter:
-    """A router of Transformers with random tensors; see the module's docstring."""
+    """A router of Transformers, alone or in a model; see the module's docstring."""
 
-    def __init__(
-        self, config: PreTrainedConfig, router: nn.Module, quirk: Quirk, tensors: dict[str, Tensor]
-    ) -> None:
+    def __init__(self, config: PreTrainedConfig, router: nn.Module, tensors: dict[str, Tensor]) -> None:
         self.config = config
         self.router = router
         self.tensors = tensors
-        self._quirk = quirk
+        self._quirk = QUIRKS.get(config.model_type, Quirk())
 
     @torch.no_grad()
-    def __call__(self, hidden: Tensor, input_ids: Tensor | None = None) -> Routing:
+    def __call__(self, hidden: Tensor, input_ids: Tensor | None = None) -> Output:
         arguments: list[Tensor | None] = [hidden.unsqueeze(0) if self._quirk.batch_dimension else hidden]
         if "tid2eid" in self.tensors:
             arguments.append(input_ids)
         if self._quirk.bias_is_argument:
             arguments.append(self.tensors.get("e_score_correction_bias"))
-        output = self.router(*arguments)
+        return self.read(self.router(*arguments))
+
+    def read(self, output: Any) -> Output:
+        """What the router class returned, in one form for all."""
         if self._quirk.unpack is None:
             logits, weights, ids = output
             shared = None
@@ -71,6 +75,19 @@ class TransformersRouter:
         if self._quirk.output_factor is not None:
             weights = weights * self._quirk.output_factor(self.config)
         return logits, ids, weights, None if shared is None else shared.float()
+
+
+def as_routing(output: Output, exact_logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Routing:
+    """A class's output as `verify_routing` takes it: the ids in the order of the exact keys, for a topk need not sort."""
+    _, ids, weights, shared = output
+    if not spec.hash_routing:
+        keys = choice_keys(finite_logits(exact_logits, torch.float64), spec, tensors)
+        order = keys.gather(-1, ids).argsort(dim=-1, descending=True)
+        ids, weights = ids.gather(-1, order), weights.gather(-1, order)
+    dtype = getattr(torch, spec.topk_weights_dtype)
+    mass = weights.masked_fill(ids < spec.num_experts, 0).sum(dim=-1).to(dtype) if spec.num_zero_experts else None
+    shared = None if shared is None else shared.to(dtype)
+    return Routing(ids.to(torch.int32), weights.to(dtype), shared_weights=shared, identity_weight=mass)
 
 
 def build(
@@ -107,7 +124,7 @@ def build(
         tensors[role] = _random(role, shape, dtype, quirk, config, generator)
     for role in tensors.keys() - {"weight", "tid2eid"}:
         tensors[role] = tensors[role].reshape(-1)  # ERNIE holds its bias as [1, N]
-    return TransformersRouter(config, router, quirk, tensors)
+    return TransformersRouter(config, router, tensors)
 
 
 def _random(
@@ -136,9 +153,7 @@ def _random(
         case "tid2eid":
             order = torch.rand((shape[0], config.num_local_experts), generator=generator).argsort(dim=-1)
             return order[:, : shape[1]].contiguous()
-    raise ValueError(
-        f"the router of {config.model_type} holds a tensor that the adapter does not know: {role}"
-    )
+    raise ValueError(f"the router of {config.model_type} holds a tensor that the adapter does not know: {role}")
 
 
 def _assign(router: nn.Module, name: str, value: Tensor) -> None:
@@ -165,24 +180,23 @@ def _modeling(config_class: type[PreTrainedConfig]) -> ModuleType:
 # What the families return instead of (logits, weights, ids).
 
 
-def _gemma4(_: TransformersRouter, output: Any) -> Routing:
+def _gemma4(_: TransformersRouter, output: Any) -> Output:
     _, weights, ids = output  # probabilities instead of logits
     return None, weights, ids, None
 
 
-def _inkling(_: TransformersRouter, output: Any) -> Routing:
-    return output
+def _inkling(_: TransformersRouter, output: Any) -> Output:
+    logits, weights, ids, shared = output
+    return logits, weights, ids, shared
 
 
-def _llama4(adapter: TransformersRouter, output: Any) -> Routing:
-    scores, logits = (
-        output  # scores of all experts, 0 where not selected; the class selects as the next line does
-    )
+def _llama4(adapter: TransformersRouter, output: Any) -> Output:
+    scores, logits = output  # scores of all experts, 0 where not selected; the class selects as the next line does
     ids = logits.topk(adapter.router.top_k, dim=1).indices
     return logits, scores.gather(1, ids), ids, None
 
 
-def _dbrx(adapter: TransformersRouter, output: Any) -> Routing:
+def _dbrx(adapter: TransformersRouter, output: Any) -> Output:
     # Softmax and top-k are a method of the feed-forward block that holds the router.
     block = SimpleNamespace(
         top_k=adapter.config.ffn_config.moe_top_k,
@@ -192,7 +206,7 @@ def _dbrx(adapter: TransformersRouter, output: Any) -> Routing:
     return output, weights, ids, None
 
 
-def _jetmoe(adapter: TransformersRouter, output: Any) -> Routing:
+def _jetmoe(adapter: TransformersRouter, output: Any) -> Output:
     order, _, sorted_weights, _, logits = output  # weights in the order of the experts: put them back
     ids = logits.topk(adapter.router.top_k, dim=1).indices
     weights = torch.empty_like(sorted_weights)
@@ -258,9 +272,7 @@ QUIRKS: dict[str, Quirk] = {
     # these multiply in the dtype of the weight.
     "minimax_m2": Quirk(bias_is_argument=True, float32_weight=True),
     # MiniMaxM3VLSparseMoeBlock multiplies the output of the experts.
-    "minimax_m3_vl_text": Quirk(
-        float32_weight=True, output_factor=lambda config: config.routed_scaling_factor
-    ),
+    "minimax_m3_vl_text": Quirk(float32_weight=True, output_factor=lambda config: config.routed_scaling_factor),
     "mistral_large4_text": Quirk(float32_weight=True),
     "muse_spark_text": Quirk(
         float32_weight=True, weight_std=lambda config, k: 1.25 * k**-0.5 / config.output_multiplier

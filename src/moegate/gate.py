@@ -46,7 +46,13 @@ class Gate(nn.Module):
             for or one missing, a hash table with an expert out of range or twice in a row.
     """
 
-    _prepared: object | None
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    input_scale: nn.Parameter | None
+    per_expert_scale: nn.Parameter | None
+    global_scale: nn.Parameter | None
+    e_score_correction_bias: Tensor | None
+    tid2eid: Tensor | None
 
     def __init__(
         self,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moegate.arguments import FLOATS, INTEGERS
 from moegate.catalog.config import routing_config, spec_from_config
 from moegate.catalog.model_types import ModelType
 from moegate.spec import RouterSpec
@@ -26,16 +29,24 @@ def read_gate(path: str | os.PathLike[str], layer: int) -> tuple[RouterSpec, dic
         raise ValueError(f"path: no folder {folder}")
     if layer < 0:
         raise ValueError(f"layer = {layer}; allowed: 0 or more")
-    _, model_type = routing_config(folder)
+    with _naming(folder / "config.json"):
+        _, model_type = routing_config(folder)
     files = tensor_files(folder)
     spec = _spec_of_layer(folder, layer, model_type, files)
     found = {role: _find(files, model_type, role, layer) for role in ("weight", *_wanted(spec))}
     tensors = {}
     for role, (name, take) in found.items():
-        tensor = _read(files[name], name)
-        tensor = tensor.T if take == "transpose" else tensor[0] if take == "first_row" else tensor
-        tensors[role] = _shaped(role, tensor, name, spec)
+        tensors[role] = _shaped(role, _taken(_read(files[name], name), name, take), name, spec)
     return spec, tensors
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Errors of what is in the file name it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error) if str(file) in str(error) else f"path: {file}: {error}") from None
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -44,9 +55,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            return {name: folder / file for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"path: {index} is no index of a sharded checkpoint: {error!r}") from None
-        return {name: folder / file for name, file in weight_map.items()}
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise ValueError(f"path: {folder} holds neither {_INDEX} nor a .safetensors file")
@@ -71,7 +82,8 @@ def _spec_of_layer(folder: Path, layer: int, model_type: ModelType, files: dict[
         names = ", ".join(suffix for suffix, _ in _alternatives(model_type, "weight"))
         allowed = f"layers with a router: {ranges(gated)}" if gated else f"no layer has a {names}"
         raise ValueError(f"layer = {layer}; allowed: {allowed}, in {folder}")
-    return spec_from_config(folder, layer=layer)
+    with _naming(folder / "config.json"):
+        return spec_from_config(folder, layer=layer)
 
 
 def _wanted(spec: RouterSpec) -> list[str]:
@@ -125,6 +137,15 @@ def _read(file: Path, name: str) -> Tensor:
         raise ValueError(f"path: cannot read {name} from {file}: {error}") from None
 
 
+def _taken(tensor: Tensor, name: str, take: str | None) -> Tensor:
+    """What a gate takes of a stored tensor."""
+    if take is None:
+        return tensor
+    if tensor.dim() != 2 or len(tensor) == 0:
+        raise ValueError(f"path: {name} has shape {list(tensor.shape)}; allowed: two dimensions, neither of them empty")
+    return tensor.T if take == "transpose" else tensor[0]
+
+
 def _shaped(role: str, tensor: Tensor, name: str, spec: RouterSpec) -> Tensor:
     """The tensor in the shape and dtype that `Gate` takes."""
     shape = {
@@ -138,6 +159,9 @@ def _shaped(role: str, tensor: Tensor, name: str, spec: RouterSpec) -> Tensor:
     }[role]
     if [size for size in tensor.shape if size != 1] != [size for size in shape if size != 1]:
         raise ValueError(f"path: {name} has shape {list(tensor.shape)}; allowed by config.json: {list(shape)}")
+    dtypes = INTEGERS if role == "tid2eid" else FLOATS
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"path: {name} has dtype {tensor.dtype}; allowed: {', '.join(map(str, dtypes))}")
     if role == "e_score_correction_bias" or (role == "weight" and spec.weight_dtype == "float32"):
         tensor = tensor.to(torch.float32)
     return tensor.reshape(shape).contiguous()

@@ -170,7 +170,7 @@ def _is_hash_layer(values: dict[str, Any], rule: dict[str, Any], layer: int | No
     if isinstance(kinds, (list, tuple)):
         if layer is not None:
             return bool(_of_layer("hash_routing", rule["key"], kinds, layer) == rule["value"])
-        return 2 * sum(kind == rule["value"] for kind in kinds) > len(kinds)
+        return 2 * list(kinds).count(rule["value"]) > len(kinds)
     first = values.get(rule["first_key"])
     return layer is not None and bool(layer < (first if isinstance(first, int) else rule["first_default"]))
 

@@ -8,11 +8,6 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 _MERGED = ("spec", "keys", "defaults", "tensors", "choices")
 
 
@@ -36,6 +31,10 @@ class ModelType:
 
 def read_toml(name: str) -> dict[str, Any]:
     """A data file of this package."""
+    if sys.version_info >= (3, 11):  # here, not above: `import moegate` reads no catalog
+        import tomllib
+    else:
+        import tomli as tomllib
     return tomllib.loads(resources.files("moegate.catalog").joinpath(name).read_text(encoding="utf-8"))
 
 

@@ -1,6 +1,7 @@
 """Random gates and inputs for any spec: what a model without its checkpoint is tried and timed on.
 
-Everything is drawn on the CPU, so that a seed means the same numbers on every device.
+Everything is drawn on the CPU, so that a seed means the same numbers on every device of a machine. (PyTorch
+does not promise them across its versions and kinds of CPU.)
 """
 
 from __future__ import annotations

@@ -9,9 +9,7 @@ from typing import Annotated
 import typer
 
 from moegate import __version__
-from moegate.cli.check import check
-from moegate.cli.models import models
-from moegate.cli.route import route
+from moegate.cli import check, models, route
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (models, route, check):
+for command in (models.models, route.route, check.check):
     app.command()(command)
 
 

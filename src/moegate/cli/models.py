@@ -64,8 +64,8 @@ def _factors(spec: RouterSpec) -> str:
     factors = [
         "renorm" if spec.renormalize else "",
         f"x{spec.routed_scaling_factor:g}" if spec.routed_scaling_factor != 1 else "",
-        "xexpert's scale" if spec.per_expert_scale else "",
-        "xglobal scale" if spec.global_scale else "",
+        "x expert's scale" if spec.per_expert_scale else "",
+        "x global scale" if spec.global_scale else "",
     ]
     return " ".join(factor for factor in factors if factor)
 

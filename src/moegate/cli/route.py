@@ -56,7 +56,10 @@ def route(
         routing = job.gate(job.hidden, input_ids=job.input_ids, return_logits=True)
         if out is not None:
             _write(out, job, routing)
+    _report(job, routing, out, as_json)
 
+
+def _report(job: Job, routing: Routing, out: Path | None, as_json: bool) -> None:
     from moegate.cli.route_report import print_report, summarise
 
     summary = summarise(job, routing)

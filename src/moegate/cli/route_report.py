@@ -91,7 +91,8 @@ def print_report(summary: Summary, out: Console) -> None:
     rounded = " (bfloat16)" if summary.job.gate.spec.logits_dtype == "bfloat16" else ""
     out.print(f"logits    off float64 by {comparison.max_error:.2g}{rounded}, {share} of the contract's bound")
     kept = Text("kept", style="green") if comparison.ok else Text("BROKEN", style="bold red")
-    rows = f" for {comparison.rows} tokens, {comparison.excused_rows} of them excused as near-ties"
+    tokens = "1 token" if comparison.rows == 1 else f"{comparison.rows} tokens"
+    rows = f" for {tokens}, {comparison.excused_rows} excused as near-ties"
     out.print(Text("contract  ").append(kept).append(rows if comparison.ok else ""))
     for problem in comparison.problems:
         out.print(f"          {problem}", soft_wrap=True)

@@ -1,0 +1,26 @@
+"""Runs `moegate` in this process, for the tests of the command line."""
+
+from unittest.mock import patch
+
+from typer.testing import CliRunner, Result
+
+from moegate.cli import app, measure
+
+
+def run(*arguments: object, columns: int = 80) -> Result:
+    """What the command printed, and its exit status; an exception that it let through is raised."""
+    with patch.object(measure, "_ENOUGH", 1000.0):  # microseconds of timing: here nobody reads the time
+        result = CliRunner(env={"COLUMNS": str(columns)}).invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception  # for the user, a traceback
+    return result
+
+
+def refused(*arguments: object) -> str:
+    """The one line on stderr of a command that must exit with status 2 and print nothing else."""
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("moegate: ")
+    return lines[0]

@@ -1,0 +1,234 @@
+"""The command line: `models`, `check`, a broken backend, and how it starts."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from command_line import run
+
+import moegate
+from moegate import RouterSpec, Routing, backends, catalog
+from moegate.backends.torch import TorchBackend
+from moegate.cli import check
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_models_lists_every_name() -> None:
+    result = run("models")
+    assert result.exit_code == 0
+    listed = "".join(line[:26].strip() for line in result.stdout.splitlines())  # long names go over two lines
+    assert [name for name in catalog.names() if name not in listed] == []
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_models_json_holds_the_whole_catalog() -> None:
+    rows = json.loads(run("models", "--json").stdout)
+    assert sorted(name for row in rows for name in (row["name"], *row["also"])) == catalog.names()
+    fields = [field.name for field in dataclasses.fields(RouterSpec)]
+    for row, model in zip(rows, catalog.models(), strict=True):
+        assert RouterSpec(**{name: row[name] for name in fields}) == model.spec
+        assert (row["source"], row["semantics_source"], row["note"]) == (
+            model.source,
+            model.semantics_source,
+            model.note,
+        )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("LongCat", ["longcat-flash"]),
+        ("deepseek-r1", ["deepseek-v3"]),  # another name of the row
+        ("gpt-oss-*", ["gpt-oss-20b", "gpt-oss-120b"]),
+        ("oss-*", None),  # a glob is of the whole name
+        ("no-such-model", None),
+    ],
+)
+def test_models_pattern(pattern: str, names: list[str] | None) -> None:
+    result = run("models", pattern, "--json")
+    if names is None:
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert pattern in result.stderr
+    else:
+        assert [row["name"] for row in json.loads(result.stdout)] == names
+
+
+@pytest.mark.parametrize(
+    ("name", "phrase"),
+    [
+        ("deepseek-v3", "sigmoid + bias, 4 of 8 groups, renorm x2.5"),
+        ("deepseek-v4-flash-hash", "ids by token, √softplus, renorm x1.5"),
+        ("gpt-oss-20b", "linear bias, softmax of the chosen"),
+        ("kolibri-1", "logit + bias, sigmoid of the chosen"),
+        ("gemma-4-26b-a4b", "input norm, softmax, renorm x expert's scale"),
+        ("longcat-flash", "+256z"),
+        ("inkling", "+2s"),
+    ],
+)
+def test_models_says_what_a_router_does(name: str, phrase: str) -> None:
+    assert phrase in run("models", name, columns=120).stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A broken backend, and check
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+UseBackends = Callable[..., None]
+
+
+class Reversed(TorchBackend):
+    """Returns the right experts, the worst first."""
+
+    name = "reversed"
+
+    def route(self, *arguments: Any) -> Routing:
+        routing = super().route(*arguments)
+        return routing._replace(topk_ids=routing.topk_ids.flip(-1), topk_weights=routing.topk_weights.flip(-1))
+
+
+class Rough(TorchBackend):
+    """Its logits are a little too large."""
+
+    name = "rough"
+
+    def route(self, *arguments: Any) -> Routing:
+        logits = super().route(*arguments).logits
+        assert logits is not None
+        logits = logits * (1 + 2**-6)
+        _, _, spec, tensors, input_ids, _ = arguments
+        return self.select(logits, spec, tensors, input_ids)._replace(logits=logits)
+
+
+class Raising(TorchBackend):
+    """Does not return at all."""
+
+    name = "raising"
+
+    def route(self, *arguments: Any) -> Routing:
+        raise RuntimeError("no kernel image\nis available")
+
+
+class Picky(TorchBackend):
+    """Runs nowhere."""
+
+    name = "picky"
+
+    def unsupported(self, device: torch.device, spec: RouterSpec | None = None) -> str | None:
+        return "needs an abacus"
+
+
+@pytest.fixture
+def use_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[UseBackends]:
+    def use(*chosen: TorchBackend) -> None:
+        monkeypatch.setattr(backends, "BACKENDS", chosen)
+        monkeypatch.setattr(check, "MODELS", ("qwen3-30b-a3b", "openai-privacy-filter"))
+        monkeypatch.setattr(check, "TOKENS", (1, 5))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        backends.choose.cache_clear()
+
+    yield use
+    backends.choose.cache_clear()
+
+
+def test_check_passes(use_backends: UseBackends) -> None:
+    use_backends(TorchBackend())
+    assert "4 of 4 checks passed" in run("check").stdout
+    result = run("check", "--json")
+    facts = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert facts["machine"]["torch"] == torch.__version__
+    assert facts["backends"] == [{"backend": "torch", "device": "cpu", "reason": None, "runs": True}]
+    assert [(row["model"], row["tokens"], row["ok"], row["rows"]) for row in facts["checks"]] == [
+        ("qwen3-30b-a3b", 1, True, 1),
+        ("qwen3-30b-a3b", 5, True, 5),
+        ("openai-privacy-filter", 1, True, 1),
+        ("openai-privacy-filter", 5, True, 5),
+    ]
+    assert all(0 < row["share_of_bound"] <= 1 for row in facts["checks"])
+
+
+@pytest.mark.parametrize(
+    ("backend", "problem"),
+    [
+        (Reversed(), "ids"),
+        (Rough(), "logits outside the bound"),
+        (Raising(), "RuntimeError: no kernel image is available"),
+    ],
+)
+def test_check_finds_a_broken_backend(use_backends: UseBackends, backend: TorchBackend, problem: str) -> None:
+    use_backends(backend, TorchBackend())
+    result = run("check", "--json")
+    assert result.exit_code == 1
+    for row in json.loads(result.stdout)["checks"]:
+        assert row["ok"] == (row["backend"] == "torch")
+        assert any(problem in found for found in row["problems"]) == (row["backend"] != "torch")
+    result = run("check")
+    assert result.exit_code == 1
+    assert problem in result.stdout
+    assert "4 of 8 checks" in result.stdout
+    assert "4 of 8 checks" in result.stderr
+
+
+def test_check_says_why_a_backend_does_not_run(use_backends: UseBackends) -> None:
+    use_backends(Picky(), TorchBackend())
+    result = run("check")
+    assert result.exit_code == 0
+    assert "picky on cpu: does not run: needs an abacus" in result.stdout
+    use_backends(Picky())
+    assert run("check").exit_code == 1
+
+
+def test_route_reports_a_broken_contract(use_backends: UseBackends) -> None:
+    use_backends(Reversed())
+    result = run("route", "qwen3-30b-a3b", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "BROKEN" in result.stdout
+    assert result.stderr.startswith("moegate: the contract is broken: ")
+    result = run("route", "qwen3-30b-a3b", "--device", "cpu", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["contract"]["ok"] is False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_starts_without_torch() -> None:
+    code = "import sys, moegate.cli as cli; cli.app(['models', 'longcat'], standalone_mode=False); "
+    code += "sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_public_name_is_there() -> None:
+    code = "import moegate; [getattr(moegate, name) for name in moegate.__all__]; assert 'Gate' in dir(moegate)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = vars(moegate)["__getattr__"]("nothing")
+
+
+def test_module_runs_and_a_closed_pipe_is_quiet() -> None:
+    # `models --json` is more than a pipe holds, so that the process does write into the closed one.
+    command = [sys.executable, "-m", "moegate", "models", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"[\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_version() -> None:
+    done = subprocess.run([sys.executable, "-m", "moegate", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"moegate {moegate.__version__}\n"

@@ -1,0 +1,159 @@
+"""`Gate`: the module around the functions."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from routers import SPECS, generator, route_arguments, tensors_of
+
+import moegate
+from moegate import Gate
+from moegate.contract.verify import verify_logits, verify_routing
+
+SPEC = SPECS["sigmoid with bias in groups"]
+
+
+def a_gate(*, frozen: bool, dtype: torch.dtype = torch.bfloat16) -> Gate:
+    weight = torch.randn(SPEC.num_gate_rows, SPEC.hidden_size, generator=generator(1)).to(dtype)
+    bias = tensors_of(SPEC).e_score_correction_bias
+    return Gate(SPEC, weight, e_score_correction_bias=bias, frozen=frozen)
+
+
+HIDDEN = torch.randn(40, 64, generator=generator(2)).bfloat16()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_gate_and_route_keep_the_contract(name: str, dtype: torch.dtype, rows: int) -> None:
+    """The function and both kinds of gate, each held against its own logits, and those against float64."""
+    spec = SPECS[name]
+    if spec.weight_dtype == "float32":
+        dtype = torch.float32
+    tensors = tensors_of(spec)
+    weight = (torch.randn(spec.num_gate_rows, 64, generator=generator(3)) / 8).to(dtype)
+    hidden = torch.randn(rows, 64, generator=generator(4)).to(dtype)
+    arguments = route_arguments(spec, tensors, rows)
+    routings = [moegate.route(hidden, weight, spec, **arguments, return_logits=True)]
+    input_ids = arguments.pop("input_ids", None)
+    for frozen in (False, True):
+        routings.append(Gate(spec, weight, **arguments, frozen=frozen)(hidden, input_ids=input_ids, return_logits=True))
+    for routing in routings:
+        assert routing.logits is not None
+        assert verify_logits(routing.logits, hidden, weight, spec, tensors).problems == []
+        assert verify_routing(routing, routing.logits, spec, tensors, input_ids=input_ids).problems == []
+
+
+def test_logits_come_only_when_asked_for() -> None:
+    gate = a_gate(frozen=False)
+    assert gate(HIDDEN).logits is None
+    assert gate(HIDDEN, return_logits=True).logits is not None
+
+
+def test_updates_in_place_take_effect() -> None:
+    """At once for a gate that shares its weight; after refresh() for a frozen one."""
+    for frozen in (False, True):
+        gate = a_gate(frozen=frozen)
+        before = gate(HIDDEN).topk_ids
+        gate.weight.data.neg_()
+        if frozen:
+            gate.refresh()
+        after = gate(HIDDEN).topk_ids
+        assert not after.equal(before)
+        assert after.equal(
+            Gate(SPEC, gate.weight, e_score_correction_bias=gate.e_score_correction_bias)(HIDDEN).topk_ids
+        )
+
+
+def test_the_gate_shares_its_weight() -> None:
+    weight = torch.nn.Parameter(torch.randn(SPEC.num_gate_rows, 64))
+    gate = Gate(SPEC, weight, e_score_correction_bias=torch.zeros(256))
+    assert gate.weight is weight
+    plain = torch.randn(SPEC.num_gate_rows, 64)
+    assert Gate(SPEC, plain, e_score_correction_bias=torch.zeros(256)).weight.data_ptr() == plain.data_ptr()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_load_state_dict_takes_effect(frozen: bool) -> None:
+    """A frozen gate must not go on with what it had prepared."""
+    gate, other = a_gate(frozen=frozen), a_gate(frozen=False)
+    other.weight.data.neg_()
+    assert other.e_score_correction_bias is not None
+    other.e_score_correction_bias.neg_()
+    assert sorted(other.state_dict()) == ["e_score_correction_bias", "weight"]
+    gate.load_state_dict(other.state_dict())
+    assert gate(HIDDEN).topk_ids.equal(other(HIDDEN).topk_ids)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_casts_keep_the_bias_in_float32(frozen: bool) -> None:
+    """`model.to(torch.bfloat16)` would collapse biases that differ by less than a bfloat16 ulp."""
+    gate = a_gate(frozen=frozen, dtype=torch.float32)
+    assert gate.e_score_correction_bias is not None
+    bias = gate.e_score_correction_bias.clone()
+    gate.bfloat16()
+    assert gate.weight.dtype == torch.bfloat16
+    assert gate.e_score_correction_bias.dtype == torch.float32
+    assert gate.e_score_correction_bias.equal(bias)
+    expected = moegate.route(HIDDEN, gate.weight, SPEC, e_score_correction_bias=bias)
+    assert gate(HIDDEN).topk_ids.equal(expected.topk_ids)
+
+
+def test_casts_keep_a_pinned_weight_in_float32() -> None:
+    spec = SPECS["softmax with bias and floor"]
+    gate = Gate(spec, torch.randn(64, 64), e_score_correction_bias=torch.zeros(64))
+    weight = gate.weight.detach().clone()
+    gate.half()
+    assert gate.weight.dtype == torch.float32
+    assert gate.weight.equal(weight)
+
+
+def test_a_bias_in_half_precision_is_widened() -> None:
+    bias = torch.randn(256).bfloat16()
+    gate = Gate(SPEC, torch.randn(256, 64), e_score_correction_bias=bias)
+    assert gate.e_score_correction_bias is not None
+    assert gate.e_score_correction_bias.equal(bias.float())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_copies(frozen: bool) -> None:
+    gate = a_gate(frozen=frozen)
+    for twin in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):
+        assert twin(HIDDEN).topk_weights.equal(gate(HIDDEN).topk_weights)
+        twin.weight.data.neg_()
+        twin.refresh()
+        assert not twin(HIDDEN).topk_ids.equal(gate(HIDDEN).topk_ids)
+
+
+def test_import_is_light() -> None:
+    """`import moegate` brings in nothing that takes long, and no CUDA context."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import moegate; moegate.Gate, moegate.route; "
+        "heavy = {'transformers', 'safetensors', 'rich', 'typer', 'numpy', 'tomllib'} & (set(sys.modules) - before); "
+        "assert not heavy, heavy; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SPECS)
+def test_on_a_gpu(name: str) -> None:
+    """The torch backend on a CUDA device, without the shortcuts that only a CPU can take."""
+    spec = SPECS[name]
+    tensors = tensors_of(spec)
+    weight = torch.randn(spec.num_gate_rows, 64, generator=generator(3)) / 8
+    for dtype in (torch.float32,) if spec.weight_dtype == "float32" else (torch.float32, torch.bfloat16, torch.float16):
+        for rows in (0, 1, 17, 300):
+            arguments = {name: part.cuda() for name, part in route_arguments(spec, tensors, rows).items()}
+            hidden = torch.randn(rows, 64, generator=generator(4)).to("cuda", dtype)
+            routing = moegate.route(hidden, weight.to("cuda", dtype), spec, **arguments, return_logits=True)
+            assert routing.logits is not None
+            assert verify_logits(routing.logits, hidden, weight.to("cuda", dtype), spec, tensors).problems == []
+            ids = arguments.get("input_ids")
+            assert verify_routing(routing, routing.logits, spec, tensors, input_ids=ids).problems == []

@@ -1,0 +1,90 @@
+"""`RouterSpec`: combinations that make no sense are refused, with the field, the value and what is allowed."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+
+from moegate import RouterSpec
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"hidden_size": 0}, "hidden_size = 0; allowed: at least 1"),
+    ({"num_experts": 0}, "num_experts = 0"),
+    ({"num_experts": 1000, "num_zero_experts": 25}, "num_experts = 1000; allowed: at most 1024 rows .* make 1025"),
+    ({"num_zero_experts": -1}, "num_zero_experts = -1; allowed: 0 or more"),
+    ({"top_k": 0}, "top_k = 0; allowed: 1 to 16"),
+    ({"top_k": 17}, "top_k = 17; allowed: 1 to 16"),
+    ({"num_experts": 64, "top_k": 33}, "top_k = 33; allowed: 1 to 32"),
+    ({"scoring_func": "relu"}, r"scoring_func = 'relu'; allowed: one of \['softmax', 'sigmoid'"),
+    ({"correction_bias": "weight"}, r"correction_bias = 'weight'; allowed: one of \[None, 'score', 'logit'\]"),
+    ({"logits_dtype": "float16"}, "logits_dtype = 'float16'"),
+    ({"n_group": 3}, "n_group = 3; allowed: a divisor of the 16 selectable experts"),
+    ({"n_group": -4}, "n_group = -4"),
+    ({"topk_group": 2}, "topk_group = 2; allowed: 1 when n_group is 1"),
+    ({"n_group": 4, "topk_group": 5}, "topk_group = 5; allowed: 1 to 4"),
+    ({"n_group": 8, "topk_group": 1, "top_k": 3}, "topk_group = 1; allowed: enough groups of 2 experts"),
+    ({"n_group": 16, "topk_group": 8}, "n_group = 16; allowed: groups of at least 2 experts"),
+    ({"n_group": 4, "topk_group": 2, "hash_routing": True}, "n_group = 4; allowed: 1 with hash_routing"),
+    ({"hash_routing": True, "correction_bias": "score"}, "correction_bias = 'score'; allowed: None with hash_routing"),
+    (
+        {"weights_from": "softmax_of_selected", "renormalize": True},
+        "renormalize = True; allowed: False with weights_from",
+    ),
+    ({"scoring_func": "identity", "renormalize": True}, "renormalize = True; allowed: False with scoring_func"),
+    ({"renormalize_eps": 1e-20}, "renormalize_eps = 1e-20; allowed: 0.0 without renormalize"),
+    ({"renormalize": True, "renormalize_floor": -1.0}, "renormalize_floor = -1.0; allowed: finite and 0 or more"),
+    ({"num_shared_gates": 2}, "num_shared_gates = 2; allowed: 0, unless renormalize"),
+    ({"per_expert_scale": True, "num_zero_experts": 4}, "per_expert_scale = True; allowed: False with zero experts"),
+    ({"routed_scaling_factor": 0.0}, "routed_scaling_factor = 0.0; allowed: finite and above 0"),
+    ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor = nan"),
+    ({"logit_multiplier": -1.0}, "logit_multiplier = -1.0"),
+    ({"logit_softcapping": 0.0}, "logit_softcapping = 0.0; allowed: None, or finite and above 0"),
+    ({"input_norm_eps": float("inf")}, "input_norm_eps = inf"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG, ids=str)
+def test_what_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"RouterSpec.{message}"):
+        RouterSpec(**{"hidden_size": 8, "num_experts": 16, "top_k": 2, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_k": 2.0}, "top_k must be int, got float 2.0"),
+        ({"top_k": True}, "top_k must be int, got bool True"),
+        ({"renormalize": 1}, "renormalize must be bool, got int 1"),
+        ({"routed_scaling_factor": "2.5"}, "routed_scaling_factor must be float, got str '2.5'"),
+        ({"logit_softcapping": True}, "logit_softcapping must be float | None, got bool True"),
+    ],
+    ids=str,
+)
+def test_wrong_types_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError) as error:
+        RouterSpec(**{"hidden_size": 8, "num_experts": 16, "top_k": 2, **fields})
+    assert message in str(error.value)
+
+
+def test_a_spec_is_a_value() -> None:
+    spec = RouterSpec(8, 16, 2)
+    assert spec == RouterSpec(8, 16, 2)
+    assert len({spec, RouterSpec(8, 16, 2), replace(spec, top_k=3)}) == 2
+    with pytest.raises(FrozenInstanceError):
+        spec.top_k = 3  # type: ignore[misc]
+    assert hash(spec) == hash(replace(spec, routed_scaling_factor=1))
+
+
+def test_what_follows_from_the_fields() -> None:
+    longcat = RouterSpec(8, 512, 12, correction_bias="score", num_zero_experts=256)
+    assert (longcat.num_selectable, longcat.num_gate_rows) == (768, 768)
+    inkling = RouterSpec(8, 256, 6, "sigmoid", "score", renormalize=True, num_shared_gates=2)
+    assert (inkling.num_selectable, inkling.num_gate_rows) == (256, 258)
+    assert RouterSpec(8, 16, 2).selects_on_logits
+    assert RouterSpec(8, 16, 2, n_group=4, topk_group=2, group_score="max").selects_on_logits
+    assert not RouterSpec(8, 16, 2, n_group=4, topk_group=2).selects_on_logits
+    assert not longcat.selects_on_logits
+    assert RouterSpec(8, 16, 2, renormalize=True).softmax_over_selected
+    assert not RouterSpec(8, 16, 2, renormalize=True, renormalize_eps=1e-20).softmax_over_selected

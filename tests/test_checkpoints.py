@@ -1,4 +1,4 @@
-"""Whole models of Transformers, saved and read back: each gate routes as the model's own router did in a forward pass."""
+"""Whole models of Transformers, saved and read back: each gate routes as the model's own router did."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from router_cases import ROUNDED_WEIGHTS
+from safetensors.torch import save_file
 from tiny_models import TINY, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers_routers import TransformersRouter, as_routing
 
-from moegate import Gate
+from moegate import Gate, RouterSpec
 from moegate.catalog.checkpoint import layers_with_gate, tensor_files
-from moegate.catalog.model_types import model_types
+from moegate.catalog.model_types import ModelType, model_types
 from moegate.contract import bounds, reference
 from moegate.contract.verify import verify_routing
 from moegate.routing import RouterTensors
@@ -27,9 +28,10 @@ from moegate.routing import RouterTensors
 TOKENS = (2, 32)
 EXCUSED = 0.01
 """The share of a model's rows whose experts may differ within the contract's margin."""
-EXCUSED_ROUNDED = 0.25
-"""... with logits in bfloat16: of 16 such logits in -4..4, two neighbours are often the same number, and each `topk`
-takes one of them as it likes. A wrong tensor makes nearly all rows differ, and beyond the margin."""
+EXCUSED_ROUNDED = 0.05
+"""... with logits in bfloat16. The 4th and 5th best of 16 such logits are the same number in about 2 rows of 100:
+they lie 1/3 apart on average and are multiples of 2**-7. Then Transformers' topk takes either. A wrong tensor makes
+most rows differ, and beyond the margin."""
 
 SHARDED = ("deepseek_v3", "deepseek_v4", "ernie4_5_moe", "gemma4_text", "gpt_oss", "mixtral", "qwen3_moe", "step3p5")
 BFLOAT16 = ("deepseek_v3", "hy_v3", "glm4_moe", "nemotron_h", "ernie4_5_moe", "mixtral", "afmoe", "minimax")
@@ -122,3 +124,69 @@ def hold_layer(model: PreTrainedModel, folder: Path, layer: int, seen: Seen, inp
     assert not verify_routing(ours, exact, gate.spec, tensors, input_ids=token_ids, logit_error=error).problems
     same = ours.topk_ids.sort(dim=-1).values.eq(theirs.topk_ids.sort(dim=-1).values).all(dim=-1)
     return int((~same).sum())
+
+
+FIELDS = {
+    "hidden_size": 64,
+    "num_experts": 16,
+    "top_k": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "renormalize": True,
+    "routed_scaling_factor": 2.5,
+}
+
+
+@pytest.mark.parametrize("place", range(2))
+@pytest.mark.parametrize("entry", model_types().values(), ids=lambda entry: entry.name)
+def test_every_name_of_a_tensor(entry: ModelType, place: int, tmp_path: Path) -> None:
+    """Each tensor is read under each of its names, also those that no tiny model of Transformers writes."""
+    (tmp_path / "config.json").write_text(json.dumps(small_config(entry)), encoding="utf-8")
+    layer = 0 if entry.hash_routing_layers is not None and place == 0 else 5
+    wanted = draw_tensors(RouterSpec.from_config(tmp_path, layer=layer))
+    stored: dict[str, Tensor] = {}
+    for role, tensor in wanted.items():
+        name, tensor = as_stored(entry.tensors[role], place, tensor)
+        stored[f"model.{entry.layers}.{layer}.{name}"] = tensor
+    save_file(stored, tmp_path / "model.safetensors")
+    gate = Gate.from_checkpoint(tmp_path, layer)
+    for role, tensor in wanted.items():
+        assert torch.equal(getattr(gate, role), tensor), role
+
+
+def small_config(entry: ModelType) -> dict[str, Any]:
+    config: dict[str, Any] = {"model_type": entry.name, "num_hash_layers": 3}
+    for spec_field, value in FIELDS.items():
+        for key in entry.keys.get(spec_field, ["hidden_size"] if spec_field == "hidden_size" else [])[:1]:
+            part, _, leaf = key.rpartition(".")
+            (config.setdefault(part, {}) if part else config)[leaf] = value
+    return config
+
+
+def draw_tensors(spec: RouterSpec) -> dict[str, Tensor]:
+    """All tensors that a gate of this spec has, by their names in `Gate`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    order = torch.rand(8, spec.num_experts, generator=generator).argsort(dim=-1)
+    tensors = {
+        "weight": randn(spec.num_gate_rows, spec.hidden_size),
+        "bias": randn(spec.num_gate_rows) if spec.linear_bias else None,
+        "e_score_correction_bias": randn(spec.num_selectable) if spec.correction_bias else None,
+        "input_scale": randn(spec.hidden_size) if spec.input_norm_eps else None,
+        "per_expert_scale": randn(spec.num_experts) if spec.per_expert_scale else None,
+        "global_scale": randn(1) if spec.global_scale else None,
+        "tid2eid": order[:, : spec.top_k].contiguous() if spec.hash_routing else None,
+    }
+    return {role: tensor for role, tensor in tensors.items() if tensor is not None}
+
+
+def as_stored(names: list[Any], place: int, tensor: Tensor) -> tuple[str, Tensor]:
+    """The tensor as a checkpoint holds it that uses one of its names, or the last where there are fewer."""
+    entry = names[min(place, len(names) - 1)]
+    if isinstance(entry, str):
+        return entry, tensor
+    stored = tensor.T.contiguous() if entry["take"] == "transpose" else torch.stack([tensor, -tensor])
+    return entry["name"], stored

@@ -218,10 +218,13 @@ def input_error(run: Run, roundings: int) -> Tensor:
     return error
 
 
-@pytest.mark.parametrize("model", filter(router_cases.transformers_type, models()), ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    "model", [m for m in models() if router_cases.transformers_type(m)], ids=lambda model: model.name
+)
 def test_spec_of_named_model(model: Model) -> None:
     """Transformers' config of a named model describes the router that the catalog says."""
     model_type = router_cases.transformers_type(model)
+    assert model_type is not None
     config = CONFIG_MAPPING[model_type](**router_cases.row_overrides(model))
     config.dtype = torch.bfloat16
     assert RouterSpec.from_config(config) == model.spec

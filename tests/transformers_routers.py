@@ -78,7 +78,7 @@ class TransformersRouter:
 
 
 def as_routing(output: Output, exact_logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Routing:
-    """A class's output as `verify_routing` takes it: the ids in the order of the exact keys, for a topk need not sort."""
+    """A class's output as `verify_routing` takes it, in the order of the exact keys: the class's topk need not sort."""
     _, ids, weights, shared = output
     if not spec.hash_routing:
         keys = choice_keys(finite_logits(exact_logits, torch.float64), spec, tensors)

@@ -237,6 +237,13 @@ class RouterSpec:
             )
         if self.hash_routing:
             _require(self.correction_bias is None, "correction_bias", self.correction_bias, "None with hash_routing")
+        if self.num_zero_experts:
+            _require(
+                self.scoring_func != "identity" or self.weights_from != "score",
+                "num_zero_experts",
+                self.num_zero_experts,
+                "0 with scoring_func='identity', whose weights have no finite sum",
+            )
         if self.per_expert_scale:
             _require(
                 self.num_zero_experts == 0,

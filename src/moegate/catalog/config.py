@@ -129,14 +129,14 @@ def _field(name: str, values: dict[str, Any], model_type: ModelType, layer: int 
 def _choose(name: str, choice: dict[str, Any], values: dict[str, Any], model_type: ModelType) -> Any:
     key = choice["key"]
     if not _has(values, key):
-        return "from_keys"
+        return choice.get("absent", "from_keys")
     value = _at(values, key)
     text = _text(value)
     if text in choice:
         return choice[text]
     if "else" in choice:
         return choice["else"]
-    allowed = ", ".join(option for option in choice if option != "key")
+    allowed = ", ".join(option for option in choice if option not in ("key", "absent"))
     raise ValueError(f"config of model_type {model_type.name!r}: {key} = {value!r}; allowed for {name}: {allowed}")
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from moegate.contract.bounds import logit_bound
-from moegate.contract.reference import router_logits
 from moegate.contract.verify import verify_logits, verify_routing
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
@@ -82,30 +80,15 @@ def _compare_block(
 ) -> None:
     logits = routing.logits
     assert logits is not None
-    problems = verify_logits(logits, hidden, weight, spec, tensors).problems
+    exactness = verify_logits(logits, hidden, weight, spec, tensors)
+    problems = exactness.problems
     if logits.shape == (len(hidden), spec.num_gate_rows):
         choice = verify_routing(routing, logits, spec, tensors, input_ids=input_ids)
         problems = problems + choice.problems
         result.excused_rows += choice.excused_rows
-        error, share = _logit_errors(logits, hidden, weight, spec, tensors)
-        result.max_error, result.share_of_bound = max(result.max_error, error), max(result.share_of_bound, share)
+        result.max_error = max(result.max_error, exactness.max_error)
+        result.share_of_bound = max(result.share_of_bound, exactness.share_of_bound)
     result.problems += [where + problem for problem in problems]
-
-
-def _logit_errors(
-    logits: Tensor, hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors
-) -> tuple[float, float]:
-    """The largest error, absolute and as a share of the bound."""
-    logits, hidden, weight = logits.cpu(), hidden.cpu(), weight.cpu()
-    tensors = RouterTensors(*(part if part is None else part.cpu() for part in tensors))
-    exact = router_logits(hidden, weight, replace(spec, logits_dtype="float32"), tensors)
-    bound = logit_bound(hidden, weight, exact, spec, tensors)
-    error = (logits.double() - exact).abs()
-    share = error / bound.clamp(min=torch.finfo(torch.float64).tiny)
-    counted = error.isfinite() & bound.isfinite()
-    if not counted.any():
-        return 0.0, 0.0
-    return float(error[counted].max()), float(share[counted].max())
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moegate.contract.reference import (
+    FLOAT32_MAX,
     choice_keys,
     finite_logits,
     group_scores,
@@ -105,7 +106,7 @@ def key_interval(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, logit
         bias = finite_logits(tensors.e_score_correction_bias, torch.float64)
         low, high = low + bias, high + bias
     rounding = 2 * U * keys.abs() + SMALLEST_NORMAL
-    exact = keys.abs() == torch.finfo(torch.float32).max  # saturated: nothing left to round
+    exact = keys.abs() == FLOAT32_MAX  # saturated: nothing left to round
     return Interval(torch.where(exact, keys, low - rounding), torch.where(exact, keys, high + rounding))
 
 
@@ -153,9 +154,14 @@ def _scaled(weights: Interval, ids: Tensor | None, spec: RouterSpec, tensors: Ro
     factor = torch.tensor(spec.routed_scaling_factor, dtype=torch.float64, device=weights.low.device)
     if tensors.global_scale is not None:
         factor = factor * tensors.global_scale.double()
+    ends = _overflowing(torch.stack([weights.low * factor, weights.high * factor]))
     if ids is not None and tensors.per_expert_scale is not None:
-        factor = factor * tensors.per_expert_scale.double()[ids]
-    ends = torch.stack([weights.low * factor, weights.high * factor])
+        ends = _overflowing(ends * tensors.per_expert_scale.double()[ids])
     rounding = 8 * U + spec.top_k * U + 2 * _DTYPE_ROUNDING[spec.topk_weights_dtype]
     slack = ends.abs().amax(dim=0) * rounding + _DTYPE_SMALLEST[spec.topk_weights_dtype]
     return Interval(ends.amin(dim=0) - slack, ends.amax(dim=0) + slack)
+
+
+def _overflowing(products: Tensor) -> Tensor:
+    """What float32 makes infinite becomes so large that no later factor brings it back."""
+    return torch.where(products.abs() > FLOAT32_MAX, products.sign() * 1e200, products)

@@ -16,11 +16,15 @@ from moegate.spec import RouterSpec
 
 @dataclass
 class Verdict:
-    """What `verify_routing` found."""
+    """What `verify_routing` or `verify_logits` found."""
 
     rows: int
     excused_rows: int = 0
     """Rows whose expert set differs from the float64 reference's, within the contract's margin."""
+    max_error: float = 0.0
+    """The largest error of a finite logit."""
+    share_of_bound: float = 0.0
+    """The largest error of a logit, as a share of what the contract allows to that logit."""
     problems: list[str] = field(default_factory=list)
     """Breaches of the contract, each naming its first row."""
 
@@ -152,6 +156,10 @@ def verify_logits(logits: Tensor, hidden: Tensor, weight: Tensor, spec: RouterSp
     if str(logits.dtype) != f"torch.{spec.logits_dtype}" or logits.shape != exact.shape:
         verdict.problems.append(f"logits are {logits.dtype} {tuple(logits.shape)}")
         return verdict
-    inside = (logits.double() - exact).abs() <= bound
-    verdict.breach(~(inside | exact.isnan() | exact.isinf()), "logits outside the bound")
+    error = (logits.double() - exact).abs()
+    finite = exact.isfinite() & bound.isfinite()
+    verdict.breach((error > bound) & finite | (error.isnan() & finite), "logits outside the bound")
+    if finite.any():
+        share = error / bound.clamp(min=torch.finfo(torch.float64).tiny)
+        verdict.max_error, verdict.share_of_bound = float(error[finite].max()), float(share[finite].max())
     return verdict

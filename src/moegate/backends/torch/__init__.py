@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moegate.backends.torch import gemm
-from moegate.backends.torch.select import select
+from moegate.backends.torch.selection import select
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 

@@ -36,7 +36,8 @@ def select(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: 
         keys, scores = _choice_keys(finite, spec, tensors)
         if not spec.selects_on_logits:
             keys = keys.nan_to_num(nan=-FLOAT32_MAX)
-        coarse = logits.dtype == torch.bfloat16 and spec.selects_on_logits
+        # -FLOAT32_MAX, which stands for NaN and -inf, is no bfloat16 value.
+        coarse = logits.dtype == torch.bfloat16 and spec.selects_on_logits and row_is_nan is None
         ids = top_k(_mask_groups(keys, spec), spec.top_k, coarse=coarse)
     weights, shared = _weights(ids, finite.gather(1, ids), finite, scores, spec, tensors)
     return _routing(ids, weights, logits, shared, row_is_nan, spec)

@@ -221,17 +221,18 @@ _TYPE_COLUMNS = _ROW_COLUMNS[1:]
 def _row(row: tuple[Model, str]) -> tuple[str, ...]:
     model, name = row
     loaded = "" if name == model.model_type else f", loaded as `{name}`"
-    return ", ".join((model.name, *model.also)), f"`{model.model_type}`{loaded}", *_how(name)
+    return ", ".join((model.name, *model.also)), f"`{model.model_type}`{loaded}", *_how(name, model.spec.hash_routing)
 
 
-def _how(name: str) -> tuple[str, str, str]:
+def _how(name: str, hash_routing: bool = False) -> tuple[str, str, str]:
     """Class, exact dtype and note of a type."""
     notes = []
     if name in ROUNDINGS:
         notes.append(f"in bfloat16, the class also rounds {ROUNDINGS[name].where}: held within these roundings")
     if name in ROUNDED_WEIGHTS:
         notes.append("the class rounds its weights to bfloat16")
-    return f"`{model_types()[name].router}`", exact_dtype(name), "; ".join(notes)
+    router = transformers_routers.HASH_ROUTER if hash_routing else model_types()[name].router
+    return f"`{router}`", exact_dtype(name), "; ".join(notes)
 
 
 def _table(columns: tuple[str, ...], rows: Any) -> list[str]:

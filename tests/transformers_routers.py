@@ -22,6 +22,8 @@ from moegate.catalog.model_types import model_types as catalog_types
 from moegate.contract.reference import choice_keys, finite_logits
 from moegate.routing import RouterTensors
 
+HASH_ROUTER = "DeepseekV4HashRouter"
+
 Output = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 """(logits, ids [M, k], weights [M, k] in float32, weights of the shared experts)"""
 
@@ -103,7 +105,7 @@ def build(
     """
     config = CONFIG_MAPPING[model_type](**config_overrides)
     config.dtype = dtype
-    class_name = "DeepseekV4HashRouter" if hash_routing else _routers()[model_type]
+    class_name = HASH_ROUTER if hash_routing else _routers()[model_type]
     router_class = getattr(_modeling(type(config)), class_name)
     quirk = QUIRKS.get(model_type, Quirk())
     router = quirk.construct(router_class, config) if quirk.construct else router_class(config)

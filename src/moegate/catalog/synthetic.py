@@ -32,8 +32,8 @@ def random_tensors(
 ) -> tuple[Tensor, RouterTensors]:
     """A weight and the small tensors that the spec asks for, in the sizes that trained gates have.
 
-    The logits of `random_hidden` have a standard deviation of about 1, correction biases one of 0.1 (for
-    softmax scores, which are much smaller than 1, one of a tenth of the mean score).
+    The logits of `random_hidden` have a standard deviation of about 1, correction biases one of 0.02 (for
+    softmax scores, which are much smaller than 1, of 2 % of the mean score).
 
     Args:
         spec: What the router computes.
@@ -46,7 +46,7 @@ def random_tensors(
     def normal(*shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape, generator=numbers) * std + mean).to(dtype).to(device)
 
-    bias_std = 0.1 / spec.num_selectable if spec.scoring_func == "softmax" else 0.1
+    bias_std = 0.02 / spec.num_selectable if spec.scoring_func == "softmax" else 0.02
     # The input norm has the factor K**-0.5 in it already.
     weight_std = 1.0 if spec.input_norm_eps is not None else spec.hidden_size**-0.5
     weight_dtype = torch.float32 if spec.weight_dtype == "float32" else dtype

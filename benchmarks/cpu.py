@@ -1,0 +1,138 @@
+"""`Gate` against Transformers' own routers on the CPU, eager, in one run: `python benchmarks/cpu.py`.
+
+Blocks of calls of each candidate take turns, so that a busy machine slows all of them; a time is the
+median over the blocks. A candidate is timed only after its routing has been held against float64.
+Prints a Markdown table; `--json FILE` writes the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import track
+from torch import Tensor
+
+import moegate
+from moegate import Gate
+from moegate.catalog.synthetic import random_hidden, random_tensors
+from moegate.cli.machine import cpu_name
+from moegate.contract.verify import verify_logits, verify_routing
+from moegate.routing import RouterTensors
+
+# The name in the catalog, the router class of Transformers, and the config that gives it the model's size.
+PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "deepseek-v3": ("deepseek_v3", "DeepseekV3TopkRouter", {}),
+    "qwen3-30b-a3b": ("qwen3_moe", "Qwen3MoeTopKRouter", {"norm_topk_prob": True}),
+    "gpt-oss-120b": ("gpt_oss", "GptOssTopKRouter", {"num_local_experts": 128}),
+}
+TOKENS = (1, 8, 64, 512)
+BLOCKS, BLOCK_SECONDS = 25, 0.02
+
+
+@dataclass
+class Row:
+    """Median microseconds of a call."""
+
+    model: str
+    threads: int
+    tokens: int
+    transformers_us: float
+    gate_us: float
+    frozen_gate_us: float
+
+
+def peer(name: str, weight: Tensor, tensors: RouterTensors) -> torch.nn.Module:
+    """Transformers' router of a model, with our weight and biases."""
+    module, class_name, changed = PEERS[name]
+    modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    config = transformers.AutoConfig.for_model(module, **changed)
+    router: torch.nn.Module = getattr(modeling, class_name)(config).to(weight.dtype)
+    router.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if tensors.bias is not None:
+        router.bias = torch.nn.Parameter(tensors.bias, requires_grad=False)
+    if tensors.e_score_correction_bias is not None:
+        router.e_score_correction_bias = tensors.e_score_correction_bias
+    return router.eval()
+
+
+def hold_against_float64(gate: Gate, hidden: Tensor) -> None:
+    """No time for a wrong result."""
+    routing = gate(hidden, return_logits=True)
+    tensors = RouterTensors(bias=gate.bias, e_score_correction_bias=gate.e_score_correction_bias)
+    problems = verify_logits(routing.logits, hidden, gate.weight, gate.spec, tensors).problems
+    problems += verify_routing(routing, routing.logits, gate.spec, tensors).problems
+    if problems:
+        raise SystemExit(f"wrong result: {problems}")
+
+
+def block_medians(calls: list[Callable[[], object]]) -> list[float]:
+    """The median over blocks of the mean time of a call, in microseconds."""
+    repeats = []
+    for call in calls:
+        call()
+        repeats.append(max(1, int(BLOCK_SECONDS / seconds_of(call, 1))))
+    times = [[seconds_of(call, n) for call, n in zip(calls, repeats, strict=True)] for _ in range(BLOCKS)]
+    return [statistics.median(column) * 1e6 for column in zip(*times, strict=True)]
+
+
+def seconds_of(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def rows(thread_counts: list[int]) -> Iterator[Row]:
+    cases = [(n, name, m) for n in thread_counts for name in PEERS for m in TOKENS]
+    for threads, name, tokens in track(cases, "benchmark"):
+        torch.set_num_threads(threads)
+        spec = moegate.get_spec(name)
+        weight, tensors = random_tensors(spec)
+        given = {key: value for key, value in tensors._asdict().items() if value is not None}
+        gates = [Gate(spec, weight, **given, frozen=frozen) for frozen in (False, True)]
+        hidden = random_hidden(spec, tokens)
+        for gate in gates:
+            hold_against_float64(gate, hidden)
+        router = peer(name, weight, tensors)
+        calls: list[Callable[[], object]] = [lambda c=c, h=hidden: c(h) for c in (router, *gates)]  # type: ignore[misc]
+        yield Row(name, threads, tokens, *block_medians(calls))
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    arguments = parser.parse_args()
+    machine = (
+        f"{cpu_name()}, {torch.get_num_threads()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, moegate {moegate.__version__}"
+    )
+    with torch.inference_mode():
+        results = list(rows(sorted({1, torch.get_num_threads()})))
+    print(f"\n{machine}\n")
+    print("| model | threads | tokens | Transformers, µs | Gate, µs | ratio | Gate frozen, µs | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in results:
+        ratios = [row.transformers_us / row.gate_us, row.transformers_us / row.frozen_gate_us]
+        print(
+            f"| {row.model} | {row.threads} | {row.tokens} | {row.transformers_us:.0f} | {row.gate_us:.0f} | "
+            f"{ratios[0]:.2f} | {row.frozen_gate_us:.0f} | **{ratios[1]:.2f}** |"
+        )
+    if arguments.json:
+        content = {"machine": machine, "command": "python benchmarks/cpu.py", "rows": [asdict(row) for row in results]}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

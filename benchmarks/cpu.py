@@ -115,8 +115,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
     machine = (
-        f"{cpu_name()}, {torch.get_num_threads()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, moegate {moegate.__version__}"
+        f"{cpu_name()}, {torch.get_num_threads()} cores, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, moegate {moegate.__version__}"
     )
     with torch.inference_mode():
         results = list(rows(sorted({1, torch.get_num_threads()})))

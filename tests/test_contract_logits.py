@@ -12,6 +12,7 @@ from torch import Tensor
 import moegate
 from moegate import RouterSpec
 from moegate.backends.torch import gemm
+from moegate.backends.torch.prepared import prepare
 from moegate.contract import bounds
 from moegate.contract.reference import router_logits
 from moegate.contract.verify import verify_logits
@@ -51,7 +52,7 @@ def test_logits_are_within_the_bound(
     for given in (None, bias, bias.bfloat16()):
         logits = moegate.router_gemm(hidden, weight, given, out_dtype=out_dtype)
         assert verify_logits(logits, hidden, weight, spec, RouterTensors(bias=given)).problems == []
-        prepared = gemm.prepare(weight, out_dtype)
+        prepared = prepare(weight, gemm.product_dtype(weight.dtype, weight.dtype, out_dtype))
         logits = gemm.router_gemm(hidden, weight, given, out_dtype, prepared)
         assert verify_logits(logits, hidden, weight, spec, RouterTensors(bias=given)).problems == []
 
@@ -75,13 +76,13 @@ def test_the_bound_is_that_of_float32() -> None:
 def test_reduced_precision_is_not_used(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = draw((8, 2048, 16))
     seen = []
-    linear = gemm._linear
+    linear = gemm._linear_as_allowed
 
     def watched(*args: object) -> Tensor:
         seen.append(gemm._allows_less_than_float32(is_cuda=False))
         return linear(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(gemm, "_linear", watched)
+    monkeypatch.setattr(gemm, "_linear_as_allowed", watched)
     for by_device in (True, False):
         monkeypatch.setattr(gemm, "_HAS_SETTING_BY_DEVICE", by_device and gemm._HAS_SETTING_BY_DEVICE)
         torch.set_float32_matmul_precision(precision)

@@ -36,7 +36,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"renormalize_eps": 1e-20}, "renormalize_eps = 1e-20; allowed: 0.0 without renormalize"),
     ({"renormalize": True, "renormalize_floor": -1.0}, "renormalize_floor = -1.0; allowed: finite and 0 or more"),
     ({"num_shared_gates": 2}, "num_shared_gates = 2; allowed: 0, unless renormalize"),
-    ({"num_zero_experts": 2, "scoring_func": "identity"}, "num_zero_experts = 2; allowed: 0 with scoring_func='identity'"),
+    (
+        {"num_zero_experts": 2, "scoring_func": "identity"},
+        "num_zero_experts = 2; allowed: 0 with scoring_func='identity'",
+    ),
     ({"per_expert_scale": True, "num_zero_experts": 4}, "per_expert_scale = True; allowed: False with zero experts"),
     ({"routed_scaling_factor": 0.0}, "routed_scaling_factor = 0.0; allowed: finite and above 0"),
     ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor = nan"),

@@ -37,6 +37,7 @@ def host_torch() -> tuple[str, Path] | None:
 
 
 def main() -> None:
+    """Makes the environment if it is not there as it should be."""
     torch = host_torch()
     inputs = [sys.executable, sys.version, repr(torch), str(ROOT)]
     inputs += [(ROOT / name).read_text() for name in ("pyproject.toml", "constraints.txt", "tools/environment.py")]

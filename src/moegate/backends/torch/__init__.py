@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moegate.backends.torch import gemm
+from moegate.backends.torch.prepared import PreparedWeight, prepare
 from moegate.backends.torch.selection import select
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
@@ -20,10 +21,11 @@ class TorchBackend:
         """None: PyTorch's ops run on all its devices."""
         return None
 
-    def prepare(self, weight: Tensor, spec: RouterSpec) -> gemm.PreparedWeight | None:
-        """On a CPU, the weight in the dtype and layout of its products."""
-        normed = spec.input_norm_eps is not None
-        return gemm.prepare(weight, torch.float32 if normed else getattr(torch, spec.logits_dtype))
+    def prepare(self, weight: Tensor, spec: RouterSpec) -> PreparedWeight | None:
+        """On a CPU, the weight in the layouts of its products."""
+        if spec.input_norm_eps is not None:
+            return prepare(weight, torch.float32)
+        return prepare(weight, gemm.product_dtype(weight.dtype, weight.dtype, getattr(torch, spec.logits_dtype)))
 
     def router_gemm(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """See `moegate.router_gemm`."""
@@ -43,7 +45,7 @@ class TorchBackend:
         prepared: object | None,
     ) -> Routing:
         """See `moegate.route`."""
-        assert prepared is None or isinstance(prepared, gemm.PreparedWeight)
+        assert prepared is None or isinstance(prepared, PreparedWeight)
         if spec.input_norm_eps is not None:
             assert tensors.input_scale is not None
             hidden = gemm.normed_input(hidden, tensors.input_scale, spec.input_norm_eps)

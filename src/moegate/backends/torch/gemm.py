@@ -5,31 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class PreparedWeight(NamedTuple):
-    """A weight that will not change, in oneDNN's own layout, which F.linear would make anew in each call."""
-
-    packed: Tensor
-    dtype: torch.dtype
-
-
-_PACKED_FOR_TOKENS = 8  # a hint to oneDNN; measured within 5 % of the best at 1 to 512 tokens
-
-
-def prepare(weight: Tensor, out_dtype: torch.dtype) -> PreparedWeight | None:
-    """Prepares the weight [R, K] of a gate whose logits have `out_dtype`; None where nothing is to gain."""
-    if not weight.is_cpu or not torch.backends.mkldnn.is_available():
-        return None
-    dtype = _product_dtype(weight.dtype, weight.dtype, out_dtype)
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    return PreparedWeight(torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), _PACKED_FOR_TOKENS), dtype)
+from moegate.backends.torch.prepared import PreparedWeight
 
 
 def router_gemm(
@@ -39,13 +21,13 @@ def router_gemm(
     if hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32:
         logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         return (logits if bias is None else logits + bias.float()).to(out_dtype)
-    dtype = _product_dtype(hidden.dtype, weight.dtype, out_dtype) if hidden.is_cpu else torch.float32
+    dtype = product_dtype(hidden.dtype, weight.dtype, out_dtype) if hidden.is_cpu else torch.float32
     if bias is not None and bias.dtype != dtype:
         dtype, bias = torch.float32, bias.float()
-    if prepared is not None and prepared.dtype == dtype and hidden.shape[0]:
-        logits = _product(hidden.to(dtype), prepared.packed, bias, is_packed=True)
+    if prepared is None or prepared.dtype != dtype or not hidden.shape[0]:
+        logits = _linear(hidden.to(dtype), weight.to(dtype), bias)
     else:
-        logits = _product(hidden.to(dtype), weight.to(dtype), bias)
+        logits = _linear(hidden.to(dtype), prepared, bias)
     return logits if dtype == out_dtype else logits.to(out_dtype)
 
 
@@ -57,24 +39,21 @@ def normed_input(hidden: Tensor, input_scale: Tensor, eps: float) -> Tensor:
     return scaled
 
 
-def _product_dtype(hidden: torch.dtype, weight: torch.dtype, out: torch.dtype) -> torch.dtype:
+def product_dtype(hidden: torch.dtype, weight: torch.dtype, out: torch.dtype) -> torch.dtype:
     """The dtype of a CPU's product: its half-precision ones sum in float32 and round once, at the end."""
     return out if hidden == weight == out else torch.float32
 
 
-def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, is_packed: bool = False) -> Tensor:
+def _linear(hidden: Tensor, weight: Tensor | PreparedWeight, bias: Tensor | None) -> Tensor:
     """`hidden @ weight.T + bias`; in float32, exact to float32 whatever the process allows PyTorch."""
     if hidden.dtype != torch.float32 or not _allows_less_than_float32(hidden.is_cuda):
-        return _linear(hidden, weight, bias, is_packed)
+        return _linear_as_allowed(hidden, weight, bias)
     with _full_float32(hidden.is_cuda):
-        return _linear(hidden, weight, bias, is_packed)
+        return _linear_as_allowed(hidden, weight, bias)
 
 
-def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, is_packed: bool) -> Tensor:
-    if is_packed:
-        logits: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
-        return logits
-    return F.linear(hidden, weight, bias)
+def _linear_as_allowed(hidden: Tensor, weight: Tensor | PreparedWeight, bias: Tensor | None) -> Tensor:
+    return weight.linear(hidden, bias) if isinstance(weight, PreparedWeight) else F.linear(hidden, weight, bias)
 
 
 # `torch.set_float32_matmul_precision("high")`, which many programs call, lets PyTorch multiply float32

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moegate.backends.torch.top_k import top_k
+from moegate.backends.torch.top_k import top_k, top_k_of_few
 from moegate.contract.reference import FLOAT32_MAX, least_sum
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
-# Up to so many rows on a CPU, where every op counts, one stable sort orders and shows what is special.
+# Up to so many rows on a CPU every op counts, and looking for what is special costs less than ruling it out.
 _FEW_ROWS = 16
 
 
@@ -39,7 +39,7 @@ def select(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: 
         # -FLOAT32_MAX, which stands for NaN and -inf, is no bfloat16 value.
         coarse = logits.dtype == torch.bfloat16 and spec.selects_on_logits and row_is_nan is None
         ids = top_k(_mask_groups(keys, spec), spec.top_k, coarse=coarse)
-    weights, shared = _weights(ids, finite.gather(1, ids), finite, scores, spec, tensors)
+    weights, shared = _weights(ids, None, finite, scores, spec, tensors)
     return _routing(ids, weights, logits, shared, row_is_nan, spec)
 
 
@@ -59,12 +59,11 @@ def _select_few_plain_rows(logits: Tensor, spec: RouterSpec, tensors: RouterTens
     if not spec.selects_on_logits and not _known_finite(wide):
         return None
     keys, scores = _choice_keys(wide, spec, tensors)
-    values, order = _mask_groups(keys, spec).sort(dim=-1, descending=True, stable=True)
-    values, ids = values[:, : spec.top_k], order[:, : spec.top_k]
-    # Descending order puts a NaN first: the keys of a row are plain if its ends are finite.
-    if not all(row[0] < math.inf and row[-1] > -math.inf for row in values.tolist()):
+    top = top_k_of_few(_mask_groups(keys, spec), spec.top_k, coarse=wide.dtype == torch.bfloat16)
+    if top is None:
         return None
-    selected = values.float() if spec.selects_on_logits else wide.gather(1, ids)
+    values, ids = top
+    selected = values.float() if spec.selects_on_logits else None
     weights, _ = _weights(ids, selected, wide, scores, spec, tensors)
     return _routing(ids, weights, logits, None, None, spec)
 
@@ -134,24 +133,28 @@ def _look_up(input_ids: Tensor | None, table: Tensor | None) -> tuple[Tensor, Te
 
 def _weights(
     ids: Tensor,
-    selected: Tensor,
+    selected: Tensor | None,
     logits: Tensor,
     scores: Tensor | None,
     spec: RouterSpec,
     tensors: RouterTensors,
 ) -> tuple[Tensor, Tensor | None]:
-    """The weights of the chosen ids [M, k], whose logits are `selected`; and those of the shared gates."""
+    """The weights of the chosen ids [M, k] and those of the shared gates.
+
+    `selected` are the logits of the ids and `scores` those of all experts, where they are at hand.
+    """
     shared = None
-    if spec.softmax_over_selected:
-        weights = _softmax_of_few(_transform(selected, spec))
-    elif spec.weights_from == "sigmoid_of_selected":
-        weights = torch.sigmoid(_transform(selected, spec))
-    elif scores is not None:
+    from_scores = spec.weights_from == "score" and not spec.softmax_over_selected
+    if from_scores and (scores is not None or spec.scoring_func == "softmax"):
+        if scores is None:
+            scores = _score(_transform(logits[:, : spec.num_selectable].float(), spec), spec)
         weights = scores.gather(1, ids)
-    elif spec.scoring_func == "softmax":
-        weights = _score(_transform(logits[:, : spec.num_selectable].float(), spec), spec).gather(1, ids)
     else:
-        weights = _score(_transform(selected, spec), spec)
+        selected = _transform(logits.gather(1, ids) if selected is None else selected, spec)
+        if spec.softmax_over_selected:
+            weights = _softmax_of_few(selected)
+        else:
+            weights = torch.sigmoid(selected) if spec.weights_from == "sigmoid_of_selected" else _score(selected, spec)
     if spec.num_shared_gates:
         shared = _score(_transform(logits[:, spec.num_selectable :], spec), spec)
 
@@ -162,7 +165,9 @@ def _weights(
         total = weights.sum(dim=-1, keepdim=True)
         if shared is not None:
             total = total + shared.sum(dim=-1, keepdim=True)
-        total = (total + spec.renormalize_eps).clamp(min=least_sum(spec))
+        total = total + spec.renormalize_eps
+        if spec.renormalize_eps < least_sum(spec):
+            total = total.clamp(min=least_sum(spec))
         weights, shared = weights / total, None if shared is None else shared / total
     if isinstance(scale, Tensor) or scale != 1.0:
         weights, shared = weights * scale, None if shared is None else shared * scale

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,3 +29,23 @@ def _distinct(keys: Tensor, coarse: bool) -> Tensor:
     if not coarse:
         ordered = ordered.long().mul_(MAX_GATE_ROWS)
     return ordered.add_(torch.arange(keys.shape[1] - 1, -1, -1, dtype=ordered.dtype, device=keys.device))
+
+
+def top_k_of_few(keys: Tensor, k: int, *, coarse: bool) -> tuple[Tensor, Tensor] | None:
+    """The same for a few rows on a CPU: their k largest keys and ids [M, k]; None if any is NaN or infinite.
+
+    One key more than asked for shows a tie at the border. Coarse keys tie in a third of all rows (k = 8 of
+    128), so that for more than one of them the stable sort comes at once.
+    """
+    if not coarse or keys.shape[0] == 1:
+        values, ids = keys.topk(min(k + 1, keys.shape[1]), dim=-1)
+        rows = values.tolist()
+        if any(len(set(row)) < len(row) for row in rows):
+            values, ids = keys.sort(dim=-1, descending=True, stable=True)
+    else:
+        values, ids = keys.sort(dim=-1, descending=True, stable=True)
+        rows = values[:, :k].tolist()
+    # In descending order a NaN comes first.
+    if not all(row[0] < math.inf and row[k - 1] > -math.inf for row in rows):
+        return None
+    return values[:, :k], ids[:, :k]

@@ -1,0 +1,61 @@
+"""A weight that will not change, in the layouts that a CPU's products read fastest."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# A hint to oneDNN; measured within 5 % of the best at 1 to 512 tokens.
+_PACKED_FOR_TOKENS = 8
+# Up to so many tokens a product is bound by reading the weight, and half the bytes win. Measured at
+# K = 7168, N = 256 on a Zen 4 CPU, cold: 0.47 of the float32 product at 1 token, 0.8 at 8, 1.04 at 64.
+_HALF_MAX_TOKENS = 8
+
+
+class PreparedWeight(NamedTuple):
+    """The weight [R, K] for products in `dtype`."""
+
+    dtype: torch.dtype
+    packed: Tensor
+    """In oneDNN's layout, which F.linear would make anew in each call."""
+    half: Any = None
+    """In FBGEMM's float16 layout, times a power of two, with no bit lost; None if that cannot be."""
+    unscale: float = 1.0
+
+    def linear(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
+        """[M, K], M at least 1, to [M, R]: `hidden @ weight.T + bias`, all in `dtype`."""
+        if self.half is not None and hidden.shape[0] <= _HALF_MAX_TOKENS:
+            logits: Tensor = torch.ops.quantized.linear_dynamic_fp16(hidden, self.half).mul_(self.unscale)
+            return logits if bias is None else logits.add_(bias)
+        packed_linear = torch.ops.mkldnn._linear_pointwise
+        return packed_linear(hidden, self.packed, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def prepare(weight: Tensor, dtype: torch.dtype) -> PreparedWeight | None:
+    """Prepares a weight for products in `dtype`; None where nothing is to gain."""
+    if not weight.is_cpu or not torch.backends.mkldnn.is_available():
+        return None
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), _PACKED_FOR_TOKENS)
+    half, unscale = (None, 1.0) if dtype != torch.float32 or weight.dtype == dtype else _in_float16(weight.float())
+    return PreparedWeight(dtype, packed, half, unscale)
+
+
+def _in_float16(weight: Tensor) -> tuple[Any, float]:
+    """The weight for a product of float32 with float16, if a power of two brings it there exactly.
+
+    A bfloat16 has 8 bits of 24, a float16 11: only the exponents may not fit, and those of one matrix do.
+    """
+    largest = float(weight.abs().amax())
+    has_product = hasattr(torch.ops.quantized, "linear_dynamic_fp16")
+    if not has_product or "fbgemm" not in torch.backends.quantized.supported_engines or not 0 < largest < math.inf:
+        return None, 1.0
+    scale = 2.0 ** (15 - math.frexp(largest)[1])  # the largest just below 2**15, float16's ends at 2**16
+    scaled = weight * scale
+    if scale > 2.0**100 or not scaled.half().float().equal(scaled):
+        return None, 1.0
+    return torch.ops.quantized.linear_prepack_fp16(scaled, None), 1 / scale

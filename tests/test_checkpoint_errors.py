@@ -212,6 +212,26 @@ def test_two_tensors_of_one_name(checkpoint: Path) -> None:
     refused(checkpoint, WEIGHT, "draft." + WEIGHT)
 
 
+@pytest.mark.parametrize("part", ["mtp.", "model.mtp.", "talker.model."])
+def test_parts_that_count_from_zero_again(checkpoint: Path, part: str) -> None:
+    """The layers of heads that predict further tokens, and of a speaking model, are not the model's."""
+    expected = Gate.from_checkpoint(checkpoint, 1).weight
+    inner = WEIGHT.removeprefix("model.")
+    other = {part + inner: torch.zeros_like(expected), part + inner.replace("1", "7"): torch.zeros_like(expected)}
+    change_tensors(checkpoint, lambda tensors: tensors.update(other))
+    assert Gate.from_checkpoint(checkpoint, 1).weight.equal(expected)
+    assert "layers with a router: 1-3" in refused(checkpoint, "layer = 7", layer=7)
+
+
+def test_a_config_without_dtype(tmp_path: Path) -> None:
+    """gpt-oss's says none: the stored weight's dtype decides whether its logits are rounded."""
+    for dtype, logits_dtype in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
+        folder = tmp_path / logits_dtype
+        tiny_model("gpt_oss").to(dtype).save_pretrained(folder)
+        change_config(folder, dtype=None)
+        assert Gate.from_checkpoint(folder, 0).spec.logits_dtype == logits_dtype
+
+
 def test_layer_without_router(checkpoint: Path) -> None:
     assert "layers with a router: 1-3" in refused(checkpoint, "layer = 0", layer=0)
     assert "layers with a router: 1-3" in refused(checkpoint, "layer = 4", layer=4)

@@ -183,11 +183,33 @@ def test_lists_by_layer() -> None:
     assert (first.num_experts, first.top_k, second.num_experts, second.top_k) == (16, 4, 32, 2)
     with pytest.raises(ValueError, match=r"num_experts differs between layers \(\[16, 32\]\); name the layer"):
         RouterSpec.from_config(differing)
-    for layer in (2, -1):
-        with pytest.raises(ValueError, match=f"layer = {layer}; allowed: 0 to 1"):
+    for layer, allowed in ((2, "0 to 1"), (-1, "0 or more")):
+        with pytest.raises(ValueError, match=f"layer = {layer}; allowed: {allowed}"):
             RouterSpec.from_config(differing, layer=layer)
     with pytest.raises(ValueError, match="moe_topk differs"):
         RouterSpec.from_config({**HUNYUAN, "moe_topk": []})
+
+
+def test_a_pair_is_no_list_of_layers() -> None:
+    """ERNIE-4.5-VL counts its experts for text and for images."""
+    for moe_num_experts in ([64, 32], 64):
+        config = {"model_type": "ernie4_5_moe_vl", "hidden_size": 2560, "moe_num_experts": moe_num_experts, "moe_k": 6}
+        for layer in (None, 1, 5):
+            assert RouterSpec.from_config(config, layer=layer).num_experts == 64
+
+
+def test_the_nearest_dtype_counts() -> None:
+    mixtral = {"model_type": "mixtral"}
+    for config, logits_dtype in (
+        (mixtral, "float32"),
+        ({**mixtral, "torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "bfloat16", "text_config": mixtral}, "bfloat16"),
+        ({"dtype": "bfloat16", "text_config": {**mixtral, "torch_dtype": "float32"}}, "float32"),
+        ({"dtype": "bfloat16", "text_config": {**mixtral, "dtype": None}}, "bfloat16"),
+        ({"thinker_config": {"dtype": "bfloat16", "text_config": mixtral}}, "bfloat16"),
+        ({**mixtral, "dtype": "float16"}, "float32"),
+    ):
+        assert RouterSpec.from_config(config).logits_dtype == logits_dtype
 
 
 def test_config_of_one_layer() -> None:

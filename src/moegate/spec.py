@@ -124,7 +124,9 @@ class RouterSpec:
 
         Args:
             config: A path to a `config.json` or to the folder that holds it, a dict, or a
-                configuration object with `to_dict()`.
+                configuration object with `to_dict()`. A model whose logits have the model's dtype
+                counts as float32 if the config states none, as in PyTorch and Transformers;
+                `Gate.from_checkpoint` takes the dtype of the stored weight then.
             layer: The layer, for models whose layers differ (DeepSeek-V4's hash layers, Hunyuan's
                 lists). None takes the rule that most layers follow.
 

@@ -20,6 +20,8 @@ from moegate.catalog.model_types import ModelType
 from moegate.spec import RouterSpec
 
 _INDEX = "model.safetensors.index.json"
+# Parts of a checkpoint that count their layers from 0 again: heads that predict further tokens, a speaking model.
+_BESIDE_THE_MODEL = ("mtp", "talker")
 
 
 def read_gate(path: str | os.PathLike[str], layer: int) -> tuple[RouterSpec, dict[str, Tensor]]:
@@ -29,14 +31,18 @@ def read_gate(path: str | os.PathLike[str], layer: int) -> tuple[RouterSpec, dic
         raise ValueError(f"path: no folder {folder}")
     if layer < 0:
         raise ValueError(f"layer = {layer}; allowed: 0 or more")
-    with _naming(folder / "config.json"):
-        _, model_type = routing_config(folder)
+    config_file = folder / "config.json"
+    with _naming(config_file):
+        config, model_type = routing_config(folder)
     files = tensor_files(folder)
-    spec = _spec_of_layer(folder, layer, model_type, files)
-    found = {role: _find(files, model_type, role, layer) for role in ("weight", *_wanted(spec))}
-    tensors = {}
-    for role, (name, take) in found.items():
-        tensors[role] = _shaped(role, _taken(_read(files[name], name), name, take), name, spec)
+    _check_layer(folder, layer, model_type, files)
+    weight, name = _stored(files, model_type, "weight", layer)
+    config.setdefault("dtype", str(weight.dtype).removeprefix("torch."))
+    with _naming(config_file):
+        spec = spec_from_config(config, layer=layer)
+    tensors = {"weight": _shaped("weight", weight, name, spec)}
+    for role in _wanted(spec):
+        tensors[role] = _shaped(role, *_stored(files, model_type, role, layer), spec)
     return spec, tensors
 
 
@@ -66,24 +72,25 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 def layers_with_gate(files: dict[str, Path], model_type: ModelType) -> list[int]:
     """The layers whose gate's weight is in the checkpoint."""
-    return sorted(
-        {
-            int(match.group(1))
-            for suffix, _ in _alternatives(model_type, "weight")
-            for name in files
-            if (match := re.search(rf"(?:^|\.){model_type.layers}\.(\d+)\.{re.escape(suffix)}$", name))
-        }
-    )
+    suffixes = [suffix for suffix, _ in _alternatives(model_type, "weight")]
+    layers = {_layer_of(name, model_type, suffix) for suffix in suffixes for name in files}
+    return sorted(layer for layer in layers if layer is not None)
 
 
-def _spec_of_layer(folder: Path, layer: int, model_type: ModelType, files: dict[str, Path]) -> RouterSpec:
+def _layer_of(name: str, model_type: ModelType, suffix: str) -> int | None:
+    """The layer of the tensor "...layers.L.suffix"; None for any other name."""
+    match = re.search(rf"(^|\.){re.escape(model_type.layers)}\.(\d+)\.{re.escape(suffix)}$", name)
+    if match is None or any(part in _BESIDE_THE_MODEL for part in name[: match.start()].split(".")):
+        return None
+    return int(match.group(2))
+
+
+def _check_layer(folder: Path, layer: int, model_type: ModelType, files: dict[str, Path]) -> None:
     gated = layers_with_gate(files, model_type)
     if layer not in gated:
         names = ", ".join(suffix for suffix, _ in _alternatives(model_type, "weight"))
         allowed = f"layers with a router: {ranges(gated)}" if gated else f"no layer has a {names}"
         raise ValueError(f"layer = {layer}; allowed: {allowed}, in {folder}")
-    with _naming(folder / "config.json"):
-        return spec_from_config(folder, layer=layer)
 
 
 def _wanted(spec: RouterSpec) -> list[str]:
@@ -105,16 +112,17 @@ def _alternatives(model_type: ModelType, role: str) -> list[tuple[str, str | Non
     return [(entry, None) if isinstance(entry, str) else (entry["name"], entry.get("take")) for entry in entries]
 
 
-def _find(files: dict[str, Path], model_type: ModelType, role: str, layer: int) -> tuple[str, str | None]:
+def _stored(files: dict[str, Path], model_type: ModelType, role: str, layer: int) -> tuple[Tensor, str]:
+    """A tensor of the layer as the checkpoint holds it, less what `take` says, and its name there."""
     tried = []
     for suffix, take in _alternatives(model_type, role):
-        tail = f"{model_type.layers}.{layer}.{suffix}"
-        matches = [name for name in files if name == tail or name.endswith("." + tail)]
+        matches = [name for name in files if _layer_of(name, model_type, suffix) == layer]
         if len(matches) > 1:
             raise ValueError(f"path: more than one tensor could be the {role} of layer {layer}: {', '.join(matches)}")
         if matches:
-            return matches[0], take
-        tried.append(tail)
+            name = matches[0]
+            return _taken(_read(files[name], name), name, take), name
+        tried.append(f"{model_type.layers}.{layer}.{suffix}")
     raise ValueError(f"path: no {role} of layer {layer} in the checkpoint; looked for {', '.join(tried) or 'nothing'}")
 
 

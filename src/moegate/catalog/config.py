@@ -24,6 +24,8 @@ def spec_from_config(
     config: str | os.PathLike[str] | Mapping[str, Any] | object, *, layer: int | None = None
 ) -> RouterSpec:
     """See `RouterSpec.from_config`."""
+    if layer is not None and layer < 0:
+        raise ValueError(f"layer = {layer}; allowed: 0 or more, or None")
     values, model_type = routing_config(config)
     if layer is not None:
         values = {**values, **_of_one_layer(values, layer)}
@@ -32,7 +34,7 @@ def spec_from_config(
     if model_type.hash_routing_layers is not None and _is_hash_layer(values, model_type.hash_routing_layers, layer):
         spec.update(hash_routing=True, correction_bias=None)
     if spec.get("logits_dtype") == "model":
-        spec["logits_dtype"] = "bfloat16" if _dtype(values) == "bfloat16" else "float32"
+        spec["logits_dtype"] = "bfloat16" if values.get("dtype") == "bfloat16" else "float32"
     if spec.get("logit_softcapping") == 0:
         spec["logit_softcapping"] = None
     if not spec.get("renormalize"):  # then there is no sum that a type's epsilon could be added to
@@ -45,21 +47,20 @@ def spec_from_config(
 
 
 def routing_config(config: object) -> tuple[dict[str, Any], ModelType]:
-    """The part of a config that describes the router, and its model type."""
-    values = _as_dict(config)
+    """The part of a config that describes the router, with a `dtype` if any level states one, and its model type."""
     known = model_types()
     seen: list[str] = []
-    queue = [values]
+    queue: list[tuple[dict[str, Any], str | None]] = [(_as_dict(config), None)]
     while queue:
-        part = queue.pop(0)
+        part, outer_dtype = queue.pop(0)
+        dtype = _dtype(part) or outer_dtype
         name = part.get("model_type")
         if isinstance(name, str) and name in known:
-            own = {key: value for key, value in part.items() if key not in _DTYPE_KEYS or value is not None}
-            inherited = {key: values[key] for key in _DTYPE_KEYS if key in values}
-            return {**inherited, **own}, _become(known[name], part)
+            own = {key: value for key, value in part.items() if key not in _DTYPE_KEYS}
+            return {**own, **({"dtype": dtype} if dtype else {})}, _become(known[name], part)
         if name is not None:
             seen.append(str(name))
-        queue.extend(part[key] for key in _NESTED if isinstance(part.get(key), Mapping))
+        queue.extend((part[key], dtype) for key in _NESTED if isinstance(part.get(key), Mapping))
     if not seen:
         raise ValueError("config: no model_type in it; allowed: a config.json of a mixture-of-experts model")
     close = difflib.get_close_matches(seen[-1], known, n=3)
@@ -175,19 +176,22 @@ def _is_hash_layer(values: dict[str, Any], rule: dict[str, Any], layer: int | No
     return layer is not None and bool(layer < (first if isinstance(first, int) else rule["first_default"]))
 
 
-def _dtype(values: dict[str, Any]) -> str:
-    dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
-    return str(dtype).removeprefix("torch.")
+def _dtype(values: Mapping[str, Any]) -> str | None:
+    stated = next((values[key] for key in _DTYPE_KEYS if values.get(key) is not None), None)
+    return None if stated is None else str(stated).removeprefix("torch.")
 
 
-def _has(values: Mapping[str, Any], key: str) -> bool:
+def _has(values: Any, key: str) -> bool:
     head, _, rest = key.partition(".")
-    return head in values and (not rest or (isinstance(values[head], Mapping) and _has(values[head], rest)))
+    if isinstance(values, list):
+        return head.isdigit() and int(head) < len(values) and (not rest or _has(values[int(head)], rest))
+    return isinstance(values, Mapping) and head in values and (not rest or _has(values[head], rest))
 
 
-def _at(values: Mapping[str, Any], key: str) -> Any:
+def _at(values: Any, key: str) -> Any:
+    """What a key with dots leads to, through tables by name and lists by number; None: nothing."""
+    if not _has(values, key):
+        return None
     head, _, rest = key.partition(".")
-    value = values.get(head)
-    if not rest:
-        return value
-    return _at(value, rest) if isinstance(value, Mapping) else None
+    value = values[int(head)] if isinstance(values, list) else values[head]
+    return _at(value, rest) if rest else value

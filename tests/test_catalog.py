@@ -120,6 +120,12 @@ def test_model_type_names_the_tensors_of_its_spec(entry: ModelType) -> None:
     assert {role for role, needed in roles.items() if needed} | {"weight"} == set(entry.tensors)
 
 
+def test_a_hub_id_names_its_model() -> None:
+    assert moegate.get_spec("Qwen/Qwen3-30B-A3B") == moegate.get_spec("qwen3-30b-a3b")
+    with pytest.raises(TypeError, match="name: got NoneType; allowed: a str"):
+        moegate.get_spec(None)  # type: ignore[arg-type]
+
+
 def test_unknown_name_suggests_close_ones() -> None:
     with pytest.raises(ValueError, match=r"'deepseek-v33'; did you mean .*'deepseek-v3'.*moegate\.catalog\.names"):
         get_model("deepseek-v33")

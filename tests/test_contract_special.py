@@ -12,7 +12,7 @@ from moegate import RouterSpec
 from moegate.backends.torch import TorchBackend
 from moegate.contract.verify import verify_routing
 
-INF, NAN = torch.inf, torch.nan
+INF, NAN, MAX = torch.inf, torch.nan, torch.finfo(torch.float32).max
 
 
 def nan_rows(part: Tensor | None) -> list[bool]:
@@ -88,6 +88,18 @@ def test_special_biases() -> None:
                 routing = moegate.select(many, spec, e_score_correction_bias=torch.tensor(bias, dtype=torch.float32))
                 assert routing.topk_ids[-1].tolist() == expected
                 assert routing.topk_weights.eq(0.5).all()  # never NaN: the row had none
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17])
+def test_experts_switched_off_leave_their_group(rows: int) -> None:
+    """-Inf is -MAX wherever it comes from and however few rows there are."""
+    spec = RouterSpec(4, 6, 1, "sigmoid", "score", n_group=3, topk_group=2)
+    bias = torch.tensor([-INF, -INF, 0, -INF, 0, -INF])
+    logits = torch.tensor([0, 0, -2.0, 0, 2.0, 0]).expand(rows, -1)
+    routing = moegate.select(logits, spec, e_score_correction_bias=bias)
+    assert routing.topk_ids.tolist() == [[4]] * rows  # groups 1 and 2: group 0 has no expert left
+    routing = moegate.select(torch.tensor([[5.0, -INF, -MAX]]).expand(rows, -1), RouterSpec(4, 3, 2))
+    assert routing.topk_ids.tolist() == [[0, 1]] * rows
 
 
 @pytest.mark.parametrize("bias", [-INF, -1e30, 1e30, NAN])

@@ -10,7 +10,7 @@ from routers import SPECS, random_logits, select_arguments, tensors_of
 
 import moegate
 from moegate import RouterSpec
-from moegate.contract import reference
+from moegate.contract import limits, reference
 from moegate.contract.verify import verify_routing
 
 
@@ -56,7 +56,7 @@ def test_renormalisation_of_underflowing_scores(scoring_func: str, rows: int) ->
         assert routing.topk_weights.tolist() == [[expected] * 2] * rows
     level, score = (-80.0, 1.804851e-35) if scoring_func == "sigmoid" else (-80.0, 4.248354e-18)
     routing = moegate.select(torch.full((rows, 4), level), spec, e_score_correction_bias=bias)
-    assert routing.topk_weights[0, 0].item() == pytest.approx(score / reference.least_sum(spec), rel=1e-4)
+    assert routing.topk_weights[0, 0].item() == pytest.approx(score / limits.least_sum(spec), rel=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 40])

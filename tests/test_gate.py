@@ -105,6 +105,33 @@ def test_casts_keep_the_bias_in_float32(frozen: bool) -> None:
     assert gate(HIDDEN).topk_ids.equal(expected.topk_ids)
 
 
+def test_what_load_state_dict_assigns_is_checked() -> None:
+    """assign=True puts other tensors in the place of ours, with dtypes of their own."""
+    gate = a_gate(frozen=False)
+    bias = torch.randn(256).bfloat16()
+    gate.load_state_dict({"weight": gate.weight, "e_score_correction_bias": bias}, assign=True)
+    assert gate.e_score_correction_bias is not None
+    assert gate.e_score_correction_bias.equal(bias.float())
+    with pytest.raises(TypeError, match="weight: got dtype float64"):
+        gate.double()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled(frozen: bool, backend: str) -> None:
+    """A compiled gate routes as it does eager, at a few tokens and at many."""
+    for name in ("sigmoid with bias in groups", "softmax renormalised"):
+        spec = SPECS[name]
+        arguments = route_arguments(spec, tensors_of(spec), 0)
+        weight = (torch.randn(spec.num_gate_rows, 64, generator=generator(3)) / 8).bfloat16()
+        gate = Gate(spec, weight, **arguments, frozen=frozen)
+        compiled = torch.compile(gate, backend=backend)
+        for rows in (3, 40):
+            routing = compiled(HIDDEN[:rows], return_logits=True)
+            assert verify_logits(routing.logits, HIDDEN[:rows], weight, spec, tensors_of(spec)).problems == []
+            assert verify_routing(routing, routing.logits, spec, tensors_of(spec)).problems == []
+
+
 def test_casts_keep_a_pinned_weight_in_float32() -> None:
     spec = SPECS["softmax with bias and floor"]
     gate = Gate(spec, torch.randn(64, 64), e_score_correction_bias=torch.zeros(64))

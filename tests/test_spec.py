@@ -34,17 +34,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"scoring_func": "identity", "renormalize": True}, "renormalize = True; allowed: False with scoring_func"),
     ({"renormalize_eps": 1e-20}, "renormalize_eps = 1e-20; allowed: 0.0 without renormalize"),
-    ({"renormalize": True, "renormalize_floor": -1.0}, "renormalize_floor = -1.0; allowed: finite and 0 or more"),
+    ({"renormalize": True, "renormalize_floor": -1.0}, "renormalize_floor = -1.0; allowed: 0 or more, a float32"),
     ({"num_shared_gates": 2}, "num_shared_gates = 2; allowed: 0, unless renormalize"),
     (
         {"num_zero_experts": 2, "scoring_func": "identity"},
         "num_zero_experts = 2; allowed: 0 with scoring_func='identity'",
     ),
     ({"per_expert_scale": True, "num_zero_experts": 4}, "per_expert_scale = True; allowed: False with zero experts"),
-    ({"routed_scaling_factor": 0.0}, "routed_scaling_factor = 0.0; allowed: finite and above 0"),
+    ({"routed_scaling_factor": 0.0}, "routed_scaling_factor = 0.0; allowed: above 0, a normal float32"),
     ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor = nan"),
+    ({"routed_scaling_factor": 1e300}, "routed_scaling_factor = 1e.300; allowed: above 0, a normal float32"),
+    ({"logit_softcapping": 1e-46}, "logit_softcapping = 1e-46"),
     ({"logit_multiplier": -1.0}, "logit_multiplier = -1.0"),
-    ({"logit_softcapping": 0.0}, "logit_softcapping = 0.0; allowed: None, or finite and above 0"),
+    ({"logit_softcapping": 0.0}, "logit_softcapping = 0.0; allowed: None, or above 0, a normal float32"),
     ({"input_norm_eps": float("inf")}, "input_norm_eps = inf"),
 ]
 

@@ -63,7 +63,7 @@ def main() -> None:
     pinned.write_text(constraints)
     # The variable, not -c, also holds for the environment in which pip builds our wheel.
     environment = {**os.environ, "PIP_CONSTRAINT": str(pinned), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    subprocess.run([python, "-m", "pip", "install", "-e", f"{ROOT}[dev]"], check=True, env=environment)
+    subprocess.run([python, "-m", "pip", "install", "-q", "-e", f"{ROOT}[dev]"], check=True, env=environment)
     STAMP.write_text(fingerprint)
 
 

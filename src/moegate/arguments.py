@@ -66,6 +66,12 @@ def check_gemm(hidden: object, weight: object, bias: object, out_dtype: object) 
         raise ValueError(f"out_dtype: got {out_dtype}; allowed: {', '.join(map(_short, LOGITS))}")
 
 
+def check_spec(spec: object) -> None:
+    """Checks that a spec is one."""
+    if not isinstance(spec, RouterSpec):
+        raise TypeError(f"spec: got {type(spec).__name__}; allowed: a moegate.RouterSpec, as moegate.get_spec returns")
+
+
 def check_weight(weight: object, spec: RouterSpec) -> Tensor:
     """Checks the weight of a gate against its spec."""
     dtypes = (torch.float32,) if spec.weight_dtype == "float32" else FLOATS
@@ -122,12 +128,13 @@ def check_input_ids(
         raise ValueError(f"input_ids: got None; allowed: a tensor [{num_tokens}], for the spec's hash_routing = True")
     ids = check_tensor("input_ids", input_ids, INTEGERS, (num_tokens,), device)
     assert tensors.tid2eid is not None
+    if len(tensors.tid2eid) == 0:
+        raise ValueError("tid2eid: got no rows; allowed: one for each token id")
     if device.type == "cpu" and num_tokens:
         low, high, size = int(ids.min()), int(ids.max()), len(tensors.tid2eid)
         if low < 0 or high >= size:
             got = low if low < 0 else high
             raise ValueError(f"input_ids: got {got}; allowed: 0 to {size - 1}, the rows of tid2eid")
-        check_table(tensors.tid2eid[ids.long()], spec)
     return ids
 
 

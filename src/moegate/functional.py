@@ -68,6 +68,7 @@ def select(
         ValueError: A shape, stride or device that is not allowed, a tensor that the spec does not ask
             for or one missing; on a CPU, a token id outside the table.
     """
+    arguments.check_spec(spec)
     logits = arguments.check_logits(logits, spec)
     tensors = RouterTensors(
         e_score_correction_bias=e_score_correction_bias,
@@ -76,7 +77,7 @@ def select(
         tid2eid=tid2eid,
     )
     arguments.check_tensors(spec, tensors, logits.device, gemm=False)
-    arguments.check_input_ids(input_ids, spec, tensors, len(logits), logits.device)
+    _check_hash_routing(input_ids, spec, tensors, len(logits), logits.device)
     return choose(logits.device, spec).select(logits, spec, tensors, input_ids).without_logits()
 
 
@@ -119,10 +120,20 @@ def route(
         ValueError: A shape, stride or device that is not allowed, a tensor that the spec does not ask
             for or one missing; on a CPU, a token id outside the table.
     """
+    arguments.check_spec(spec)
     weight = arguments.check_weight(weight, spec)
     hidden = arguments.check_hidden(hidden, spec, weight.device)
     tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
     arguments.check_tensors(spec, tensors, hidden.device)
-    arguments.check_input_ids(input_ids, spec, tensors, len(hidden), hidden.device)
+    _check_hash_routing(input_ids, spec, tensors, len(hidden), hidden.device)
     routing = choose(hidden.device, spec).route(hidden, weight, spec, tensors, input_ids, None)
     return routing if return_logits else routing.without_logits()
+
+
+def _check_hash_routing(
+    input_ids: Tensor | None, spec: RouterSpec, tensors: RouterTensors, num_tokens: int, device: torch.device
+) -> None:
+    """Checks the token ids and, on a CPU, the rows of the table that they name; `Gate` has checked the whole table."""
+    ids = arguments.check_input_ids(input_ids, spec, tensors, num_tokens, device)
+    if ids is not None and tensors.tid2eid is not None and device.type == "cpu":
+        arguments.check_table(tensors.tid2eid[ids.long()], spec)

@@ -68,13 +68,12 @@ class Gate(nn.Module):
         frozen: bool = False,
     ) -> None:
         super().__init__()
+        arguments.check_spec(spec)
         weight = arguments.check_weight(weight, spec)
         if isinstance(e_score_correction_bias, Tensor) and e_score_correction_bias.dtype in arguments.FLOATS:
             e_score_correction_bias = e_score_correction_bias.detach().float()
         tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
         arguments.check_tensors(spec, tensors, weight.device)
-        if tid2eid is not None:
-            arguments.check_table(tid2eid, spec)
 
         self.spec = spec
         self.frozen = frozen
@@ -130,19 +129,28 @@ class Gate(nn.Module):
         arguments.check_hidden(hidden, self.spec, weight.device)
         if input_ids is not None or self.spec.hash_routing:
             arguments.check_input_ids(input_ids, self.spec, tensors, hidden.shape[0], weight.device)
+        # A compiler makes of the weight what it likes, and cannot take a prepared one.
+        prepared = None if torch.compiler.is_compiling() else self._prepared
         if torch.is_grad_enabled():
             with torch.no_grad():
-                routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared)
+                routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, prepared)
         else:
-            routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared)
+            routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, prepared)
         return routing if return_logits else routing.without_logits()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Takes note of changed tensors, after an update in place of a frozen gate."""
-        weight, _ = self._tensors()
+        """Takes note of changed tensors, after an update in place of a frozen gate, and checks them as at first."""
+        bias = self.e_score_correction_bias
+        if bias is not None and bias.dtype in (torch.bfloat16, torch.float16):
+            self.e_score_correction_bias = bias.float()
+        weight, tensors = self._tensors()
+        arguments.check_weight(weight, self.spec)
+        arguments.check_tensors(self.spec, tensors, weight.device)
+        if tensors.tid2eid is not None and not tensors.tid2eid.is_meta:
+            arguments.check_table(tensors.tid2eid, self.spec)
         self._backend = choose(weight.device, self.spec)
-        self._prepared = self._backend.prepare(weight.detach(), self.spec) if self.frozen else None
+        self._prepared = self._backend.prepare(weight.detach(), self.spec, tensors) if self.frozen else None
 
     def extra_repr(self) -> str:
         """What the router computes, in a line."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -22,6 +21,7 @@ WeightsDtype = Literal["float32", "bfloat16", "float16"]
 
 MAX_GATE_ROWS = 1024
 MAX_TOP_K = 32
+_FLOAT32_RANGE = (2.0**-126, 3.4028234663852886e38)
 
 _CHOICES: dict[str, tuple[object, ...]] = {
     "scoring_func": get_args(ScoringFunc),
@@ -125,7 +125,7 @@ class RouterSpec:
         Args:
             config: A path to a `config.json` or to the folder that holds it, a dict, or a
                 configuration object with `to_dict()`. A model whose logits have the model's dtype
-                counts as float32 if the config states none, as in PyTorch and Transformers;
+                counts as float32 if the config states none (gpt-oss's: bfloat16), as in Transformers;
                 `Gate.from_checkpoint` takes the dtype of the stored weight then.
             layer: The layer, for models whose layers differ (DeepSeek-V4's hash layers, Hunyuan's
                 lists). None takes the rule that most layers follow.
@@ -255,13 +255,15 @@ class RouterSpec:
             )
 
     def _check_numbers(self) -> None:
+        smallest, largest = _FLOAT32_RANGE
         for name in ("renormalize_eps", "renormalize_floor"):
-            _require(0.0 <= getattr(self, name) < math.inf, name, getattr(self, name), "finite and 0 or more")
+            _require(0.0 <= getattr(self, name) <= largest, name, getattr(self, name), "0 or more, a float32")
         for name in ("routed_scaling_factor", "logit_multiplier"):
-            _require(0.0 < getattr(self, name) < math.inf, name, getattr(self, name), "finite and above 0")
+            value = getattr(self, name)
+            _require(smallest <= value <= largest, name, value, "above 0, a normal float32")
         for name in ("logit_softcapping", "input_norm_eps"):
             value = getattr(self, name)
-            _require(value is None or 0.0 < value < math.inf, name, value, "None, or finite and above 0")
+            _require(value is None or smallest <= value <= largest, name, value, "None, or above 0, a normal float32")
 
 
 def _require(holds: bool, field: str, value: object, allowed: str) -> None:

@@ -23,7 +23,7 @@ class Backend(Protocol):
         """None, or the reason why this backend cannot run on the device, or cannot run the spec there."""
         ...
 
-    def prepare(self, weight: Tensor, spec: RouterSpec) -> object | None:
+    def prepare(self, weight: Tensor, spec: RouterSpec, tensors: RouterTensors) -> object | None:
         """What pays to be made once of a weight that will not change, for `route`; None: nothing."""
         ...
 

@@ -66,14 +66,19 @@ def get_model(name: str) -> Model:
     """The catalog's row of a model.
 
     Args:
-        name: A name or another name of a row, as `names()` lists them; case does not matter.
+        name: A name or another name of a row, as `names()` lists them, or a hub id that ends in one; case
+            does not matter.
 
     Raises:
+        TypeError: The name is no string.
         ValueError: An unknown name; the message suggests close ones.
     """
-    model = _by_name().get(name.lower())
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {type(name).__name__}; allowed: a str")
+    short = name.lower().rpartition("/")[2]
+    model = _by_name().get(short)
     if model is None:
-        close = difflib.get_close_matches(name.lower(), _by_name(), n=3, cutoff=0.5)
+        close = difflib.get_close_matches(short, _by_name(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         raise ValueError(f"name = {name!r}; {hint}allowed: a name of moegate.catalog.names()")
     return model

@@ -61,9 +61,11 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / file for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(f"path: {index} is no index of a sharded checkpoint: {error!r}") from None
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"path: {index} is no index of a sharded checkpoint: its weight_map names no files")
+        return {name: folder / file for name, file in weight_map.items()}
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise ValueError(f"path: {folder} holds neither {_INDEX} nor a .safetensors file")

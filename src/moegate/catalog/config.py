@@ -34,7 +34,7 @@ def spec_from_config(
     if model_type.hash_routing_layers is not None and _is_hash_layer(values, model_type.hash_routing_layers, layer):
         spec.update(hash_routing=True, correction_bias=None)
     if spec.get("logits_dtype") == "model":
-        spec["logits_dtype"] = "bfloat16" if values.get("dtype") == "bfloat16" else "float32"
+        spec["logits_dtype"] = "bfloat16" if values.get("dtype", model_type.dtype) == "bfloat16" else "float32"
     if spec.get("logit_softcapping") == 0:
         spec["logit_softcapping"] = None
     if not spec.get("renormalize"):  # then there is no sum that a type's epsilon could be added to

@@ -26,6 +26,7 @@ class ModelType:
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     hash_routing_layers: dict[str, Any] | None = None
     layers: str = "layers"
+    dtype: str = "float32"
     becomes: list[dict[str, str]] = field(default_factory=list)
 
 

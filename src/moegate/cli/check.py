@@ -107,7 +107,7 @@ def _compare(backend: Backend, device: torch.device, spec: RouterSpec, tokens: i
     input_ids = random_input_ids(tokens, seed=tokens, device=device) if spec.hash_routing else None
     try:
         with torch.no_grad():
-            prepared = backend.prepare(weight, spec)
+            prepared = backend.prepare(weight, spec, tensors)
             routing = backend.route(hidden, weight, spec, tensors, input_ids, prepared)
     except Exception as error:  # whatever a broken backend raises is the finding
         message = " ".join(str(error).split())

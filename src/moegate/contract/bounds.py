@@ -10,12 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moegate.contract.limits import FLOAT32_MAX, least_sum
 from moegate.contract.reference import (
-    FLOAT32_MAX,
     choice_keys,
     finite_logits,
     group_scores,
-    least_sum,
     normed_input,
     scores_of,
     transformed,
@@ -48,6 +47,9 @@ def logit_bound(hidden: Tensor, weight: Tensor, exact: Tensor, spec: RouterSpec,
     """
     x = normed_input(hidden, spec, tensors, torch.float64)
     magnitude = x.abs() @ weight.double().abs().T
+    # Beyond this range, which no model comes near, float32 products may underflow or overflow.
+    magnitude = magnitude.clamp(min=2.0**-60)
+    magnitude = magnitude.masked_fill(magnitude > 2.0**60, torch.inf)
     bound: Tensor = 4 * spec.hidden_size**0.5 * U * magnitude
     if spec.input_norm_eps is not None:
         bound = bound + _NORM_ERROR * magnitude

@@ -8,18 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moegate.contract.limits import FLOAT32_MAX, least_sum
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
-
-FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-def least_sum(spec: RouterSpec) -> float:
-    """The least renormalising sum: far above what underflows in float32, far below any score that counts.
-
-    A sqrtsoftplus is the root of what underflows at 2**-126.
-    """
-    return max(spec.renormalize_floor, 2.0**-40 if spec.scoring_func == "sqrtsoftplus" else 2.0**-100)
 
 
 def router_logits(
@@ -125,8 +116,9 @@ def group_scores(keys: Tensor, spec: RouterSpec) -> Tensor:
         return grouped.amax(dim=-1)
     best_two: Tensor = grouped.topk(2, dim=-1).values
     total = best_two.sum(dim=-1)
-    # Beyond float32's range sums are infinite, and tie; twice the maximum stands for it in a wider dtype.
-    return torch.where(total.abs() > FLOAT32_MAX, torch.sign(total) * 2 * FLOAT32_MAX, total)
+    # Sums that float32 rounds to infinity tie; twice the maximum stands for it in a wider dtype.
+    is_infinite = total.abs() >= FLOAT32_MAX * (1 + 2.0**-25)
+    return torch.where(is_infinite, torch.sign(total) * 2 * FLOAT32_MAX, total)
 
 
 def eligible_experts(keys: Tensor, spec: RouterSpec) -> Tensor:

@@ -21,11 +21,12 @@ class TorchBackend:
         """None: PyTorch's ops run on all its devices."""
         return None
 
-    def prepare(self, weight: Tensor, spec: RouterSpec) -> PreparedWeight | None:
+    def prepare(self, weight: Tensor, spec: RouterSpec, tensors: RouterTensors) -> PreparedWeight | None:
         """On a CPU, the weight in the layouts of its products."""
-        if spec.input_norm_eps is not None:
-            return prepare(weight, torch.float32)
-        return prepare(weight, gemm.product_dtype(weight.dtype, weight.dtype, getattr(torch, spec.logits_dtype)))
+        dtype = gemm.product_dtype(weight.dtype, weight.dtype, getattr(torch, spec.logits_dtype))
+        if spec.input_norm_eps is not None or (tensors.bias is not None and tensors.bias.dtype != dtype):
+            dtype = torch.float32
+        return prepare(weight, dtype)
 
     def router_gemm(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """See `moegate.router_gemm`."""

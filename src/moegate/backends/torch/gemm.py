@@ -46,7 +46,11 @@ def product_dtype(hidden: torch.dtype, weight: torch.dtype, out: torch.dtype) ->
 
 def _linear(hidden: Tensor, weight: Tensor | PreparedWeight, bias: Tensor | None) -> Tensor:
     """`hidden @ weight.T + bias`; in float32, exact to float32 whatever the process allows PyTorch."""
-    if hidden.dtype != torch.float32 or not _allows_less_than_float32(hidden.is_cuda):
+    if hidden.dtype != torch.float32:
+        return _linear_as_allowed(hidden, weight, bias)
+    with _precision_lock:  # not while another thread has the setting changed
+        allows_less = _allows_less_than_float32(hidden.is_cuda)
+    if not allows_less:
         return _linear_as_allowed(hidden, weight, bias)
     with _full_float32(hidden.is_cuda):
         return _linear_as_allowed(hidden, weight, bias)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moegate.backends.torch.top_k import top_k, top_k_of_few
-from moegate.contract.reference import FLOAT32_MAX, least_sum
+from moegate.contract.limits import FLOAT32_MAX, least_sum
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
@@ -56,13 +56,11 @@ def _select_few_plain_rows(logits: Tensor, spec: RouterSpec, tensors: RouterTens
     if spec.hash_routing or spec.num_shared_gates:
         return None
     wide = logits if spec.selects_on_logits else logits.float()
-    if not spec.selects_on_logits and not _known_finite(wide):
-        return None
     keys, scores = _choice_keys(wide, spec, tensors)
-    top = top_k_of_few(_mask_groups(keys, spec), spec.top_k, coarse=wide.dtype == torch.bfloat16)
-    if top is None:
+    # Of the keys too: they have the bias in them, which may switch experts off with -inf.
+    if not _known_finite(wide) or not (keys is wide or _known_finite(keys)):
         return None
-    values, ids = top
+    values, ids = top_k_of_few(_mask_groups(keys, spec), spec.top_k, coarse=wide.dtype == torch.bfloat16)
     selected = values.float() if spec.selects_on_logits else None
     weights, _ = _weights(ids, selected, wide, scores, spec, tensors)
     return _routing(ids, weights, logits, None, None, spec)

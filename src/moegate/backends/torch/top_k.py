@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -31,21 +29,18 @@ def _distinct(keys: Tensor, coarse: bool) -> Tensor:
     return ordered.add_(torch.arange(keys.shape[1] - 1, -1, -1, dtype=ordered.dtype, device=keys.device))
 
 
-def top_k_of_few(keys: Tensor, k: int, *, coarse: bool) -> tuple[Tensor, Tensor] | None:
-    """The same for a few rows on a CPU: their k largest keys and ids [M, k]; None if any is NaN or infinite.
+def top_k_of_few(keys: Tensor, k: int, *, coarse: bool) -> tuple[Tensor, Tensor]:
+    """The same for a few rows on a CPU: their k largest keys and ids, each [M, k].
 
     One key more than asked for shows a tie at the border. Coarse keys tie in a third of all rows (k = 8 of
     128), so that for more than one of them the stable sort comes at once.
     """
     if not coarse or keys.shape[0] == 1:
         values, ids = keys.topk(min(k + 1, keys.shape[1]), dim=-1)
-        rows = values.tolist()
-        if any(len(set(row)) < len(row) for row in rows):
-            values, ids = keys.sort(dim=-1, descending=True, stable=True)
+        is_distinct = all(len(set(row)) == len(row) for row in values.tolist())
     else:
+        is_distinct = False
+    if not is_distinct:
         values, ids = keys.sort(dim=-1, descending=True, stable=True)
-        rows = values[:, :k].tolist()
-    # In descending order a NaN comes first.
-    if not all(row[0] < math.inf and row[k - 1] > -math.inf for row in rows):
-        return None
-    return values[:, :k], ids[:, :k]
+    # Contiguous, as what the way for many rows gathers: a vector's tail is computed with other bits.
+    return values[:, :k].contiguous(), ids[:, :k]

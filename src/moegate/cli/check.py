@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from moegate.backends.base import Backend
-    from moegate.cli.measure import Comparison
+    from moegate.contract.verify import Verdict
     from moegate.spec import RouterSpec
 
 # Between them they use every field of a spec that the catalog uses.
@@ -82,13 +82,13 @@ def check(as_json: Annotated[bool, typer.Option("--json", help="Print one object
 
 def _check_model(backend: Backend, device: torch.device, name: str) -> list[dict[str, Any]]:
     """One check for each number of tokens; none, with the reason, where the backend does not take the spec."""
-    from moegate.cli.measure import Comparison
+    from moegate.contract.verify import Verdict
 
     spec = catalog.get_spec(name)
     facts = {"backend": backend.name, "device": str(device), "model": name}
     reason = backend.unsupported(device, spec)
     if reason is not None:
-        return [{**facts, "tokens": None, "ok": True, "skipped": reason, **dataclasses.asdict(Comparison(rows=0))}]
+        return [{**facts, "tokens": None, "ok": True, "skipped": reason, **dataclasses.asdict(Verdict(rows=0))}]
     return [
         {**facts, "tokens": tokens, "ok": found.ok, "skipped": None, **dataclasses.asdict(found)}
         for tokens in TOKENS
@@ -96,11 +96,12 @@ def _check_model(backend: Backend, device: torch.device, name: str) -> list[dict
     ]
 
 
-def _compare(backend: Backend, device: torch.device, spec: RouterSpec, tokens: int) -> Comparison:
+def _compare(backend: Backend, device: torch.device, spec: RouterSpec, tokens: int) -> Verdict:
     import torch
 
     from moegate.catalog.synthetic import random_hidden, random_input_ids, random_tensors
-    from moegate.cli.measure import Comparison, compare
+    from moegate.cli.measure import compare
+    from moegate.contract.verify import Verdict
 
     weight, tensors = random_tensors(spec, seed=0, device=device)
     hidden = random_hidden(spec, tokens, seed=tokens, device=device)
@@ -111,7 +112,7 @@ def _compare(backend: Backend, device: torch.device, spec: RouterSpec, tokens: i
             routing = backend.route(hidden, weight, spec, tensors, input_ids, prepared)
     except Exception as error:  # whatever a broken backend raises is the finding
         message = " ".join(str(error).split())
-        return Comparison(rows=tokens, problems=[f"{type(error).__name__}: {message}"])
+        return Verdict(rows=tokens, problems=[f"{type(error).__name__}: {message}"])
     return compare(routing, hidden, weight, spec, tensors, input_ids)
 
 

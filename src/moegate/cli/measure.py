@@ -5,37 +5,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moegate.contract.verify import verify_logits, verify_routing
+from moegate.contract.verify import Verdict, verify_logits, verify_routing
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
 _BLOCK = 4096  # rows held against float64 at a time, which takes 8 bytes a number
 _ENOUGH = 300_000.0  # microseconds of calls, for a median to settle
-
-
-@dataclass
-class Comparison:
-    """A routing against the float64 reference."""
-
-    rows: int
-    excused_rows: int = 0
-    """Rows with other experts than the reference's, within the contract's margin."""
-    max_error: float = 0.0
-    """The largest error of a finite logit."""
-    share_of_bound: float = 0.0
-    """The largest error of a logit as a share of what the contract allows to that logit."""
-    problems: list[str] = field(default_factory=list)
-    """Breaches of the contract."""
-
-    @property
-    def ok(self) -> bool:
-        """True if the contract is kept."""
-        return not self.problems
 
 
 def compare(
@@ -45,9 +25,9 @@ def compare(
     spec: RouterSpec,
     tensors: RouterTensors,
     input_ids: Tensor | None = None,
-) -> Comparison:
+) -> Verdict:
     """Holds a routing with its logits against the contract."""
-    result = Comparison(rows=len(hidden))
+    result = Verdict(rows=len(hidden))
     if routing.logits is None:
         result.problems.append("no logits returned")
         return result
@@ -69,7 +49,7 @@ def compare(
 
 
 def _compare_block(
-    result: Comparison,
+    result: Verdict,
     where: str,
     routing: Routing,
     hidden: Tensor,

@@ -14,9 +14,10 @@ from torch import Tensor
 from moegate.backends import choose
 from moegate.cli.inputs import Job
 from moegate.cli.machine import device_name
-from moegate.cli.measure import Comparison, Timing, compare, time_call
+from moegate.cli.measure import Timing, compare, time_call
 from moegate.cli.models import describe
 from moegate.cli.output import new_table
+from moegate.contract.verify import Verdict
 from moegate.routing import Routing
 from moegate.spec import RouterSpec
 
@@ -35,7 +36,7 @@ class Summary:
     device: str
     load: Tensor
     """[E] int64: the tokens of each selectable id."""
-    comparison: Comparison
+    comparison: Verdict
     timing: Timing
 
     def as_dict(self) -> dict[str, Any]:

@@ -28,6 +28,11 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
     """Breaches of the contract, each naming its first row."""
 
+    @property
+    def ok(self) -> bool:
+        """True if the contract is kept."""
+        return not self.problems
+
     def breach(self, wrong: Tensor, what: str) -> None:
         """Notes a breach if any row of the mask [M] or [M, ...] is set."""
         rows = wrong.reshape(len(wrong), -1).any(dim=-1) if wrong.numel() else wrong.new_zeros(0)

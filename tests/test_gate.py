@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,22 @@ def test_compiled(frozen: bool, backend: str) -> None:
             routing = compiled(HIDDEN[:rows], return_logits=True)
             assert verify_logits(routing.logits, HIDDEN[:rows], weight, spec, tensors_of(spec)).problems == []
             assert verify_routing(routing, routing.logits, spec, tensors_of(spec)).problems == []
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_threads(frozen: bool) -> None:
+    """Many threads through one gate get what one gets, also while the process allows reduced precision."""
+    gate = a_gate(frozen=frozen)
+    expected = [gate(HIDDEN[:rows]) for rows in range(41)]
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            got = list(pool.map(lambda rows: gate(HIDDEN[:rows]), list(range(41)) * 5))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for routing, single in zip(got, expected * 5, strict=True):
+        assert routing.topk_ids.equal(single.topk_ids)
+        assert routing.topk_weights.equal(single.topk_weights)
 
 
 def test_casts_keep_a_pinned_weight_in_float32() -> None:

@@ -153,6 +153,7 @@ def test_route_reports_a_bad_file_of_hidden_states(tmp_path: Path) -> None:
         (("mixtral-8x7b", "--device", "cuda:99"), "allowed here: cpu"),
         (("mixtral-8x7b", "--out", "no/such/folder/x.safetensors"), "no folder no/such/folder"),
         (("mixtral-8x7b", "--out", "."), "is a folder"),
+        (("mixtral-8x7b", "--hidden", "./x.safetensors", "--out", "x.safetensors"), "is the file of --hidden"),
     ],
 )
 def test_route_refuses(arguments: tuple[object, ...], message: str) -> None:

@@ -263,3 +263,11 @@ def test_a_field_without_value_or_default() -> None:
 def test_values_that_make_no_sense(field: str, value: object) -> None:
     with pytest.raises(ValueError, match="config of model_type 'deepseek_v3': RouterSpec"):
         RouterSpec.from_config({**V3, field: value})
+
+
+def test_a_score_that_the_model_does_not_have_is_refused() -> None:
+    """Configs of the original code state scoring_func; an engine that reads another from it routes otherwise."""
+    deepseek = {"model_type": "deepseek_v3"}
+    assert RouterSpec.from_config({**deepseek, "scoring_func": "sigmoid"}) == RouterSpec.from_config(deepseek)
+    with pytest.raises(ValueError, match="scoring_func = 'softmax'; allowed for scoring_func: sigmoid"):
+        RouterSpec.from_config({**deepseek, "scoring_func": "softmax"})

@@ -51,7 +51,7 @@ def route(
         from moegate.cli.machine import pick_device
 
         if out is not None:
-            _check_out(out)
+            _check_out(out, hidden)
         job = load_job(source, layer, hidden, tokens, seed, pick_device(device))
         routing = job.gate(job.hidden, input_ids=job.input_ids, return_logits=True)
         if out is not None:
@@ -74,7 +74,9 @@ def _report(job: Job, routing: Routing, out: Path | None, as_json: bool) -> None
         raise typer.Exit(1)
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, hidden: Path | None) -> None:
+    if hidden is not None and out.resolve() == hidden.resolve():
+        raise ValueError(f"--out: {out} is the file of --hidden; allowed: another file")
     if not out.parent.is_dir():
         raise ValueError(f"--out: no folder {out.parent}")
     if out.is_dir():

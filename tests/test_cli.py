@@ -36,6 +36,7 @@ def test_models_json_holds_the_whole_catalog() -> None:
     fields = [field.name for field in dataclasses.fields(RouterSpec)]
     for row, model in zip(rows, catalog.models(), strict=True):
         assert RouterSpec(**{name: row[name] for name in fields}) == model.spec
+        assert row["semantics_note"] == model.semantics_note
         assert (row["source"], row["semantics_source"], row["note"]) == (
             model.source,
             model.semantics_source,

@@ -42,6 +42,11 @@ class Model:
         """Where the behaviour of its model type can be checked."""
         return model_types()[self.model_type].source
 
+    @property
+    def semantics_note(self) -> str | None:
+        """What the reference of its model type does that a spec cannot say, if anything."""
+        return model_types()[self.model_type].note
+
 
 @cache
 def models() -> tuple[Model, ...]:

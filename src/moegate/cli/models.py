@@ -84,6 +84,7 @@ def _row(model: Model) -> dict[str, Any]:
         **dataclasses.asdict(model.spec),
         "source": model.source,
         "semantics_source": model.semantics_source,
+        "semantics_note": model.semantics_note,
         "note": model.note,
     }
 

@@ -37,7 +37,7 @@ class Job:
     @property
     def weight(self) -> Tensor:
         """The gate's weight."""
-        return self.gate.get_parameter("weight").detach()
+        return self.gate.weight.detach()
 
     @property
     def tensors(self) -> RouterTensors:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 # What PyTorch's own compiler calls for packed weights; private, so that it is asked for and not taken for granted.
 _LINEAR = "_linear_pointwise"
-# A hint to oneDNN; measured within 5 % of the best at 1 to 512 tokens.
+# A hint to oneDNN. One layout serves every number of tokens: those made for their own were no faster beyond noise.
 _PACKED_FOR_TOKENS = 8
-# Up to so many tokens a product is bound by reading the weight, and half the bytes win. Measured at
-# K = 7168, N = 256 on a Zen 4 CPU, cold: 0.47 of the float32 product at 1 token, 0.8 at 8, 1.04 at 64.
+# Up to about so many tokens a product is bound by reading the weight, so that half the bytes win; beyond, by
+# arithmetic, in which oneDNN is ahead. docs/cpu.md has what comes of it.
 _HALF_MAX_TOKENS = 8
 
 

@@ -175,7 +175,7 @@ def _weights(
 
 
 def _softmax_of_few(logits: Tensor) -> Tensor:
-    """A softmax over a short last dimension, for which a CPU's own takes ten times as long on many rows."""
+    """A softmax over a short last dimension; a CPU's own has a cost for each row, which tells when they are many."""
     if not logits.is_cpu or logits.shape[0] <= _FEW_ROWS:
         return torch.softmax(logits, dim=-1)
     weights = (logits - logits.amax(dim=-1, keepdim=True)).exp_()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
 
+import on_device
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 
 # The same examples in every run, so that a red run is red again; `--hypothesis-profile explore` draws new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -14,16 +19,65 @@ settings.register_profile("explore", derandomize=False)
 settings.load_profile("repeatable")
 
 
-def pytest_configure() -> None:
-    """One thread for each worker of pytest-xdist: more would wait for each other."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where the contract's tests run moegate (default: cpu)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets the device; and one thread for each worker of pytest-xdist: more would wait for each other."""
+    device = config.getoption("--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: PyTorch finds no CUDA device on this machine; allowed here: cpu")
+    on_device.DEVICE = torch.device(device)
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves the tests marked `gpu` out where there is no GPU; the run's summary counts them, with the reason."""
+    """Leaves out what cannot run here, or is not about this device; the run's summary counts it, with the reason."""
+    reasons = {}
     if not torch.cuda.is_available():
-        left_out = pytest.mark.skip(reason="no CUDA device on this machine")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(left_out)
+        reasons["gpu"] = "no CUDA device on this machine"
+    if on_device.DEVICE.type != "cpu":
+        reasons["cpu"] = f"about the CPU alone, and this run is on {on_device.DEVICE.type}"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the contract's tests run moegate."""
+    return on_device.DEVICE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """What nobody writes is found: fresh tensors hold NaN, or ids far out of range, not what chance left there."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (Tensor, "new_empty"),
+            (Tensor, "new_empty_strided"),
+        ):
+            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield
+
+
+def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(make)
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        fresh = make(*args, **kwargs)
+        with torch.no_grad():  # a fresh parameter may ask for a gradient
+            if fresh.is_floating_point():
+                fresh.fill_(torch.nan)
+            elif fresh.dtype in (torch.int32, torch.int64):
+                fresh.fill_(-(2**30))
+        return fresh
+
+    return poisoned

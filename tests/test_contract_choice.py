@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from on_device import select
 from routers import SPECS, generator, random_logits, select_arguments, tensors_of, token_ids
 from torch import Tensor
 
-import moegate
 from moegate import RouterSpec
 from moegate.contract.verify import verify_routing
 from moegate.routing import RouterTensors, Routing
@@ -21,10 +21,10 @@ GROUPED = RouterSpec(64, 8, 2, "sigmoid", "score", n_group=4, topk_group=2)
 
 def ids_of(logits: Tensor, spec: RouterSpec, bias: Tensor | None = None, rows: int = 1) -> list[int]:
     """The ids of one row of logits, which must be the same alone, among many, and before a NaN row."""
-    alone = moegate.select(logits[None], spec, e_score_correction_bias=bias).topk_ids
-    many = moegate.select(logits.expand(MANY, -1), spec, e_score_correction_bias=bias).topk_ids
+    alone = select(logits[None], spec, e_score_correction_bias=bias).topk_ids
+    many = select(logits.expand(MANY, -1), spec, e_score_correction_bias=bias).topk_ids
     with_nan = torch.cat([logits[None], torch.full_like(logits[None], torch.nan)])
-    careful = moegate.select(with_nan, spec, e_score_correction_bias=bias).topk_ids[0]
+    careful = select(with_nan, spec, e_score_correction_bias=bias).topk_ids[0]
     assert (many == alone).all()
     assert careful.equal(alone[0])
     return alone[0].tolist()
@@ -41,10 +41,10 @@ def test_choice_on_logits_is_exact(name: str, dtype: torch.dtype, rows: int) -> 
     """Order and all, on logits coarse enough to tie in most rows."""
     spec = SPECS[name]
     logits = (random_logits(spec, rows) * 8).round().to(dtype) / 8
-    got = moegate.select(logits, spec, **select_arguments(spec, tensors_of(spec), rows)).topk_ids.tolist()
+    got = select(logits, spec, **select_arguments(spec, tensors_of(spec), rows)).topk_ids.tolist()
     if spec.n_group == 1:
         assert got == [by_hand(row, spec.top_k) for row in logits[:, : spec.num_selectable].tolist()]
-    routing = moegate.select(logits, spec, **select_arguments(spec, tensors_of(spec), rows))
+    routing = select(logits, spec, **select_arguments(spec, tensors_of(spec), rows))
     assert verify_routing(routing, logits, spec, tensors_of(spec)).problems == []
 
 
@@ -103,7 +103,7 @@ def test_keys_exact_by_construction_agree_exactly(groups: tuple[int, int]) -> No
     scores = torch.randint(0, 3, (200, 64), generator=g) / 2
     logits = torch.tensor([-200.0, 0.0, 40.0])[(scores * 2).long()]
     bias = torch.randint(-3, 4, (64,), generator=g) / 4
-    got = moegate.select(logits, spec, e_score_correction_bias=bias).topk_ids
+    got = select(logits, spec, e_score_correction_bias=bias).topk_ids
     keys = scores + bias
     if groups[0] > 1:
         sums = keys.view(200, 8, 8).topk(2).values.sum(-1).tolist()
@@ -135,5 +135,5 @@ def test_hash_ids_are_the_table() -> None:
     spec = SPECS["hash"]
     tensors = tensors_of(spec)
     assert tensors.tid2eid is not None
-    got = moegate.select(random_logits(spec, 20), spec, **select_arguments(spec, tensors, 20)).topk_ids
+    got = select(random_logits(spec, 20), spec, **select_arguments(spec, tensors, 20)).topk_ids
     assert got.equal(tensors.tid2eid[token_ids(20)])

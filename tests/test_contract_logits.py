@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from on_device import route, router_gemm
 from routers import SPECS, generator, tensors_of, with_bfloat16_logits
 from torch import Tensor
 
-import moegate
 from moegate import RouterSpec
 from moegate.backends.torch import gemm
 from moegate.backends.torch.prepared import prepare
@@ -37,6 +37,21 @@ def draw(shape: tuple[int, int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(m, k, generator=g), torch.randn(n, k, generator=g) * k**-0.5
 
 
+def gemm_case(
+    shape: tuple[int, int, int], hidden_dtype: torch.dtype, weight_dtype: torch.dtype, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, RouterSpec, list[Tensor | None]]:
+    """Hidden states, a weight, the spec that they are held against, and the biases to try."""
+    hidden, weight = (part.to(dtype) for part, dtype in zip(draw(shape), (hidden_dtype, weight_dtype), strict=True))
+    bias = torch.randn(shape[2], generator=generator(1))
+    spec = RouterSpec(shape[1], shape[2], 1)
+    return (
+        hidden,
+        weight,
+        with_bfloat16_logits(spec) if out_dtype == torch.bfloat16 else spec,
+        [None, bias, bias.bfloat16()],
+    )
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("weight_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("hidden_dtype", FLOATS, ids=str)
@@ -44,14 +59,22 @@ def draw(shape: tuple[int, int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_logits_are_within_the_bound(
     shape: tuple[int, int, int], hidden_dtype: torch.dtype, weight_dtype: torch.dtype, out_dtype: torch.dtype
 ) -> None:
-    hidden, weight = (part.to(dtype) for part, dtype in zip(draw(shape), (hidden_dtype, weight_dtype), strict=True))
-    bias = torch.randn(shape[2], generator=generator(1))
-    spec = RouterSpec(shape[1], shape[2], 1)
-    if out_dtype == torch.bfloat16:
-        spec = with_bfloat16_logits(spec)
-    for given in (None, bias, bias.bfloat16()):
-        logits = moegate.router_gemm(hidden, weight, given, out_dtype=out_dtype)
+    hidden, weight, spec, biases = gemm_case(shape, hidden_dtype, weight_dtype, out_dtype)
+    for given in biases:
+        logits = router_gemm(hidden, weight, given, out_dtype=out_dtype)
         assert verify_logits(logits, hidden, weight, spec, RouterTensors(bias=given)).problems == []
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("hidden_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_of_a_prepared_weight_are_within_the_bound(
+    shape: tuple[int, int, int], hidden_dtype: torch.dtype, weight_dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    hidden, weight, spec, biases = gemm_case(shape, hidden_dtype, weight_dtype, out_dtype)
+    for given in biases:
         prepared = prepare(weight, gemm.product_dtype(weight.dtype, weight.dtype, out_dtype))
         logits = gemm.router_gemm(hidden, weight, given, out_dtype, prepared)
         assert verify_logits(logits, hidden, weight, spec, RouterTensors(bias=given)).problems == []
@@ -73,6 +96,19 @@ def test_the_bound_is_that_of_float32() -> None:
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
+def test_float32_logits_keep_the_bound_at_any_precision(precision: str) -> None:
+    """Where the device has a faster, coarser product, the user's leave to take it changes nothing here."""
+    hidden, weight = draw((8, 7168, 256))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        logits = router_gemm(hidden, weight)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert verify_logits(logits, hidden, weight, RouterSpec(7168, 256, 8), RouterTensors()).problems == []
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("precision", ["high", "medium"])
 def test_reduced_precision_is_not_used(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = draw((8, 2048, 16))
     seen = []
@@ -87,7 +123,7 @@ def test_reduced_precision_is_not_used(precision: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(gemm, "_HAS_SETTING_BY_DEVICE", by_device and gemm._HAS_SETTING_BY_DEVICE)
         torch.set_float32_matmul_precision(precision)
         try:
-            moegate.router_gemm(hidden, weight)
+            router_gemm(hidden, weight)
             assert gemm._allows_less_than_float32(is_cuda=False), "the user's setting is kept"
         finally:
             torch.set_float32_matmul_precision("highest")
@@ -103,7 +139,7 @@ def test_input_norm(dtype: torch.dtype) -> None:
     hidden[4] = 0  # its norm is that of eps alone
     arguments = {name: value for name, value in tensors._asdict().items() if value is not None}
     for candidate in (spec, with_bfloat16_logits(spec)):
-        routing = moegate.route(hidden, weight, candidate, **arguments, return_logits=True)
+        routing = route(hidden, weight, candidate, **arguments, return_logits=True)
         assert routing.logits is not None
         assert verify_logits(routing.logits, hidden, weight, candidate, tensors).problems == []
     assert routing.logits is not None
@@ -117,9 +153,9 @@ def test_bfloat16_logits_are_rounded_once() -> None:
     bias = (100 * torch.randn(128, generator=generator(2))).bfloat16()
     spec = RouterSpec(2880, 128, 4, logits_dtype="bfloat16", linear_bias=True)
     tensors = RouterTensors(bias=bias)
-    logits = moegate.router_gemm(hidden, weight, bias, out_dtype=torch.bfloat16)
+    logits = router_gemm(hidden, weight, bias, out_dtype=torch.bfloat16)
     assert verify_logits(logits, hidden, weight, spec, tensors).problems == []
     exact = router_logits(hidden, weight, replace(spec, logits_dtype="float32"), tensors)
     assert (logits != exact.bfloat16()).float().mean() < 0.01  # only next to a tie of the rounding
-    twice = moegate.router_gemm(hidden, weight, out_dtype=torch.bfloat16) + bias
+    twice = router_gemm(hidden, weight, out_dtype=torch.bfloat16) + bias
     assert verify_logits(twice, hidden, weight, spec, tensors).problems

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from on_device import back, select, there
 from routers import SPECS, VOCABULARY, random_logits, select_arguments, tensors_of
 from torch import Tensor
 
-import moegate
 from moegate import RouterSpec
-from moegate.backends.torch import TorchBackend
+from moegate.backends import choose
 from moegate.contract.verify import verify_routing
+from moegate.routing import RouterTensors
 
 INF, NAN, MAX = torch.inf, torch.nan, torch.finfo(torch.float32).max
 
@@ -31,7 +32,7 @@ def test_nan_rows(name: str, rows: int) -> None:
     logits[1, -1] = NAN  # the last row of the gate: an expert, a zero expert or a shared gate
     logits[2] = NAN
     logits[3, 0] = INF
-    routing = moegate.select(logits, spec, **arguments)
+    routing = select(logits, spec, **arguments)
     expected = [False, True, True, False] + [False] * (rows - 4)
     assert nan_rows(routing.topk_weights) == expected
     assert not routing.topk_weights[[0, 3]].isnan().any()
@@ -42,7 +43,7 @@ def test_nan_rows(name: str, rows: int) -> None:
     assert verify_routing(routing, logits, spec, tensors, input_ids=arguments.get("input_ids")).problems == []
     if not spec.hash_routing and spec.num_selectable > 1:
         lowest = logits.nan_to_num(nan=torch.finfo(torch.float32).min)
-        assert routing.topk_ids.equal(moegate.select(lowest, spec, **arguments).topk_ids)
+        assert routing.topk_ids.equal(select(lowest, spec, **arguments).topk_ids)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -56,9 +57,9 @@ def test_infinities_count_as_the_largest_float32(name: str) -> None:
     logits[3, ::2] = -INF
     logits[4, 0], logits[4, -1] = INF, -INF
     arguments = select_arguments(spec, tensors, 6)
-    routing = moegate.select(logits, spec, **arguments)
+    routing = select(logits, spec, **arguments)
     finite = logits.nan_to_num()
-    same = moegate.select(finite, spec, **arguments)
+    same = select(finite, spec, **arguments)
     assert routing.topk_ids.equal(same.topk_ids)
     assert routing.topk_weights.equal(same.topk_weights)
     assert not routing.topk_weights.isnan().any()
@@ -68,7 +69,7 @@ def test_infinities_count_as_the_largest_float32(name: str) -> None:
 def test_an_infinite_logit_takes_all_of_a_softmax() -> None:
     spec = RouterSpec(8, 4, 3)
     logits = torch.tensor([[INF, 0.0, INF, -INF], [-INF, -INF, -INF, -INF]])
-    routing = moegate.select(logits, spec)
+    routing = select(logits, spec)
     assert routing.topk_ids.tolist() == [[0, 2, 1], [0, 1, 2]]
     assert routing.topk_weights.tolist() == [[0.5, 0.5, 0.0], [0.25, 0.25, 0.25]]
 
@@ -85,7 +86,7 @@ def test_special_biases() -> None:
         ):
             for rows in (1, 40):
                 many = logits.expand(rows, -1)
-                routing = moegate.select(many, spec, e_score_correction_bias=torch.tensor(bias, dtype=torch.float32))
+                routing = select(many, spec, e_score_correction_bias=torch.tensor(bias, dtype=torch.float32))
                 assert routing.topk_ids[-1].tolist() == expected
                 assert routing.topk_weights.eq(0.5).all()  # never NaN: the row had none
 
@@ -96,9 +97,9 @@ def test_experts_switched_off_leave_their_group(rows: int) -> None:
     spec = RouterSpec(4, 6, 1, "sigmoid", "score", n_group=3, topk_group=2)
     bias = torch.tensor([-INF, -INF, 0, -INF, 0, -INF])
     logits = torch.tensor([0, 0, -2.0, 0, 2.0, 0]).expand(rows, -1)
-    routing = moegate.select(logits, spec, e_score_correction_bias=bias)
+    routing = select(logits, spec, e_score_correction_bias=bias)
     assert routing.topk_ids.tolist() == [[4]] * rows  # groups 1 and 2: group 0 has no expert left
-    routing = moegate.select(torch.tensor([[5.0, -INF, -MAX]]).expand(rows, -1), RouterSpec(4, 3, 2))
+    routing = select(torch.tensor([[5.0, -INF, -MAX]]).expand(rows, -1), RouterSpec(4, 3, 2))
     assert routing.topk_ids.tolist() == [[0, 1]] * rows
 
 
@@ -109,7 +110,7 @@ def test_excluded_groups_stay_excluded(bias: float, rows: int) -> None:
     spec = RouterSpec(8, 8, 3, "sigmoid", "score", n_group=2, topk_group=1)
     kept = torch.tensor([3.4e38, bias, bias, bias])
     other = torch.tensor([1.0, 1.0, 1.0, 1.0])
-    routing = moegate.select(torch.zeros(rows, 8), spec, e_score_correction_bias=torch.cat([other, kept]))
+    routing = select(torch.zeros(rows, 8), spec, e_score_correction_bias=torch.cat([other, kept]))
     first_group = routing.topk_ids[0] < 4
     assert first_group.all() or not first_group.any()
     if bias in (-1e30, 1e30):
@@ -123,22 +124,31 @@ def test_hash_routing() -> None:
     logits = torch.zeros(4, 6)
     logits[:, 1] = 40
     for dtype in (torch.int32, torch.int64):
-        routing = moegate.select(logits, spec, tid2eid=table.to(dtype), input_ids=torch.tensor([2, 0, 2, 1]).to(dtype))
+        routing = select(logits, spec, tid2eid=table.to(dtype), input_ids=torch.tensor([2, 0, 2, 1]).to(dtype))
         assert routing.topk_ids.tolist() == [[3, 1], [5, 0], [3, 1], [1, 2]]
         assert routing.topk_weights.tolist() == [[0.5, 1.0], [0.5, 0.5], [0.5, 1.0], [1.0, 0.5]]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("bad", [-1, VOCABULARY])
-def test_token_ids_outside_the_table(bad: int) -> None:
-    """Refused on a CPU; where a backend cannot ask, the nearest row of the table, and NaN."""
+def test_token_ids_outside_the_table_are_refused(bad: int) -> None:
+    """On a CPU, which can tell without waiting."""
+    spec = SPECS["hash"]
+    arguments = select_arguments(spec, tensors_of(spec), 3)
+    arguments["input_ids"] = torch.tensor([0, bad, 1])
+    with pytest.raises(ValueError, match=rf"input_ids: got {bad}; allowed: 0 to {VOCABULARY - 1}"):
+        select(random_logits(spec, 3), spec, **arguments)
+
+
+@pytest.mark.parametrize("bad", [-1, VOCABULARY])
+def test_token_ids_outside_the_table(bad: int, device: torch.device) -> None:
+    """Where a backend cannot ask, the nearest row of the table, and NaN."""
     spec = SPECS["hash"]
     tensors = tensors_of(spec)
-    arguments = select_arguments(spec, tensors, 3)
-    arguments["input_ids"] = torch.tensor([0, bad, 1])
-    logits = random_logits(spec, 3)
-    with pytest.raises(ValueError, match=rf"input_ids: got {bad}; allowed: 0 to {VOCABULARY - 1}"):
-        moegate.select(logits, spec, **arguments)
-    routing = TorchBackend().select(logits, spec, tensors, arguments["input_ids"])
     assert tensors.tid2eid is not None
+    input_ids = torch.tensor([0, bad, 1])
+    # The backend itself: on a CPU, the function in front of it refuses such ids.
+    moved = RouterTensors(tid2eid=there(tensors.tid2eid))
+    routing = back(choose(device, spec).select(there(random_logits(spec, 3)), spec, moved, there(input_ids)))
     assert routing.topk_ids[1].equal(tensors.tid2eid[0 if bad < 0 else -1])
     assert nan_rows(routing.topk_weights) == [False, True, False]

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from on_device import select
 from routers import SPECS, random_logits, select_arguments, tensors_of
 
-import moegate
 from moegate import RouterSpec
 from moegate.contract import limits, reference
 from moegate.contract.verify import verify_routing
@@ -24,7 +24,7 @@ def test_weights_are_within_the_bound(name: str, scale: float, rows: int) -> Non
     for weights_dtype in ("float32", "bfloat16", "float16"):
         candidate = replace(spec, topk_weights_dtype=weights_dtype)
         logits = scale * random_logits(spec, rows)
-        routing = moegate.select(logits, candidate, **arguments)
+        routing = select(logits, candidate, **arguments)
         verdict = verify_routing(routing, logits, candidate, tensors, input_ids=arguments.get("input_ids"))
         assert verdict.problems == []
         wrong = routing._replace(topk_weights=routing.topk_weights * (1.02 if weights_dtype != "float32" else 1.0001))
@@ -37,7 +37,7 @@ def test_weights_do_not_see_the_bias() -> None:
     spec = RouterSpec(8, 4, 2, "sqrtsoftplus", "score", renormalize=True)
     logits = torch.tensor([[2.0, -1.0, 0.5, 0.0]])
     bias = torch.tensor([8.0, 9.0, 8.1, 8.05])
-    routing = moegate.select(logits, spec, e_score_correction_bias=bias)
+    routing = select(logits, spec, e_score_correction_bias=bias)
     assert routing.topk_ids.tolist() == [[1, 0]]
     first, second = (torch.nn.functional.softplus(logits[0, e]).sqrt().item() for e in (1, 0))
     assert routing.topk_weights.tolist()[0] == pytest.approx(
@@ -52,10 +52,10 @@ def test_renormalisation_of_underflowing_scores(scoring_func: str, rows: int) ->
     spec = RouterSpec(8, 4, 2, scoring_func, "score", renormalize=True)  # type: ignore[arg-type]
     bias = torch.zeros(4)
     for level, expected in ((-1000.0, 0.0), (-1.0, 0.5)):
-        routing = moegate.select(torch.full((rows, 4), level), spec, e_score_correction_bias=bias)
+        routing = select(torch.full((rows, 4), level), spec, e_score_correction_bias=bias)
         assert routing.topk_weights.tolist() == [[expected] * 2] * rows
     level, score = (-80.0, 1.804851e-35) if scoring_func == "sigmoid" else (-80.0, 4.248354e-18)
-    routing = moegate.select(torch.full((rows, 4), level), spec, e_score_correction_bias=bias)
+    routing = select(torch.full((rows, 4), level), spec, e_score_correction_bias=bias)
     assert routing.topk_weights[0, 0].item() == pytest.approx(score / limits.least_sum(spec), rel=1e-4)
 
 
@@ -65,11 +65,11 @@ def test_softmax_renormalised_is_softmax_of_selected(rows: int) -> None:
     chosen_by_bias = RouterSpec(8, 4, 2, correction_bias="score", renormalize=True)
     logits = torch.tensor([[500.0, 0.0, -1.0, -2.0]]).expand(rows, -1)
     bias = torch.tensor([0.0, 5.0, 5.0, 0.0])
-    routing = moegate.select(logits, chosen_by_bias, e_score_correction_bias=bias)
+    routing = select(logits, chosen_by_bias, e_score_correction_bias=bias)
     assert routing.topk_ids[0].tolist() == [1, 2]
     assert routing.topk_weights[0].tolist() == pytest.approx(torch.tensor([0.0, -1.0]).softmax(0).tolist(), rel=1e-6)
     with_eps = replace(chosen_by_bias, renormalize_eps=1e-20)
-    assert moegate.select(logits, with_eps, e_score_correction_bias=bias).topk_weights[0].tolist() == [0.0, 0.0]
+    assert select(logits, with_eps, e_score_correction_bias=bias).topk_weights[0].tolist() == [0.0, 0.0]
 
 
 def test_floor() -> None:
@@ -78,13 +78,13 @@ def test_floor() -> None:
     logits = torch.tensor([[0.0, -35.0, 0.0, 0.0]])
     bias = torch.tensor([0.0, 1.0, 0.0, 0.0])
     share = torch.softmax(logits.double(), -1)[0, 1].item()
-    weight = moegate.select(logits, spec, e_score_correction_bias=bias).topk_weights.item()
+    weight = select(logits, spec, e_score_correction_bias=bias).topk_weights.item()
     assert weight == pytest.approx(share / 1e-12, rel=1e-5)
 
 
 def test_factors() -> None:
     spec = RouterSpec(8, 3, 2, "sigmoid", routed_scaling_factor=2.5, per_expert_scale=True, global_scale=True)
-    routing = moegate.select(
+    routing = select(
         torch.tensor([[0.0, -200.0, 200.0]]),
         spec,
         per_expert_scale=torch.tensor([2.0, 3.0, 5.0]),
@@ -98,7 +98,7 @@ def test_shared_gates() -> None:
     """They join the sum and come back, and are never chosen."""
     spec = RouterSpec(8, 3, 1, "sigmoid", "score", renormalize=True, num_shared_gates=2, routed_scaling_factor=8.0)
     logits = torch.tensor([[0.0, -200.0, -200.0, 200.0, 0.0]])
-    routing = moegate.select(logits, spec, e_score_correction_bias=torch.zeros(3))
+    routing = select(logits, spec, e_score_correction_bias=torch.zeros(3))
     assert routing.topk_ids.tolist() == [[0]]
     assert routing.topk_weights.tolist() == [[8.0 * 0.25]]
     assert routing.shared_weights is not None
@@ -108,7 +108,7 @@ def test_shared_gates() -> None:
 def test_zero_experts() -> None:
     """Their ids follow the experts'; the identity's weight is the sum of theirs."""
     spec = RouterSpec(8, 2, 3, "sigmoid", num_zero_experts=2, routed_scaling_factor=2.0)
-    routing = moegate.select(torch.tensor([[0.0, -200.0, 200.0, 1e-9], [3.0, 2.0, -200.0, -201.0]]), spec)
+    routing = select(torch.tensor([[0.0, -200.0, 200.0, 1e-9], [3.0, 2.0, -200.0, -201.0]]), spec)
     assert routing.topk_ids.tolist() == [[2, 3, 0], [0, 1, 2]]
     assert routing.identity_weight is not None
     assert routing.identity_weight.tolist() == [2.0 * 1.5, 0.0]

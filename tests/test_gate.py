@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_device import back, gate_there, route, there
 from routers import SPECS, generator, route_arguments, tensors_of
 
 import moegate
 from moegate import Gate
+from moegate.backends.torch import TorchBackend
 from moegate.contract.verify import verify_logits, verify_routing
+from moegate.routing import RouterTensors
 
 SPEC = SPECS["sigmoid with bias in groups"]
 
@@ -23,10 +26,10 @@ SPEC = SPECS["sigmoid with bias in groups"]
 def a_gate(*, frozen: bool, dtype: torch.dtype = torch.bfloat16) -> Gate:
     weight = torch.randn(SPEC.num_gate_rows, SPEC.hidden_size, generator=generator(1)).to(dtype)
     bias = tensors_of(SPEC).e_score_correction_bias
-    return Gate(SPEC, weight, e_score_correction_bias=bias, frozen=frozen)
+    return gate_there(SPEC, weight, e_score_correction_bias=bias, frozen=frozen)
 
 
-HIDDEN = torch.randn(40, 64, generator=generator(2)).bfloat16()
+HIDDEN = there(torch.randn(40, 64, generator=generator(2)).bfloat16())
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
@@ -41,10 +44,11 @@ def test_gate_and_route_keep_the_contract(name: str, dtype: torch.dtype, rows: i
     weight = (torch.randn(spec.num_gate_rows, 64, generator=generator(3)) / 8).to(dtype)
     hidden = torch.randn(rows, 64, generator=generator(4)).to(dtype)
     arguments = route_arguments(spec, tensors, rows)
-    routings = [moegate.route(hidden, weight, spec, **arguments, return_logits=True)]
+    routings = [route(hidden, weight, spec, **arguments, return_logits=True)]
     input_ids = arguments.pop("input_ids", None)
     for frozen in (False, True):
-        routings.append(Gate(spec, weight, **arguments, frozen=frozen)(hidden, input_ids=input_ids, return_logits=True))
+        gate = gate_there(spec, weight, **arguments, frozen=frozen)
+        routings.append(back(gate(there(hidden), input_ids=there(input_ids), return_logits=True)))
     for routing in routings:
         assert routing.logits is not None
         assert verify_logits(routing.logits, hidden, weight, spec, tensors).problems == []
@@ -73,11 +77,10 @@ def test_updates_in_place_take_effect() -> None:
 
 
 def test_the_gate_shares_its_weight() -> None:
-    weight = torch.nn.Parameter(torch.randn(SPEC.num_gate_rows, 64))
-    gate = Gate(SPEC, weight, e_score_correction_bias=torch.zeros(256))
-    assert gate.weight is weight
-    plain = torch.randn(SPEC.num_gate_rows, 64)
-    assert Gate(SPEC, plain, e_score_correction_bias=torch.zeros(256)).weight.data_ptr() == plain.data_ptr()
+    plain, bias = there(torch.randn(SPEC.num_gate_rows, 64)), there(torch.zeros(256))
+    weight = torch.nn.Parameter(plain.clone())
+    assert Gate(SPEC, weight, e_score_correction_bias=bias).weight is weight
+    assert Gate(SPEC, plain, e_score_correction_bias=bias).weight.data_ptr() == plain.data_ptr()
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -109,7 +112,7 @@ def test_casts_keep_the_bias_in_float32(frozen: bool) -> None:
 def test_what_load_state_dict_assigns_is_checked() -> None:
     """assign=True puts other tensors in the place of ours, with dtypes of their own."""
     gate = a_gate(frozen=False)
-    bias = torch.randn(256).bfloat16()
+    bias = there(torch.randn(256).bfloat16())
     gate.load_state_dict({"weight": gate.weight, "e_score_correction_bias": bias}, assign=True)
     assert gate.e_score_correction_bias is not None
     assert gate.e_score_correction_bias.equal(bias.float())
@@ -125,7 +128,7 @@ def test_compiled(frozen: bool, backend: str) -> None:
         spec = SPECS[name]
         arguments = route_arguments(spec, tensors_of(spec), 0)
         weight = (torch.randn(spec.num_gate_rows, 64, generator=generator(3)) / 8).bfloat16()
-        gate = Gate(spec, weight, **arguments, frozen=frozen)
+        gate = gate_there(spec, weight, **arguments, frozen=frozen)
         compiled = torch.compile(gate, backend=backend)
         for rows in (3, 40):
             routing = compiled(HIDDEN[:rows], return_logits=True)
@@ -133,12 +136,15 @@ def test_compiled(frozen: bool, backend: str) -> None:
             assert verify_routing(routing, routing.logits, spec, tensors_of(spec)).problems == []
 
 
+# PyTorch says so in each new thread whose first CUDA call is a product, and makes the context itself.
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context:UserWarning")
+@pytest.mark.parametrize("precision", ["highest", pytest.param("medium", marks=pytest.mark.cpu)])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_threads(frozen: bool) -> None:
-    """Many threads through one gate get what one gets, also while the process allows reduced precision."""
+def test_threads(frozen: bool, precision: str) -> None:
+    """Many threads through one gate get what one gets, also while the process allows a CPU reduced precision."""
     gate = a_gate(frozen=frozen)
     expected = [gate(HIDDEN[:rows]) for rows in range(41)]
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(precision)
     try:
         with ThreadPoolExecutor(8) as pool:
             got = list(pool.map(lambda rows: gate(HIDDEN[:rows]), list(range(41)) * 5))
@@ -151,7 +157,7 @@ def test_threads(frozen: bool) -> None:
 
 def test_casts_keep_a_pinned_weight_in_float32() -> None:
     spec = SPECS["softmax with bias and floor"]
-    gate = Gate(spec, torch.randn(64, 64), e_score_correction_bias=torch.zeros(64))
+    gate = gate_there(spec, torch.randn(64, 64), e_score_correction_bias=torch.zeros(64))
     weight = gate.weight.detach().clone()
     gate.half()
     assert gate.weight.dtype == torch.float32
@@ -160,9 +166,9 @@ def test_casts_keep_a_pinned_weight_in_float32() -> None:
 
 def test_a_bias_in_half_precision_is_widened() -> None:
     bias = torch.randn(256).bfloat16()
-    gate = Gate(SPEC, torch.randn(256, 64), e_score_correction_bias=bias)
+    gate = gate_there(SPEC, torch.randn(256, 64), e_score_correction_bias=bias)
     assert gate.e_score_correction_bias is not None
-    assert gate.e_score_correction_bias.equal(bias.float())
+    assert gate.e_score_correction_bias.cpu().equal(bias.float())
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -195,9 +201,10 @@ def test_on_a_gpu(name: str) -> None:
     for dtype in (torch.float32,) if spec.weight_dtype == "float32" else (torch.float32, torch.bfloat16, torch.float16):
         for rows in (0, 1, 17, 300):
             arguments = {name: part.cuda() for name, part in route_arguments(spec, tensors, rows).items()}
+            ids = arguments.pop("input_ids", None)
             hidden = torch.randn(rows, 64, generator=generator(4)).to("cuda", dtype)
-            routing = moegate.route(hidden, weight.to("cuda", dtype), spec, **arguments, return_logits=True)
+            weight_there = weight.to("cuda", dtype)
+            routing = TorchBackend().route(hidden, weight_there, spec, RouterTensors(**arguments), ids, None)
             assert routing.logits is not None
-            assert verify_logits(routing.logits, hidden, weight.to("cuda", dtype), spec, tensors).problems == []
-            ids = arguments.get("input_ids")
+            assert verify_logits(routing.logits, hidden, weight_there, spec, tensors).problems == []
             assert verify_routing(routing, routing.logits, spec, tensors, input_ids=ids).problems == []

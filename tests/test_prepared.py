@@ -12,6 +12,8 @@ from moegate.backends.torch.prepared import PreparedWeight, prepare
 from moegate.contract.verify import verify_logits
 from moegate.routing import RouterTensors
 
+pytestmark = pytest.mark.cpu  # the CUDA backend prepares nothing of this kind
+
 SPEC = RouterSpec(640, 32, 4)
 HAS_FLOAT16_PRODUCT = "fbgemm" in torch.backends.quantized.supported_engines
 

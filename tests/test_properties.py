@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_device import select
 from routers import generator, select_arguments, tensors_of
 from torch import Tensor
 
-import moegate
-from moegate import RouterSpec
+from moegate import RouterSpec, Routing
 from moegate.contract.reference import choice_keys, eligible_experts, finite_logits, group_scores
 from moegate.contract.reference import select as reference_select
 from moegate.contract.verify import verify_routing
@@ -79,9 +79,9 @@ def tie_free(spec: RouterSpec, rows: int, seed: int) -> Tensor:
     return grid[torch.rand(rows, size, generator=g).argsort(dim=-1)]
 
 
-def run(spec: RouterSpec, logits: Tensor, tensors: RouterTensors) -> tuple[moegate.Routing, Tensor | None]:
+def run(spec: RouterSpec, logits: Tensor, tensors: RouterTensors) -> tuple[Routing, Tensor | None]:
     arguments = select_arguments(spec, tensors, len(logits))
-    return moegate.select(logits, spec, **arguments), arguments.get("input_ids")
+    return select(logits, spec, **arguments), arguments.get("input_ids")
 
 
 @settings(max_examples=400, deadline=None)

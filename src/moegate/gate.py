@@ -39,6 +39,8 @@ class Gate(nn.Module):
         global_scale: [1].
         tid2eid: [vocabulary, top_k] int32 or int64, the experts of each token id, distinct in a row.
         frozen: The tensors change only together with a call of `refresh()`.
+        pdl: On a GPU, start before the kernel in front ends (programmatic dependent launch) and wait for
+            it just before reading `hidden`. False: start when it has ended.
 
     Raises:
         TypeError: Not a tensor, or a dtype that is not allowed.
@@ -66,6 +68,7 @@ class Gate(nn.Module):
         global_scale: Tensor | None = None,
         tid2eid: Tensor | None = None,
         frozen: bool = False,
+        pdl: bool = True,
     ) -> None:
         super().__init__()
         arguments.check_spec(spec)
@@ -77,6 +80,7 @@ class Gate(nn.Module):
 
         self.spec = spec
         self.frozen = frozen
+        self.pdl = pdl
         self.register_parameter("weight", _parameter(weight))
         for name in ("bias", "input_scale", "per_expert_scale", "global_scale"):
             self.register_parameter(name, _parameter(getattr(tensors, name)))
@@ -107,7 +111,8 @@ class Gate(nn.Module):
         from moegate.catalog.checkpoint import read_gate
 
         spec, tensors = read_gate(path, layer)
-        return cls(spec, **{name: tensor.to(device) for name, tensor in tensors.items()}, frozen=frozen)
+        there = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return cls(spec, there.pop("weight"), **there, frozen=frozen)  # type: ignore[arg-type]
 
     def forward(self, hidden: Tensor, *, input_ids: Tensor | None = None, return_logits: bool = False) -> Routing:
         """Routes M tokens.
@@ -150,7 +155,7 @@ class Gate(nn.Module):
         if tensors.tid2eid is not None and not tensors.tid2eid.is_meta:
             arguments.check_table(tensors.tid2eid, self.spec)
         self._backend = choose(weight.device, self.spec)
-        self._prepared = self._backend.prepare(weight.detach(), self.spec, tensors) if self.frozen else None
+        self._prepared = self._backend.prepare(weight.detach(), self.spec, tensors, frozen=self.frozen, pdl=self.pdl)
 
     def extra_repr(self) -> str:
         """What the router computes, in a line."""

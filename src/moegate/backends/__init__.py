@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 
 import torch
 
 from moegate.backends.base import Backend
+from moegate.backends.cuda import CudaBackend
 from moegate.backends.torch import TorchBackend
 from moegate.spec import RouterSpec
 
-BACKENDS: tuple[Backend, ...] = (TorchBackend(),)
+BACKENDS: tuple[Backend, ...] = (CudaBackend(), TorchBackend())
 
 
 @cache
 def choose(device: torch.device, spec: RouterSpec | None = None) -> Backend:
     """The first backend that runs on the device, and runs the spec there."""
-    return next(backend for backend in BACKENDS if backend.unsupported(device, spec) is None)
+    for backend in BACKENDS:
+        reason = backend.unsupported(device, spec)
+        if reason is None:
+            return backend
+        if device.type == "cuda":
+            message = (
+                f"moegate: the {backend.name} backend cannot run on {device}: {reason}. A slower one takes its place."
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+    raise AssertionError("the torch backend runs everything")

@@ -23,8 +23,14 @@ class Backend(Protocol):
         """None, or the reason why this backend cannot run on the device, or cannot run the spec there."""
         ...
 
-    def prepare(self, weight: Tensor, spec: RouterSpec, tensors: RouterTensors) -> object | None:
-        """What pays to be made once of a weight that will not change, for `route`; None: nothing."""
+    def prepare(
+        self, weight: Tensor, spec: RouterSpec, tensors: RouterTensors, *, frozen: bool, pdl: bool
+    ) -> object | None:
+        """What pays to be made once for a gate, for its calls of `route`; None: nothing.
+
+        `frozen` says that the tensors' values will not change without another call of this, `pdl` that
+        kernels may start before the kernel in front of them ends.
+        """
         ...
 
     def router_gemm(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:

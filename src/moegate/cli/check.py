@@ -108,7 +108,7 @@ def _compare(backend: Backend, device: torch.device, spec: RouterSpec, tokens: i
     input_ids = random_input_ids(tokens, seed=tokens, device=device) if spec.hash_routing else None
     try:
         with torch.no_grad():
-            prepared = backend.prepare(weight, spec, tensors)
+            prepared = backend.prepare(weight, spec, tensors, frozen=True, pdl=True)
             routing = backend.route(hidden, weight, spec, tensors, input_ids, prepared)
     except Exception as error:  # whatever a broken backend raises is the finding
         message = " ".join(str(error).split())

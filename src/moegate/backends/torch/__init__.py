@@ -21,8 +21,12 @@ class TorchBackend:
         """None: PyTorch's ops run on all its devices."""
         return None
 
-    def prepare(self, weight: Tensor, spec: RouterSpec, tensors: RouterTensors) -> PreparedWeight | None:
-        """On a CPU, the weight in the layouts of its products."""
+    def prepare(
+        self, weight: Tensor, spec: RouterSpec, tensors: RouterTensors, *, frozen: bool, pdl: bool
+    ) -> PreparedWeight | None:
+        """On a CPU, a frozen weight in the layouts of its products."""
+        if not frozen:
+            return None
         dtype = gemm.product_dtype(weight.dtype, weight.dtype, getattr(torch, spec.logits_dtype))
         if spec.input_norm_eps is not None or (tensors.bias is not None and tensors.bias.dtype != dtype):
             dtype = torch.float32
@@ -47,8 +51,4 @@ class TorchBackend:
     ) -> Routing:
         """See `moegate.route`."""
         assert prepared is None or isinstance(prepared, PreparedWeight)
-        if spec.input_norm_eps is not None:
-            assert tensors.input_scale is not None
-            hidden = gemm.normed_input(hidden, tensors.input_scale, spec.input_norm_eps)
-        logits = gemm.router_gemm(hidden, weight, tensors.bias, getattr(torch, spec.logits_dtype), prepared)
-        return select(logits, spec, tensors, input_ids)
+        return select(gemm.logits(hidden, weight, spec, tensors, prepared), spec, tensors, input_ids)

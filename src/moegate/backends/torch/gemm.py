@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moegate.backends.torch.prepared import PreparedWeight
+from moegate.routing import RouterTensors
+from moegate.spec import RouterSpec
 
 
 def router_gemm(
@@ -29,6 +31,16 @@ def router_gemm(
     else:
         logits = _linear(hidden.to(dtype), prepared, bias)
     return logits if dtype == out_dtype else logits.to(out_dtype)
+
+
+def logits(
+    hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors, prepared: PreparedWeight | None
+) -> Tensor:
+    """Hidden states [M, K] to the logits [M, R] of a spec, with its norm, bias and rounding."""
+    if spec.input_norm_eps is not None:
+        assert tensors.input_scale is not None
+        hidden = normed_input(hidden, tensors.input_scale, spec.input_norm_eps)
+    return router_gemm(hidden, weight, tensors.bias, getattr(torch, spec.logits_dtype), prepared)
 
 
 def normed_input(hidden: Tensor, input_scale: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,182 @@
+"""The routers of a model's layers on the GPU, and the candidates that compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import peers
+from benchmarks.gpu.checks import Reference, check_choice, check_nothing, check_routings
+from benchmarks.gpu.cuda_kernels import read_floor
+from benchmarks.gpu.plain import compiled, plain_logits, plain_route, plain_select
+from benchmarks.gpu.timing import Candidate, layer_count, reason_of
+from moegate import Gate
+from moegate.backends.torch import TorchBackend
+from moegate.catalog.synthetic import VOCABULARY, random_tensors
+from moegate.routing import RouterTensors
+from moegate.spec import RouterSpec
+
+FROZEN, SAFE, NO_PDL = "moegate frozen", "moegate safe", "moegate frozen, pdl=False"
+PAIR, EAGER, COMPILED = "FlashInfer pair", "PyTorch eager", "torch.compile"
+TRANSFORMERS, FLOOR = "Transformers ops", "floor"
+
+
+def gpu() -> torch.device:
+    """The current device, with its number."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+class Layers:
+    """Different weights for the layers, more than L2 holds, with one set of the small tensors."""
+
+    def __init__(self, spec: RouterSpec) -> None:
+        device = gpu()
+        self.spec, self.device = spec, device
+        first, self.tensors = random_tensors(spec, device=device)
+        count = layer_count(first.numel() * first.element_size())
+        generator = torch.Generator(device).manual_seed(1)
+        std = float(first.float().std())
+        self.weights = [first] + [self._weight(first, std, generator) for _ in range(count - 1)]
+        self._gates: dict[str, list[Gate] | str] = {}
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    @staticmethod
+    def _weight(like: Tensor, std: float, generator: torch.Generator) -> Tensor:
+        return (torch.randn(like.shape, generator=generator, device=like.device) * std).to(like.dtype)
+
+    @property
+    def rotation_bytes(self) -> int:
+        """Bytes of weights that the calls go through."""
+        return sum(weight.numel() * weight.element_size() for weight in self.weights)
+
+    def gates(self, name: str, **options: Any) -> list[Gate] | str:
+        """A gate for each layer, made once; or the reason why there is none."""
+        if name not in self._gates:
+            given = {key: value for key, value in self.tensors._asdict().items() if value is not None}
+            try:
+                self._gates[name] = [Gate(self.spec, weight, **given, **options) for weight in self.weights]
+            except Exception as error:  # also a keyword that this version does not have
+                torch.cuda.synchronize()
+                self._gates[name] = reason_of(error)
+        return self._gates[name]
+
+    def compiled(self, name: str, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        """A compiled function, kept for all numbers of tokens as an engine keeps it."""
+        if name not in self._compiled:
+            self._compiled[name] = compiled(make())
+        return self._compiled[name]
+
+
+@dataclass
+class Stage:
+    """The layers of one model with M tokens."""
+
+    layers: Layers
+    sources: list[Tensor]
+    input_ids: Tensor | None
+    expected: Reference
+    calls: int
+
+    @classmethod
+    def of(cls, layers: Layers, tokens: int) -> Stage:
+        """Two hidden states of M tokens, drawn on the GPU, and what float64 makes of them."""
+        spec, device = layers.spec, layers.device
+        generator = torch.Generator(device).manual_seed(tokens)
+        shape = (tokens, spec.hidden_size)
+        sources = [torch.randn(shape, generator=generator, device=device).to(torch.bfloat16) for _ in range(2)]
+        ids = None
+        if spec.hash_routing:
+            ids = torch.randint(VOCABULARY, (tokens,), generator=generator, device=device)
+        calls = len(layers.weights) if tokens < 4096 else 16
+        expected = Reference(spec, layers.tensors, layers.weights, sources, calls, ids)
+        return cls(layers, sources, ids, expected, calls)
+
+    def ours(self, name: str, **options: Any) -> Candidate:
+        """Gates made with the options."""
+        gates, ids = self.layers.gates(name, **options), self.input_ids
+
+        def call(layer: int, hidden: Tensor) -> Any:
+            if isinstance(gates, str):
+                raise RuntimeError(gates)
+            return gates[layer](hidden, input_ids=ids)
+
+        return Candidate(name, call, check_routings(self.expected))
+
+    def flashinfer_pair(self) -> Candidate:
+        """FlashInfer's GEMM and its top-k."""
+        spec, weights = self.layers.spec, self.layers.weights
+        gemm: Any = "not supported: not a bfloat16 product with float32 logits"
+        if peers.takes_gemm(spec, weights[0]):
+            gemm = peers.flashinfer_gemm(spec.hidden_size, spec.num_gate_rows, self.sources[0].shape[0])
+        top_k = peers.flashinfer_top_k(spec, self.layers.tensors)
+
+        def call(layer: int, hidden: Tensor) -> Any:
+            for part in (gemm, top_k):
+                if isinstance(part, str):
+                    raise NotImplementedError(part)
+            return top_k(gemm(hidden, weights[layer]))  # type: ignore[operator]
+
+        return Candidate(PAIR, call, check_choice(self.expected))
+
+    def cublas(self, *, may_compile: bool) -> Candidate:
+        """The product of cuBLAS and the best selection of a peer."""
+        spec, tensors = self.layers.spec, self.layers.tensors
+        weights, product = self.layers.weights, plain_logits(spec, tensors)
+        top_k: Any = peers.flashinfer_top_k(spec, tensors)
+        name = "FlashInfer top-k"
+        if isinstance(top_k, str):
+            name = "compiled top-k" if may_compile else "eager top-k"
+            top_k = plain_select(spec, tensors, self.input_ids)
+            if may_compile and not spec.hash_routing:
+                top_k = self.layers.compiled("select", lambda: plain_select(spec, tensors, None))
+
+        def call(layer: int, hidden: Tensor) -> Any:
+            return top_k(product(hidden, weights[layer]))
+
+        return Candidate(f"cuBLAS + {name}", call, check_choice(self.expected), slow=name == "eager top-k")
+
+    def compiled(self) -> Candidate:
+        """The whole route of tensor operations through torch.compile."""
+        spec, tensors, ids, weights = self.layers.spec, self.layers.tensors, self.input_ids, self.layers.weights
+
+        def call(layer: int, hidden: Tensor) -> Any:
+            if spec.hash_routing:
+                raise NotImplementedError("not measured: the token ids are part of the compiled function")
+            route = self.layers.compiled("route", lambda: plain_route(spec, tensors, ids))
+            return route(hidden, weights[layer])
+
+        return Candidate(COMPILED, call, check_choice(self.expected))
+
+    def eager(self) -> Candidate:
+        """The PyTorch backend of moegate: eager operations that keep the contract."""
+        spec, tensors, ids, weights = self.layers.spec, self.layers.tensors, self.input_ids, self.layers.weights
+        backend = TorchBackend()
+
+        def call(layer: int, hidden: Tensor) -> Any:
+            return backend.route(hidden, weights[layer], spec, RouterTensors(*tensors), ids, None).without_logits()
+
+        return Candidate(EAGER, call, check_routings(self.expected), slow=True)
+
+    def transformers(self) -> Candidate:
+        """What Transformers does, for softmax routers."""
+        spec, weights = self.layers.spec, self.layers.weights
+        route = peers.transformers_like(spec, self.layers.tensors.bias)
+
+        def call(layer: int, hidden: Tensor) -> Any:
+            return route(hidden, weights[layer])
+
+        return Candidate(TRANSFORMERS, call, check_choice(self.expected), slow=True)
+
+    def floor(self) -> Candidate:
+        """Reads what must be read."""
+        weights = self.layers.weights
+        blocks = torch.cuda.get_device_properties(self.layers.device).multi_processor_count
+
+        def call(layer: int, hidden: Tensor) -> Any:
+            return read_floor(weights[layer], hidden, blocks)
+
+        return Candidate(FLOOR, call, check_nothing)

@@ -1,0 +1,212 @@
+"""The parts that are timed in graphs: which cases there are, and who takes part in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import moegate
+from benchmarks.gpu import peers
+from benchmarks.gpu.checks import Reference, check_choice, check_logits, check_nothing, check_routings
+from benchmarks.gpu.layers import FLOOR, FROZEN, NO_PDL, SAFE, Layers, Stage
+from benchmarks.gpu.timing import Candidate, Workload, calibrate, measure
+from moegate import catalog
+from moegate.spec import RouterSpec
+
+Key = tuple[str, int, str]
+"""Model, tokens, way."""
+
+_SMALL = (1, 2, 4, 8, 16, 32, 64)
+_PREFILL = (256, 1024, 4096, 16384)
+_FLOAT32_SHAPES = {"3072x256 float32": (3072, 256), "6144x128 float32": (6144, 128)}
+
+
+def keys(part: str) -> list[Key]:
+    """The cases of a part, those that share their set-up one behind the other."""
+    if part == "gemm":
+        return [("7168x256", m, way) for m in _SMALL for way in ("cold", "hot", "trigger")]
+    if part == "route":
+        tokens = (1, 2, 4, 8, 12, 16, 32, 64)
+        return [("deepseek-v3", m, way) for m in tokens for way in ("trigger", "cold", "hot", "norm")]
+    if part == "catalog":
+        return [(name, m, "trigger") for name in catalog_models() for m in _SMALL]
+    if part == "fp32":
+        return [(name, m, way) for name in _FLOAT32_SHAPES for m in _SMALL[:-1] for way in ("cold", "trigger")]
+    if part == "select":
+        short = [(name, m, way) for name in _SELECT for m in _SMALL for way in ("hot", "trigger")]
+        return short + [(name, m, "hot") for name in _SELECT for m in _PREFILL[1:]]
+    assert part == "prefill", part
+    return [("deepseek-v3", m, "cold") for m in _PREFILL]
+
+
+def catalog_models() -> list[str]:
+    """The first name of each different router."""
+    first: dict[RouterSpec, str] = {}
+    for model in catalog.models():
+        first.setdefault(model.spec, model.name)
+    return list(first.values())
+
+
+_SELECT = {"deepseek-v3": "256 experts, 4 of 8 groups", "kimi-k2": "384 experts, no groups"}
+
+
+@dataclass
+class Options:
+    """What the command line says about the candidates."""
+
+    compile_catalog: bool = False
+
+
+class Bench:
+    """Measures cases, and keeps the layers and the inputs of the last one for the next."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._layers: tuple[str, Layers] | None = None
+        self._stage: tuple[str, int, Stage] | None = None
+        self._cycles: int | None = None
+
+    def measure(self, part: str, key: Key) -> dict[str, Any]:
+        """The content of one row."""
+        model, tokens, way = key
+        makers: dict[str, Callable[[str, int], list[Candidate]]] = {
+            "gemm": self._gemm,
+            "fp32": self._gemm,
+            "route": self._route,
+            "prefill": self._prefill,
+            "catalog": self._catalog,
+        }
+        if part == "select":
+            return self._measure_select(model, tokens, way)
+        candidates = makers[part](model, tokens)
+        stage = self._stage_of(model, tokens)
+        work = self._workload(stage.sources, len(stage.layers.weights), stage.calls)
+        found = measure(work, way, candidates)
+        return {"calls": stage.calls, "rotation_mb": round(stage.layers.rotation_bytes / 1e6, 1), "candidates": found}
+
+    def _workload(self, sources: list[Tensor], layers: int, calls: int) -> Workload:
+        work = Workload(sources, layers, calls)
+        if self._cycles is None:  # once a process, on this GPU at its clock
+            small = Workload([torch.zeros(1, 7168, dtype=torch.bfloat16, device=sources[0].device)] * 2, 1, 58)
+            calibrate(small)
+            self._cycles = small.predecessors.cycles
+        work.predecessors.cycles = self._cycles
+        return work
+
+    def _layers_of(self, model: str) -> Layers:
+        if self._layers is None or self._layers[0] != model:
+            self._stage = self._layers = None  # frees the memory first
+            torch._dynamo.reset()
+            self._layers = model, Layers(_spec(model))
+        return self._layers[1]
+
+    def _stage_of(self, model: str, tokens: int) -> Stage:
+        if self._stage is None or self._stage[:2] != (model, tokens):
+            self._stage = None
+            torch.cuda.empty_cache()  # the pools of the last stage's graphs
+            self._stage = model, tokens, Stage.of(self._layers_of(model), tokens)
+        return self._stage[2]
+
+    def _route(self, model: str, tokens: int) -> list[Candidate]:
+        stage = self._stage_of(model, tokens)
+        return [
+            stage.ours(FROZEN, frozen=True),
+            stage.ours(SAFE, frozen=False),
+            stage.ours(NO_PDL, frozen=True, pdl=False),
+            stage.flashinfer_pair(),
+            stage.cublas(may_compile=True),
+            stage.compiled(),
+            stage.eager(),
+            stage.floor(),
+        ]
+
+    def _prefill(self, model: str, tokens: int) -> list[Candidate]:
+        stage = self._stage_of(model, tokens)
+        ours = [stage.ours(FROZEN, frozen=True), stage.ours(SAFE, frozen=False)]
+        return [*ours, stage.cublas(may_compile=True), stage.compiled(), stage.eager(), stage.floor()]
+
+    def _catalog(self, model: str, tokens: int) -> list[Candidate]:
+        stage = self._stage_of(model, tokens)
+        found = [stage.ours(FROZEN, frozen=True), stage.ours(SAFE, frozen=False), stage.flashinfer_pair()]
+        found += [stage.cublas(may_compile=self._options.compile_catalog), stage.eager(), stage.floor()]
+        if peers.is_transformers_softmax(stage.layers.spec):
+            found.append(stage.transformers())
+        return found + [stage.compiled()] * self._options.compile_catalog
+
+    def _gemm(self, model: str, tokens: int) -> list[Candidate]:
+        """The product alone; a spec of plain float32 logits carries the bound."""
+        stage = self._stage_of(model, tokens)
+        spec, weights, check = stage.layers.spec, stage.layers.weights, check_logits(stage.expected)
+        is_float32 = weights[0].dtype == torch.float32
+        theirs = "FlashInfer has no float32 weights"
+        found: Any = theirs if is_float32 else peers.flashinfer_gemm(spec.hidden_size, spec.num_experts, tokens)
+
+        def flashinfer(layer: int, hidden: Tensor) -> Tensor:
+            if isinstance(found, str):
+                raise NotImplementedError(found)
+            return found(hidden, weights[layer])  # type: ignore[no-any-return]
+
+        def cublas(layer: int, hidden: Tensor) -> Tensor:
+            if is_float32:
+                return F.linear(hidden.float(), weights[layer])
+            return torch.mm(hidden, weights[layer].t(), out_dtype=torch.float32)
+
+        def ours(layer: int, hidden: Tensor) -> Tensor:
+            return moegate.router_gemm(hidden, weights[layer])
+
+        peer = "F.linear float32" if is_float32 else "torch.mm(out_dtype=float32)"
+        candidates = [Candidate("moegate.router_gemm", ours, check), Candidate(peer, cublas, check)]
+        if not is_float32:
+            candidates.append(Candidate("FlashInfer GEMM", flashinfer, check))
+        return [*candidates, replace(stage.floor(), name=FLOOR, check=check_nothing)]
+
+    def _measure_select(self, model: str, tokens: int, way: str) -> dict[str, Any]:
+        """The selection alone, on float32 logits that every call takes exactly."""
+        spec = _spec(model)
+        layers = self._layers_of(model)
+        tensors, device = layers.tensors, layers.device
+        generator = torch.Generator(device).manual_seed(tokens)
+        shape = (tokens, spec.num_gate_rows)
+        sources = [torch.randn(shape, generator=generator, device=device) for _ in range(2)]
+        calls = 58 if tokens < 4096 else 16
+        expected = _GivenLogits(spec, tensors, [], sources, calls)
+        bias = tensors.e_score_correction_bias
+
+        def ours(layer: int, logits: Tensor) -> Any:
+            return moegate.select(logits, spec, e_score_correction_bias=bias)
+
+        top_k: Any = peers.flashinfer_top_k(spec, tensors)
+
+        def flashinfer(layer: int, logits: Tensor) -> Any:
+            if isinstance(top_k, str):
+                raise NotImplementedError(top_k)
+            return top_k(logits)
+
+        candidates = [
+            Candidate("moegate.select", ours, check_routings(expected)),
+            Candidate("FlashInfer fused_topk_deepseek", flashinfer, check_choice(expected)),
+        ]
+        found = measure(self._workload(sources, 1, calls), way, candidates)
+        return {"calls": calls, "what": _SELECT[model], "candidates": found}
+
+
+class _GivenLogits(Reference):
+    """The sources are the logits."""
+
+    def _of(self, source: int, layer: int) -> tuple[Tensor, Tensor]:
+        exact = self._sources[source][self.rows].double()
+        return exact, torch.zeros_like(exact)
+
+
+def _spec(model: str) -> RouterSpec:
+    if model in _FLOAT32_SHAPES:
+        hidden_size, experts = _FLOAT32_SHAPES[model]
+        return RouterSpec(hidden_size=hidden_size, num_experts=experts, top_k=8, weight_dtype="float32")
+    if model == "7168x256":
+        return RouterSpec(hidden_size=7168, num_experts=256, top_k=8)
+    return catalog.get_spec(model)

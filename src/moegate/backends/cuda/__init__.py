@@ -1,0 +1,96 @@
+"""The `cuda` backend: kernels compiled at run time for the GPU, the shape and the spec at hand."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moegate.backends.cuda import gemm, jit, selection
+from moegate.backends.cuda.plan import MAX_DECODE_TOKENS
+from moegate.backends.cuda.router import CudaRouter, TensorDtypes
+from moegate.backends.cuda.sources import GemmDtypes
+from moegate.backends.torch import gemm as torch_gemm
+from moegate.routing import RouterTensors, Routing
+from moegate.spec import RouterSpec
+
+_OLDEST = (8, 0)
+
+
+class CudaBackend:
+    """Runs every spec on NVIDIA GPUs from compute capability 8.0 on."""
+
+    name = "cuda"
+
+    def unsupported(self, device: torch.device, spec: RouterSpec | None = None) -> str | None:
+        """None, or what is missing: the GPU, or the compiler."""
+        if device.type != "cuda" or torch.version.cuda is None:
+            return f"{device} is no NVIDIA GPU"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST:
+            return f"compute capability {'.'.join(map(str, capability))} is below 8.0"
+        return jit.missing_compiler()
+
+    def prepare(
+        self, weight: Tensor, spec: RouterSpec, tensors: RouterTensors, *, frozen: bool, pdl: bool
+    ) -> CudaRouter:
+        """The kernels for this gate, compiled for what its model most likely sends; others are when they come."""
+        router = CudaRouter(spec, weight.dtype, TensorDtypes.of(tensors), weight.device, frozen=frozen, pdl=pdl)
+        hidden = weight.dtype if weight.dtype != torch.float32 else torch.bfloat16
+        router.warmup(hidden, torch.int64 if spec.hash_routing else None)
+        return router
+
+    def router_gemm(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """See `moegate.router_gemm`."""
+        num_tokens, hidden_size = hidden.shape
+        if num_tokens > MAX_DECODE_TOKENS or gemm.unsupported(hidden_size):
+            return torch_gemm.router_gemm(hidden, weight, bias, out_dtype)
+        logits = torch.empty((num_tokens, weight.shape[0]), dtype=out_dtype, device=hidden.device)
+        if num_tokens == 0:
+            return logits
+        dtypes = GemmDtypes(hidden.dtype, weight.dtype, None if bias is None else bias.dtype, None, out_dtype)
+        with torch.cuda.device(hidden.device):
+            kernels = gemm.gemm_kernels(
+                hidden_size, weight.shape[0], dtypes, None, hidden.device, frozen=False, pdl=True
+            )
+            stream = torch.cuda.current_stream().cuda_stream
+            kernels.launch(hidden, weight, bias, None, logits, stream)
+        return logits
+
+    def select(self, logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
+        """See `moegate.select`."""
+        dtypes = selection.select_dtypes(logits.dtype, tensors, None if input_ids is None else input_ids.dtype)
+        with torch.cuda.device(logits.device):
+            kernels = selection.select_kernels(
+                spec, dtypes, logits.device, aligned=selection.can_read_four(logits), frozen=False, pdl=True
+            )
+            routing = kernels.outputs(logits)
+            if logits.shape[0]:
+                kernels.launch(routing, tensors, input_ids, torch.cuda.current_stream().cuda_stream)
+        return routing
+
+    def route(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        spec: RouterSpec,
+        tensors: RouterTensors,
+        input_ids: Tensor | None,
+        prepared: object | None,
+    ) -> Routing:
+        """See `moegate.route`."""
+        if prepared is None:
+            prepared = _router(spec, weight.dtype, TensorDtypes.of(tensors), weight.device)
+        assert isinstance(prepared, CudaRouter)
+        return prepared.route(hidden, weight, tensors, input_ids)
+
+
+@cache
+def _router(spec: RouterSpec, weight: torch.dtype, dtypes: TensorDtypes, device: torch.device) -> CudaRouter:
+    """The kernels for calls without a gate: nothing is known of who else writes to their tensors."""
+    return CudaRouter(spec, weight, dtypes, device, frozen=False, pdl=True)
+
+
+def _dtypes(tensors: RouterTensors) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)

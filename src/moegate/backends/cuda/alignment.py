@@ -1,0 +1,29 @@
+"""Rows that can be read 16 bytes at a time."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+from torch import Tensor
+
+_BYTES = 16
+
+
+def aligned_rows(tensor: Tensor, name: str) -> Tensor:
+    """`tensor` [M, K], or a copy of it if a row of it starts between two multiples of 16 bytes."""
+    rows_apart = tensor.stride(0) if tensor.shape[0] > 1 else 0
+    if (tensor.data_ptr() | rows_apart * tensor.element_size()) % _BYTES == 0:
+        return tensor
+    _warn_once(name)
+    return tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
+
+
+@cache
+def _warn_once(name: str) -> None:
+    warnings.warn(
+        f"moegate: {name} is copied in every call, because its rows do not start at multiples of {_BYTES} bytes; "
+        "allocate it so to avoid the copy",
+        RuntimeWarning,
+        stacklevel=2,
+    )

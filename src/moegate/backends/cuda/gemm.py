@@ -1,0 +1,91 @@
+"""Launches router_gemm.cuh: hidden states to logits, for few tokens."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moegate.backends.cuda import jit
+from moegate.backends.cuda.alignment import aligned_rows
+from moegate.backends.cuda.plan import ROWS_OF_TILE, TOKENS_OF_TILE, Chip, parts, plan_gemm, token_tiles
+from moegate.backends.cuda.sources import GemmDtypes, gemm_source
+
+_FIELDS = "PPPPPqqi"  # GemmArguments of router_gemm.cuh
+_PITCH = 20  # RouterGemm::kPitch
+
+
+def unsupported(hidden_size: int) -> str | None:
+    """None, or the reason why the kernel cannot take such a K."""
+    return None if hidden_size % 8 == 0 else f"K = {hidden_size} is not a multiple of 8, which a lane loads at once"
+
+
+class GemmKernels:
+    """The kernels for one shape and set of dtypes, loaded for a device; `gemm_kernels` makes them."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        rows: int,
+        dtypes: GemmDtypes,
+        norm_eps: float | None,
+        device: torch.device,
+        *,
+        frozen: bool,
+        pdl: bool,
+        arch: str | None = None,
+    ) -> None:
+        assert unsupported(hidden_size) is None
+        operand_parts = parts(dtypes.hidden, dtypes.weight, norm_eps is not None)[:2]
+        self._plan = plan = plan_gemm(hidden_size, rows, operand_parts, chip_of(device, arch))
+        module = jit.load(gemm_source(hidden_size, rows, dtypes, norm_eps, plan, frozen=frozen), device, arch)
+        self._kernels = {
+            tiles: module.kernel(
+                f"gemm_{tiles}",
+                _FIELDS,
+                32 * plan.warps,
+                cluster=plan.split,
+                shared_bytes=4 * (plan.warps + plan.split) * TOKENS_OF_TILE * tiles * _PITCH,
+                pdl=pdl,
+            )
+            for tiles in plan.token_tiles
+        }
+        self._grid_x = -(-rows // ROWS_OF_TILE) * plan.split
+
+    def launch(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        input_scale: Tensor | None,
+        logits: Tensor,
+        stream: int,
+    ) -> None:
+        """[M, K] and [R, K] -> logits [M, R], written on the stream; M is at least 1."""
+        num_tokens = hidden.shape[0]
+        hidden, weight = aligned_rows(hidden, "hidden"), aligned_rows(weight, "weight")
+        tiles = token_tiles(num_tokens, self._plan)
+        self._kernels[tiles].launch(
+            (self._grid_x, -(-num_tokens // (TOKENS_OF_TILE * tiles))),
+            stream,
+            hidden.data_ptr(),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if input_scale is None else input_scale.data_ptr(),
+            logits.data_ptr(),
+            hidden.stride(0),
+            weight.stride(0),
+            num_tokens,
+        )
+
+
+gemm_kernels = cache(GemmKernels)
+
+
+@cache
+def chip_of(device: torch.device, arch: str | None = None) -> Chip:
+    """The chip that kernels for `arch`, the device's own by default, are planned for."""
+    arch = arch or jit.arch_of(torch.cuda.get_device_capability(device))
+    generation = int("".join(filter(str.isdigit, arch)))
+    return Chip(torch.cuda.get_device_properties(device).multi_processor_count, generation >= 90)

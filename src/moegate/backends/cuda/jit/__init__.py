@@ -1,0 +1,9 @@
+"""CUDA C++ text to kernels that can be launched, with nothing but NVRTC and the driver.
+
+text -> compiler.py (NVRTC) -> cubin, kept by cache.py on disk -> module.py (driver) -> Kernel.launch
+"""
+
+from moegate.backends.cuda.jit.compiler import Binary, compile_binary, missing_compiler
+from moegate.backends.cuda.jit.module import Kernel, Module, arch_of, load
+
+__all__ = ["Binary", "Kernel", "Module", "arch_of", "compile_binary", "load", "missing_compiler"]

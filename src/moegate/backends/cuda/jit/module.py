@@ -1,0 +1,168 @@
+"""Compiled kernels in the driver, and their launch."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from moegate.backends.cuda.jit.compiler import compile_binary
+
+# What NVRTC calls the chips that have instructions of their own, which need the suffix.
+_SUFFIXED = {90, 100, 103, 110, 120, 121}
+_NEWEST = 121
+_HAS_CLUSTERS_AND_PDL = 90
+_MAX_PLAIN_SHARED_BYTES = 48 * 1024
+
+
+class Kernel:
+    """One kernel of a module, with the part of its launch that never changes.
+
+    Args:
+        function: The driver's handle.
+        fields: The kernel's one by-value struct parameter, in the codes of Python's `struct`.
+        threads: Threads of a block.
+        cluster: Blocks of a cluster, along x.
+        pdl: Start before the predecessor ends; the kernel waits for it by `griddepcontrol.wait`.
+    """
+
+    def __init__(self, function: Any, fields: str, threads: int, cluster: int, shared_bytes: int, pdl: bool) -> None:
+        self._function = function
+        self._pack = struct.Struct(fields)
+        self._threads = threads
+        self._cluster = cluster
+        self._shared_bytes = shared_bytes
+        self._pdl = pdl
+        # The driver reads the arguments and the configuration with the GIL released: each thread has its own.
+        self._of_thread = threading.local()
+
+    def launch(self, grid: tuple[int, int], stream: int, *arguments: float) -> None:
+        """Enqueues the kernel on a stream of the current device.
+
+        Raises:
+            RuntimeError: The driver refused; nothing was enqueued.
+        """
+        here = self._of_thread
+        try:
+            config = here.config
+        except AttributeError:
+            config = self._set_up(here)
+        self._pack.pack_into(here.buffer, 0, *arguments)
+        config.gridDimX, config.gridDimY = grid
+        config.hStream = stream
+        (error,) = _driver().cuLaunchKernelEx(config, self._function, here.parameters, 0)
+        if error == 201:  # CUDA_ERROR_INVALID_CONTEXT: a thread in which nothing has used the GPU yet
+            torch.cuda.set_device(torch.cuda.current_device())
+            (error,) = _driver().cuLaunchKernelEx(config, self._function, here.parameters, 0)
+        if error != 0:
+            raise RuntimeError(f"cuLaunchKernelEx: {error.name}")
+
+    def _set_up(self, here: threading.local) -> Any:
+        driver = _driver()
+        config = driver.CUlaunchConfig()
+        config.gridDimZ = 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        attributes = []
+        if self._cluster > 1:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.value.clusterDim.x = self._cluster
+            attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
+            attributes.append(attribute)
+        if self._pdl:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(attribute)
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        here.buffer = ctypes.create_string_buffer(self._pack.size)
+        here.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(here.buffer))
+        here.parameters = ctypes.addressof(here.pointers)
+        here.config = config
+        return config
+
+
+class Module:
+    """The kernels of one text, on the GPUs of one architecture."""
+
+    def __init__(self, code: bytes) -> None:
+        self._code = code  # the driver may read it later than it says
+        self._library = _call(_driver().cuLibraryLoadData, code, [], [], 0, [], [], 0)
+
+    def kernel(
+        self,
+        name: str,
+        fields: str,
+        threads: int,
+        *,
+        cluster: int = 1,
+        shared_bytes: int = 0,
+        pdl: bool = True,
+    ) -> Kernel:
+        """A kernel by name; see `Kernel`. `pdl` is for chips that have it, and ignored on others."""
+        driver = _driver()
+        handle = _call(driver.cuLibraryGetKernel, self._library, name.encode())
+        device = torch.cuda.current_device()
+        if shared_bytes > _MAX_PLAIN_SHARED_BYTES:
+            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _call(driver.cuKernelSetAttribute, most, shared_bytes, handle, device)
+        major, minor = torch.cuda.get_device_capability(device)
+        pdl = pdl and 10 * major + minor >= _HAS_CLUSTERS_AND_PDL
+        function = driver.CUfunction(int(handle))  # the launch takes either kind of handle
+        return Kernel(function, fields, threads, cluster, shared_bytes, pdl)
+
+
+def load(source: str, device: torch.device, arch: str | None = None) -> Module:
+    """Compiles CUDA C++ for the device (or for `arch`) and loads it: once a process for each text.
+
+    Raises:
+        RuntimeError: It does not compile; the driver refuses it; or it would have to be compiled
+            while the current stream is captured into a graph.
+    """
+    return _load(source, arch or arch_of(torch.cuda.get_device_capability(device)), device.index or 0)
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """What to compile for on a chip: its own code, or PTX for one newer than this package."""
+    number = 10 * capability[0] + capability[1]
+    if number > _NEWEST:
+        return "compute_90"
+    return f"sm_{number}{'a' if number in _SUFFIXED else ''}"
+
+
+_lock = threading.Lock()
+
+
+def _load(source: str, arch: str, index: int) -> Module:
+    with _lock:  # not twice at once; `cache` alone would let two threads compile the same text
+        return _load_once(source, arch, index)
+
+
+@cache
+def _load_once(source: str, arch: str, index: int) -> Module:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a kernel would have to be compiled while the current stream is captured into a CUDA graph; "
+            "allowed: the same call, or Gate.warmup(), once before the capture"
+        )
+    with torch.cuda.device(index):
+        torch.cuda.current_stream().synchronize()  # makes sure of a context
+        return Module(compile_binary(source, arch).code)
+
+
+@cache
+def _driver() -> Any:
+    return import_module("cuda.bindings.driver")
+
+
+def _call(function: Any, *arguments: Any) -> Any:
+    error, *values = function(*arguments)
+    if error != 0:
+        raise RuntimeError(f"{function.__name__}: {error.name}")
+    return values[0] if values else None

@@ -1,0 +1,71 @@
+// What the kernels share: types without headers, dependent launch, and exact conversions.
+#pragma once
+
+using int32 = int;
+using int64 = long long;
+using uint16 = unsigned short;
+using uint32 = unsigned int;
+using uint64 = unsigned long long;
+
+#if __CUDA_ARCH__ >= 900
+#define MOEGATE_HAS_CLUSTERS 1
+#else
+#define MOEGATE_HAS_CLUSTERS 0
+#endif
+
+// Programmatic dependent launch. Every block of every kernel waits, also one with nothing to do: a kernel
+// counts as finished when its blocks have ended, and whoever waits for it relies on its having waited
+// for those before it. The trigger only lets the next kernel's blocks start; that one waits in its turn.
+__forceinline__ void trigger_dependents() {
+#if MOEGATE_HAS_CLUSTERS
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__forceinline__ void wait_for_predecessor() {
+#if MOEGATE_HAS_CLUSTERS
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Into L2, where all blocks see the same bytes: allowed before the wait, whoever writes there.
+__forceinline__ void prefetch_to_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+struct bf16 {
+  uint16 bits;
+};
+struct fp16 {
+  uint16 bits;
+};
+
+__forceinline__ float widen(float value) { return value; }
+__forceinline__ float widen(bf16 value) { return __uint_as_float(uint32(value.bits) << 16); }
+__forceinline__ float widen(fp16 value) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+}
+
+// Rounded to nearest, ties to even.
+template <class T>
+__forceinline__ T narrow(float value);
+template <>
+__forceinline__ float narrow<float>(float value) {
+  return value;
+}
+template <>
+__forceinline__ bf16 narrow<bf16>(float value) {
+  bf16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+}
+template <>
+__forceinline__ fp16 narrow<fp16>(float value) {
+  fp16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+}
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }

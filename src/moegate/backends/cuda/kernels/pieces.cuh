@@ -1,0 +1,139 @@
+// Eight consecutive elements of a row, as operands of a bfloat16 (or float16) tensor-core product.
+//
+// A float32 is the exact sum of three bfloat16 numbers, a float16 of two. The product of two such sums is
+// taken over the pairs of parts that can reach float32's last bits: parts i and j with i + j <= 2.
+#pragma once
+#include "device.cuh"
+
+template <class T>
+struct Raw;  // eight elements as they lie in memory
+template <>
+struct Raw<bf16> {
+  uint4 bits;
+};
+template <>
+struct Raw<fp16> {
+  uint4 bits;
+};
+template <>
+struct Raw<float> {
+  uint4 low, high;
+};
+
+// `volatile` keeps a load where the code has it: before or after the wait is a question of correctness.
+// kConstant: nobody writes there while this kernel runs, not even its predecessor.
+template <bool kConstant>
+__forceinline__ uint4 load_16_bytes(const void* address) {
+  uint4 v;
+  if constexpr (kConstant) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address));
+  } else {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address)
+                 : "memory");
+  }
+  return v;
+}
+
+template <bool kConstant, class T>
+__forceinline__ Raw<T> load_piece(const T* address, bool in_range) {
+  Raw<T> piece = {};
+  if (in_range) {
+    if constexpr (sizeof(T) == 2) {
+      piece.bits = load_16_bytes<kConstant>(address);
+    } else {
+      piece.low = load_16_bytes<kConstant>(address);
+      piece.high = load_16_bytes<kConstant>(address + 4);
+    }
+  }
+  return piece;
+}
+
+__forceinline__ void unpack(const Raw<float>& raw, float (&values)[8]) {
+  const uint32 words[8] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
+                           raw.high.x, raw.high.y, raw.high.z, raw.high.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] = __uint_as_float(words[i]);
+}
+
+template <class T>
+__forceinline__ void unpack(const Raw<T>& raw, float (&values)[8]) {
+  const uint32 words[4] = {raw.bits.x, raw.bits.y, raw.bits.z, raw.bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[2 * i] = widen(T{uint16(words[i])});
+    values[2 * i + 1] = widen(T{uint16(words[i] >> 16)});
+  }
+}
+
+// kParts operands, each of four registers with two elements.
+template <int kParts>
+struct Operand {
+  uint32 pairs[kParts][4];
+};
+
+template <int kParts>
+__forceinline__ Operand<kParts> split(const float (&values)[8]) {
+  Operand<kParts> operand;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float low = values[2 * i], high = values[2 * i + 1];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      uint32 pair;
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+      operand.pairs[part][i] = pair;
+      low -= __uint_as_float(pair << 16);  // exact, as the rest of a rounding is
+      high -= __uint_as_float(pair & 0xffff0000u);
+    }
+  }
+  return operand;
+}
+
+// kParts is 1 just where the bits are operands as they are.
+template <int kParts, class T>
+__forceinline__ Operand<kParts> as_operand(const Raw<T>& raw) {
+  if constexpr (kParts == 1) {
+    return {{{raw.bits.x, raw.bits.y, raw.bits.z, raw.bits.w}}};
+  } else {
+    float values[8];
+    unpack(raw, values);
+    return split<kParts>(values);
+  }
+}
+
+// sum[16 x 8] += a[16 x 16] * b[16 x 8], accumulated in float32.
+template <bool kIsFp16>
+__forceinline__ void mma_16x8x16(float (&sum)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0, uint32 b1) {
+  if constexpr (kIsFp16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+// The rows of `low` are 0..7 of the tile, those of `high` 8..15. Which of the lane's elements meet in one
+// product does not matter as long as both sides agree, so that no element has to move between lanes.
+template <bool kIsFp16, int kWeightParts, int kHiddenParts>
+__forceinline__ void multiply(float (&sum)[4], const Operand<kWeightParts>& low, const Operand<kWeightParts>& high,
+                              const Operand<kHiddenParts>& hidden) {
+#pragma unroll
+  for (int i = 0; i < kWeightParts; ++i) {
+#pragma unroll
+    for (int j = 0; j < kHiddenParts; ++j) {
+      if (i + j > 2) continue;
+      const auto& w0 = low.pairs[i];
+      const auto& w1 = high.pairs[i];
+      const auto& x = hidden.pairs[j];
+      mma_16x8x16<kIsFp16>(sum, w0[0], w1[0], w0[1], w1[1], x[0], x[1]);
+      mma_16x8x16<kIsFp16>(sum, w0[2], w1[2], w0[3], w1[3], x[2], x[3]);
+    }
+  }
+}

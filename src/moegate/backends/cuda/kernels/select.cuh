@@ -1,0 +1,233 @@
+// Logits to experts and weights: docs/contract.md, parts 2 to 4, one warp a token.
+//
+// Lane l owns the experts l * kPerLane and on (see top_k.cuh); nothing leaves the registers but for groups
+// that are not whole lanes. Lane r < kTopK then has the r-th chosen expert, whose logit it reads again.
+// Everything that the spec decides is a compile-time constant; the number of tokens is not.
+#pragma once
+#include "groups.cuh"
+
+struct SelectArguments {
+  const void* logits;
+  const float* correction_bias;
+  const void* per_expert_scale;
+  const void* global_scale;
+  const void* tid2eid;
+  const void* input_ids;
+  int32* topk_ids;         // [M, k], contiguous, like all outputs
+  void* topk_weights;
+  void* shared_weights;
+  void* identity_weight;
+  int64 logits_stride;     // elements from row to row
+  int64 table_stride;
+  int64 table_rows;
+  int32 num_tokens;
+};
+
+template <class Config>
+struct Select {
+  static constexpr int E = Config::kSelectable, R = Config::kRows, k = Config::kTopK;
+  static constexpr int kPerLane = ceil_div(E, 32);
+  static constexpr bool kIsSoftmax = Config::kScore == Score::kSoftmax;
+  static constexpr bool kWeightsAreScores = Config::kWeights == Config::kFromScore;
+  static constexpr bool kKeysAreScores = Config::kKeys == Config::kScoreKeys;
+  static constexpr bool kNeedsSoftmaxSum = kIsSoftmax and (kWeightsAreScores or kKeysAreScores);
+  static constexpr bool kGroupsAreLanes = Config::kGroups <= 32 and 32 % Config::kGroups == 0 and E % 32 == 0;
+  using Logits = typename Config::Logits;
+
+  const SelectArguments& arguments;
+  const int token;
+  const int lane = threadIdx.x % 32;
+
+  __forceinline__ const Logits* logits() const {
+    return static_cast<const Logits*>(arguments.logits) + token * arguments.logits_stride;
+  }
+
+  // A softmax's largest logit and sum, over the selectable experts.
+  float largest = 0.0f, inverse_sum = 0.0f;
+
+  __forceinline__ float score(float value) const {
+    if constexpr (kIsSoftmax) {
+      return expf(value - largest) * inverse_sum;
+    } else {
+      return score_of<Config::kScore>(value);
+    }
+  }
+
+  // The lane's logits, and whether any of the row's is NaN.
+  __forceinline__ bool load(float (&values)[kPerLane]) const {
+    bool is_nan = false;
+    constexpr int kVector = Config::kAlignedLogits and kPerLane % 4 == 0 and R % 4 == 0 ? 4 : 1;
+    if constexpr (kVector == 4 and E == 32 * kPerLane) {
+      load_vectors(values);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const int id = lane * kPerLane + i;
+        values[i] = id < E ? widen(logits()[id]) : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) is_nan |= isnan(values[i]);
+    for (int id = E + lane; id < R; id += 32) is_nan |= isnan(widen(logits()[id]));
+    return __any_sync(~0u, is_nan);
+  }
+
+  __forceinline__ void load_vectors(float (&values)[kPerLane]) const {
+#pragma unroll
+    for (int i = 0; i < kPerLane; i += 4) {
+      const Logits* source = logits() + lane * kPerLane + i;
+      if constexpr (sizeof(Logits) == 4) {
+        const float4 four = *reinterpret_cast<const float4*>(source);
+        values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
+      } else {
+        const uint2 four = *reinterpret_cast<const uint2*>(source);
+        values[i] = widen(bf16{uint16(four.x)}), values[i + 1] = widen(bf16{uint16(four.x >> 16)});
+        values[i + 2] = widen(bf16{uint16(four.y)}), values[i + 3] = widen(bf16{uint16(four.y >> 16)});
+      }
+    }
+  }
+
+  __forceinline__ void sum_softmax(const float (&values)[kPerLane]) {
+    float most = -kFloat32Max;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (lane * kPerLane + i < E) most = fmaxf(most, transformed<Config>(finite(values[i])));
+    }
+    largest = warp_max(most);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (lane * kPerLane + i < E) sum += expf(transformed<Config>(finite(values[i])) - largest);
+    }
+    inverse_sum = 1.0f / warp_sum(sum);
+  }
+
+  __forceinline__ void load_bias(float (&bias)[kPerLane]) const {
+    if constexpr (Config::kHasCorrectionBias) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const int id = lane * kPerLane + i;
+        bias[i] = id < E ? arguments.correction_bias[id] : 0.0f;
+      }
+    }
+  }
+
+  __forceinline__ uint32 choice_key(float logit, float bias) const {
+    float key = finite(logit);
+    if constexpr (Config::kKeys != Config::kLogitKeys) {
+      key = transformed<Config>(key);
+      if constexpr (kKeysAreScores) key = score(key);
+      if constexpr (Config::kHasCorrectionBias) key += bias;
+      key = finite(key);
+    }
+    return ordered(key);
+  }
+
+  // Lane r gets the id of the r-th expert.
+  __forceinline__ int choose(const float (&values)[kPerLane], const float (&bias)[kPerLane], uint32* shared) const {
+    uint32 keys[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      keys[i] = lane * kPerLane + i < E ? choice_key(values[i], bias[i]) : kExcludedKey;
+    }
+    if constexpr (Config::kGroups > 1 and kGroupsAreLanes) exclude_groups_of_lanes<Config>(keys);
+    if constexpr (Config::kGroups > 1 and not kGroupsAreLanes) exclude_groups<Config>(keys, shared);
+    Entry entries[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) entries[i] = entry_of(keys[i], lane * kPerLane + i);
+    return id_of(warp_top_k<k>(entries));
+  }
+
+  __forceinline__ int look_up(bool& is_outside) const {
+    const int64 wanted = static_cast<const typename Config::InputIds*>(arguments.input_ids)[token];
+    const int64 row = min(max(wanted, int64(0)), arguments.table_rows - 1);
+    is_outside = row != wanted;
+    const auto* table = static_cast<const typename Config::Table*>(arguments.tid2eid);
+    return lane < k ? int(table[row * arguments.table_stride + lane]) : 0;
+  }
+
+  // The weight before the factors, and the sum that renormalises it; 0 in lanes without an expert.
+  __forceinline__ float plain_weight(int id) const {
+    const bool has_expert = lane < k;
+    const float logit = transformed<Config>(finite(widen(logits()[has_expert ? id : 0])));
+    if constexpr (Config::kWeights == Config::kSoftmaxOfSelected) {
+      const float most = warp_max(has_expert ? logit : -kFloat32Max);
+      const float power = has_expert ? expf(logit - most) : 0.0f;
+      return power / warp_sum(power);
+    }
+    const float weight = Config::kWeights == Config::kSigmoidOfSelected ? sigmoid(logit) : score(logit);
+    return has_expert ? weight : 0.0f;
+  }
+
+  __forceinline__ float shared_score(int gate) const { return score(transformed<Config>(finite(widen(logits()[E + gate])))); }
+
+  __forceinline__ void store_weights(int id, bool is_nan) const {
+    using Weights = typename Config::Weights;
+    float weight = plain_weight(id);
+    float factor = Config::kFactor;
+    if constexpr (Config::kHasGlobalScale) {
+      factor *= widen(*static_cast<const typename Config::GlobalScale*>(arguments.global_scale));
+    }
+    float total = 1.0f;
+    if constexpr (Config::kRenormalize) {
+      float sum = weight;
+      if constexpr (R > E) {
+        for (int gate = lane; gate < R - E; gate += 32) sum += shared_score(gate);
+      }
+      total = fmaxf(warp_sum(sum) + Config::kEps, Config::kLeastSum);
+      weight = weight / total;
+    }
+    weight *= factor;
+    if constexpr (Config::kHasExpertScale) {
+      weight *= widen(static_cast<const typename Config::ExpertScale*>(arguments.per_expert_scale)[lane < k ? id : 0]);
+    }
+    const float nan = __uint_as_float(0x7fffffffu);
+    if (lane < k) {
+      arguments.topk_ids[int64(token) * k + lane] = id;
+      static_cast<Weights*>(arguments.topk_weights)[int64(token) * k + lane] = narrow<Weights>(is_nan ? nan : weight);
+    }
+    if constexpr (E > Config::kExperts) {
+      const float identity = warp_sum(lane < k and id >= Config::kExperts ? weight : 0.0f);
+      if (lane == 0) static_cast<Weights*>(arguments.identity_weight)[token] = narrow<Weights>(is_nan ? nan : identity);
+    }
+    if constexpr (R > E) {
+      for (int gate = lane; gate < R - E; gate += 32) {
+        const float shared = shared_score(gate) / total * factor;
+        static_cast<Weights*>(arguments.shared_weights)[int64(token) * (R - E) + gate] = narrow<Weights>(is_nan ? nan : shared);
+      }
+    }
+  }
+
+  __forceinline__ void run(uint32* shared) {
+    float values[kPerLane], bias[kPerLane];
+    trigger_dependents();
+    // A bias that nobody changes need not wait; another may be the predecessor's output.
+    if constexpr (Config::kFrozen) load_bias(bias);
+    wait_for_predecessor();
+    if (token >= arguments.num_tokens) return;
+    if constexpr (not Config::kFrozen) load_bias(bias);
+    bool is_nan = load(values);
+    if constexpr (kNeedsSoftmaxSum) sum_softmax(values);
+    int id;
+    if constexpr (Config::kIsHash) {
+      bool is_outside;
+      id = look_up(is_outside);
+      is_nan |= is_outside;
+    } else {
+      id = choose(values, bias, shared);
+    }
+    store_weights(id, is_nan);
+  }
+};
+
+template <class Config>
+__forceinline__ void select(const SelectArguments& arguments) {
+  using Kernel = Select<Config>;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  if constexpr (Config::kGroups > 1 and not Kernel::kGroupsAreLanes) {
+    extern __shared__ uint32 shared_keys[];
+    Kernel{arguments, int(blockIdx.x) * warps + warp}.run(shared_keys + warp * (Kernel::E + Config::kGroups));
+  } else {
+    Kernel{arguments, int(blockIdx.x) * warps + warp}.run(nullptr);
+  }
+}

@@ -1,0 +1,65 @@
+// The best of what the lanes of a warp hold.
+//
+// An entry is a key and an id in one integer, so that its order is the contract's: the larger key first, of
+// equal keys the lower id. Lane l owns the consecutive ids l * kPerLane and on, so that among lanes with
+// equal keys the lowest lane has the lowest id.
+#pragma once
+#include "scores.cuh"
+
+using Entry = uint64;
+
+constexpr uint32 kExcludedKey = 0;  // below the key of every float
+
+__forceinline__ Entry entry_of(uint32 key, uint32 id) { return Entry(key) << 32 | ~id; }
+__forceinline__ uint32 key_of(Entry entry) { return uint32(entry >> 32); }
+__forceinline__ uint32 id_of(Entry entry) { return ~uint32(entry); }
+
+// Batcher's merge exchange (Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M). By recursion, since
+// an index that the compiler does not know would move the entries from registers to memory.
+template <int kDistance, int kPass, int kCount>
+__forceinline__ void sort_from(Entry (&entries)[kCount]) {
+  constexpr int kHighest = kCount > 16 ? 16 : kCount > 8 ? 8 : kCount > 4 ? 4 : kCount > 2 ? 2 : 1;
+  constexpr int kBit = kPass == kHighest ? 0 : kDistance;
+  constexpr int kOffset = kPass == kHighest ? kDistance : 2 * kPass - kDistance;
+#pragma unroll
+  for (int i = 0; i + kOffset < kCount; ++i) {
+    if ((i & kDistance) != kBit) continue;
+    const Entry a = entries[i], b = entries[i + kOffset];
+    entries[i] = a > b ? a : b;
+    entries[i + kOffset] = a > b ? b : a;
+  }
+  if constexpr (kPass > kDistance) {
+    sort_from<kDistance, kPass / 2>(entries);
+  } else if constexpr (kDistance > 1) {
+    sort_from<kDistance / 2, kHighest>(entries);
+  }
+}
+
+template <int kCount>
+__forceinline__ void sort_descending(Entry (&entries)[kCount]) {
+  constexpr int kHighest = kCount > 16 ? 16 : kCount > 8 ? 8 : kCount > 4 ? 4 : kCount > 2 ? 2 : 1;
+  sort_from<kHighest, kHighest>(entries);
+}
+
+// Lane r < kTopK gets the r-th best entry of the warp. Each lane sorts its own; then the best of the lanes'
+// first entries is taken off, kTopK times.
+template <int kTopK, int kPerLane>
+__forceinline__ Entry warp_top_k(Entry (&entries)[kPerLane]) {
+  const int lane = threadIdx.x % 32;
+  sort_descending(entries);
+  Entry mine = 0;
+#pragma unroll(kTopK <= 16 ? kTopK : 1)
+  for (int round = 0; round < kTopK; ++round) {
+    const uint32 key = key_of(entries[0]);
+    const uint32 best = __reduce_max_sync(~0u, key);
+    const int owner = __ffs(__ballot_sync(~0u, key == best)) - 1;
+    const uint32 low = __shfl_sync(~0u, uint32(entries[0]), owner);
+    if (lane == round) mine = Entry(best) << 32 | low;
+    if (lane == owner) {
+#pragma unroll
+      for (int i = 0; i + 1 < kPerLane; ++i) entries[i] = entries[i + 1];
+      entries[kPerLane - 1] = entry_of(kExcludedKey, 0);
+    }
+  }
+  return mine;
+}

@@ -1,0 +1,120 @@
+"""The chain of one gate: router GEMM, then selection."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moegate.backends.cuda import gemm, selection
+from moegate.backends.cuda.plan import MAX_DECODE_TOKENS
+from moegate.backends.cuda.sources import GemmDtypes, SelectDtypes
+from moegate.backends.torch import gemm as torch_gemm
+from moegate.routing import RouterTensors, Routing
+from moegate.spec import RouterSpec
+
+
+class TensorDtypes(NamedTuple):
+    """The dtypes of a gate's small tensors, as far as kernels are compiled for them; None: there is no such tensor."""
+
+    bias: torch.dtype | None
+    input_scale: torch.dtype | None
+    per_expert_scale: torch.dtype | None
+    global_scale: torch.dtype | None
+    tid2eid: torch.dtype | None
+
+    @classmethod
+    def of(cls, tensors: RouterTensors) -> TensorDtypes:
+        """The dtypes of these tensors."""
+        given = (getattr(tensors, name) for name in cls._fields)
+        return cls(*(None if tensor is None else tensor.dtype for tensor in given))
+
+
+class CudaRouter:
+    """The kernels for one spec and the dtypes of one gate's tensors. It holds no tensor: each call brings its own.
+
+    Up to `MAX_DECODE_TOKENS` the logits come from the kernel here, beyond from cuBLAS; the selection
+    is always the kernel here.
+    """
+
+    def __init__(
+        self,
+        spec: RouterSpec,
+        weight: torch.dtype,
+        dtypes: TensorDtypes,
+        device: torch.device,
+        *,
+        frozen: bool,
+        pdl: bool,
+    ) -> None:
+        self._spec, self._device = spec, device
+        self._index = device.index or 0
+        self._weight_dtype = weight
+        self._dtypes = dtypes
+        self._frozen, self._pdl = frozen, pdl
+        self._logits_dtype: torch.dtype = getattr(torch, spec.logits_dtype)
+        self._has_gemm = gemm.unsupported(spec.hidden_size) is None
+        if not self._has_gemm:
+            _warn_once(f"{gemm.unsupported(spec.hidden_size)}: PyTorch's matrix product takes its place")
+        self._gemm_by_dtype: dict[torch.dtype, gemm.GemmKernels] = {}
+        self._select_by_ids: dict[torch.dtype | None, selection.SelectKernels] = {}
+
+    def warmup(self, hidden: torch.dtype, input_ids: torch.dtype | None) -> None:
+        """Compiles what calls with these dtypes run."""
+        if self._has_gemm and hidden not in self._gemm_by_dtype:
+            dtypes = GemmDtypes(
+                hidden, self._weight_dtype, self._dtypes.bias, self._dtypes.input_scale, self._logits_dtype
+            )
+            spec = self._spec
+            self._gemm_by_dtype[hidden] = gemm.gemm_kernels(
+                spec.hidden_size,
+                spec.num_gate_rows,
+                dtypes,
+                spec.input_norm_eps,
+                self._device,
+                frozen=self._frozen,
+                pdl=self._pdl,
+            )
+        if input_ids not in self._select_by_ids:
+            own = self._dtypes
+            select_dtypes = SelectDtypes(
+                self._logits_dtype, own.per_expert_scale, own.global_scale, own.tid2eid, input_ids
+            )
+            self._select_by_ids[input_ids] = selection.select_kernels(
+                self._spec, select_dtypes, self._device, aligned=True, frozen=self._frozen, pdl=self._pdl
+            )
+
+    def route(self, hidden: Tensor, weight: Tensor, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
+        """[M, K] -> the routing, with its logits; see `moegate.route`."""
+        if torch.cuda.current_device() != self._index:
+            with torch.cuda.device(self._index):
+                return self.route(hidden, weight, tensors, input_ids)
+        ids_dtype = None if input_ids is None else input_ids.dtype
+        select = self._select_by_ids.get(ids_dtype)
+        gemm_kernels = self._gemm_by_dtype.get(hidden.dtype)
+        if select is None or (gemm_kernels is None and self._has_gemm):
+            self.warmup(hidden.dtype, ids_dtype)
+            return self.route(hidden, weight, tensors, input_ids)
+
+        num_tokens = hidden.shape[0]
+        stream = torch._C._cuda_getCurrentRawStream(self._index)  # torch.cuda.current_stream() takes 4 us
+        if gemm_kernels is None or num_tokens > MAX_DECODE_TOKENS:
+            logits = torch_gemm.logits(hidden, weight, self._spec, tensors, None)
+            routing = select.outputs(logits)
+        else:
+            assert weight.dtype == self._weight_dtype, "Gate.refresh() was not called after a change of dtype"
+            logits = torch.empty((num_tokens, self._spec.num_gate_rows), dtype=self._logits_dtype, device=self._device)
+            routing = select.outputs(logits)
+            if num_tokens == 0:
+                return routing
+            gemm_kernels.launch(hidden, weight, tensors.bias, tensors.input_scale, logits, stream)
+        select.launch(routing, tensors, input_ids, stream)
+        return routing
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(f"moegate: {message}", RuntimeWarning, stacklevel=2)

@@ -1,0 +1,104 @@
+"""Launches select.cuh: logits to experts and weights."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moegate.backends.cuda import jit
+from moegate.backends.cuda.sources import SelectDtypes, select_source
+from moegate.routing import RouterTensors, Routing
+from moegate.spec import RouterSpec
+
+_FIELDS = "PPPPPPPPPPqqqi"  # SelectArguments of select.cuh
+# A token is a warp. Few tokens are spread over the multiprocessors; many are cheaper to start in blocks of 8.
+_FEW_TOKENS = 1024
+_WARPS_FOR_MANY = 8
+
+
+class SelectKernels:
+    """The kernel for one spec and set of dtypes, loaded for a device; `select_kernels` makes them."""
+
+    def __init__(
+        self,
+        spec: RouterSpec,
+        dtypes: SelectDtypes,
+        device: torch.device,
+        *,
+        aligned: bool,
+        frozen: bool,
+        pdl: bool,
+        arch: str | None = None,
+    ) -> None:
+        self._spec = spec
+        self._weights_dtype = getattr(torch, spec.topk_weights_dtype)
+        module = jit.load(select_source(spec, dtypes, aligned=aligned, frozen=frozen), device, arch)
+        group_words = spec.num_selectable + spec.n_group  # what groups.cuh needs, where it does
+        self._few, self._many = (
+            module.kernel("select", _FIELDS, 32 * warps, shared_bytes=4 * group_words * warps, pdl=pdl)
+            for warps in (1, _WARPS_FOR_MANY)
+        )
+
+    def outputs(self, logits: Tensor) -> Routing:
+        """The tensors for the routing of these logits, to be filled."""
+        spec, num_tokens, device = self._spec, logits.shape[0], logits.device
+        dtype, shared = self._weights_dtype, spec.num_shared_gates
+        return Routing(
+            torch.empty((num_tokens, spec.top_k), dtype=torch.int32, device=device),
+            torch.empty((num_tokens, spec.top_k), dtype=dtype, device=device),
+            logits,
+            torch.empty((num_tokens, shared), dtype=dtype, device=device) if shared else None,
+            torch.empty(num_tokens, dtype=dtype, device=device) if spec.num_zero_experts else None,
+        )
+
+    def launch(self, routing: Routing, tensors: RouterTensors, input_ids: Tensor | None, stream: int) -> None:
+        """Fills the routing from its logits [M, R], whose rows may be apart, on the stream; M is at least 1."""
+        logits, table = routing.logits, tensors.tid2eid
+        assert logits is not None
+        num_tokens = logits.shape[0]
+        few = num_tokens <= _FEW_TOKENS
+        (self._few if few else self._many).launch(
+            (num_tokens if few else -(-num_tokens // _WARPS_FOR_MANY), 1),
+            stream,
+            logits.data_ptr(),
+            _address(tensors.e_score_correction_bias),
+            _address(tensors.per_expert_scale),
+            _address(tensors.global_scale),
+            _address(table),
+            _address(input_ids),
+            routing.topk_ids.data_ptr(),
+            routing.topk_weights.data_ptr(),
+            _address(routing.shared_weights),
+            _address(routing.identity_weight),
+            logits.stride(0),
+            0 if table is None else table.stride(0),
+            0 if table is None else table.shape[0],
+            num_tokens,
+        )
+
+
+select_kernels = cache(SelectKernels)
+
+
+def select_dtypes(logits: torch.dtype, tensors: RouterTensors, input_ids: torch.dtype | None) -> SelectDtypes:
+    """The dtypes that a kernel for these tensors is compiled for."""
+    scale, factor, table = tensors.per_expert_scale, tensors.global_scale, tensors.tid2eid
+    return SelectDtypes(
+        logits,
+        None if scale is None else scale.dtype,
+        None if factor is None else factor.dtype,
+        None if table is None else table.dtype,
+        input_ids,
+    )
+
+
+def can_read_four(logits: Tensor) -> bool:
+    """True if four logits of any row of [M, R] can be read at once, as far as their place decides."""
+    rows_apart = logits.stride(0) if logits.shape[0] > 1 else 0
+    return (logits.data_ptr() | rows_apart * logits.element_size()) % (4 * logits.element_size()) == 0
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,159 @@
+"""The texts that NVRTC gets: one instantiation of a kernel each, with all that is constant as a constant."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from moegate.backends.cuda.plan import GemmPlan, parts
+from moegate.contract.limits import least_sum
+from moegate.spec import RouterSpec
+
+_TYPES = {
+    torch.float32: "float",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+}
+_SCORES = {
+    "softmax": "kSoftmax",
+    "sigmoid": "kSigmoid",
+    "sqrtsoftplus": "kSqrtSoftplus",
+    "identity": "kIdentity",
+}
+
+
+class GemmDtypes(NamedTuple):
+    """The dtypes of a router GEMM; None: there is no such tensor."""
+
+    hidden: torch.dtype
+    weight: torch.dtype
+    bias: torch.dtype | None
+    input_scale: torch.dtype | None
+    logits: torch.dtype
+
+
+class SelectDtypes(NamedTuple):
+    """The dtypes of a selection; None: there is no such tensor."""
+
+    logits: torch.dtype
+    per_expert_scale: torch.dtype | None
+    global_scale: torch.dtype | None
+    tid2eid: torch.dtype | None
+    input_ids: torch.dtype | None
+
+
+def gemm_source(
+    hidden_size: int, rows: int, dtypes: GemmDtypes, norm_eps: float | None, plan: GemmPlan, *, frozen: bool
+) -> str:
+    """router_gemm.cuh for one weight: a kernel `gemm_T` for each T of plan.token_tiles."""
+    hidden_parts, weight_parts, is_fp16 = parts(dtypes.hidden, dtypes.weight, norm_eps is not None)
+    constants = {
+        "int kHidden": hidden_size,
+        "int kRows": rows,
+        "int kSplit": plan.split,
+        "int kWarps": plan.warps,
+        "int kSteps": plan.steps,
+        "int kHiddenParts": hidden_parts,
+        "int kWeightParts": weight_parts,
+        "bool kIsFp16": is_fp16,
+        "bool kHasBias": dtypes.bias is not None,
+        "bool kNorm": norm_eps is not None,
+        "float kNormEps": norm_eps or 0.0,
+        "float kInputFactor": hidden_size**-0.5,
+        "bool kFrozen": frozen,
+    }
+    types = {
+        "Hidden": dtypes.hidden,
+        "Weight": dtypes.weight,
+        "Bias": dtypes.bias or torch.float32,
+        "InputScale": dtypes.input_scale or torch.float32,
+        "Logits": dtypes.logits,
+    }
+    kernels = [
+        f'extern "C" __global__ void __launch_bounds__({32 * plan.warps}, 1)\n'
+        f"gemm_{tiles}(const __grid_constant__ GemmArguments arguments) {{ router_gemm<Tiled<{tiles}>>(arguments); }}\n"
+        for tiles in plan.token_tiles
+    ]
+    return (
+        '#include "router_gemm.cuh"\n'
+        + _config(types, constants)
+        + "template <int kTiles>\nstruct Tiled : Config {\n  static constexpr int kTokenTiles = kTiles;\n};\n"
+        + "".join(kernels)
+    )
+
+
+def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, frozen: bool) -> str:
+    """select.cuh for one spec: a kernel `select`. `aligned`: 4 logits can be read at once, if E allows."""
+    constants = {
+        "int kExperts": spec.num_experts,
+        "int kSelectable": spec.num_selectable,
+        "int kRows": spec.num_gate_rows,
+        "int kTopK": spec.top_k,
+        "Score kScore": f"Score::{_SCORES[spec.scoring_func]}",
+        "int kLogitKeys": 0,
+        "int kTransformedKeys": 1,
+        "int kScoreKeys": 2,
+        "int kKeys": _keys(spec),
+        "bool kHasCorrectionBias": spec.correction_bias is not None,
+        "int kGroups": spec.n_group,
+        "int kTopkGroup": spec.topk_group,
+        "bool kGroupsByTop2Sum": spec.group_score == "top2_sum",
+        "int kFromScore": 0,
+        "int kSoftmaxOfSelected": 1,
+        "int kSigmoidOfSelected": 2,
+        "int kWeights": _weights(spec),
+        "bool kRenormalize": spec.renormalize and not spec.softmax_over_selected,
+        "float kEps": spec.renormalize_eps,
+        "float kLeastSum": least_sum(spec),
+        "float kFactor": spec.routed_scaling_factor,
+        "float kLogitMultiplier": spec.logit_multiplier,
+        "float kSoftcap": spec.logit_softcapping or 0.0,
+        "bool kHasExpertScale": spec.per_expert_scale,
+        "bool kHasGlobalScale": spec.global_scale,
+        "bool kIsHash": spec.hash_routing,
+        "bool kAlignedLogits": aligned,
+        "bool kFrozen": frozen,
+    }
+    types = {
+        "Logits": dtypes.logits,
+        "Weights": getattr(torch, spec.topk_weights_dtype),
+        "ExpertScale": dtypes.per_expert_scale or torch.float32,
+        "GlobalScale": dtypes.global_scale or torch.float32,
+        "Table": dtypes.tid2eid or torch.int32,
+        "InputIds": dtypes.input_ids or torch.int32,
+    }
+    return (
+        '#include "select.cuh"\n'
+        + _config(types, constants)
+        + 'extern "C" __global__ void __launch_bounds__(256)\n'
+        + "select(const __grid_constant__ SelectArguments arguments) { select<Config>(arguments); }\n"
+    )
+
+
+def _keys(spec: RouterSpec) -> int:
+    if spec.selects_on_logits:
+        return 0
+    return 1 if spec.correction_bias == "logit" else 2
+
+
+def _weights(spec: RouterSpec) -> int:
+    if spec.softmax_over_selected:
+        return 1
+    return 2 if spec.weights_from == "sigmoid_of_selected" else 0
+
+
+def _config(types: dict[str, torch.dtype], constants: dict[str, object]) -> str:
+    lines = [f"  using {name} = {_TYPES[dtype]};\n" for name, dtype in types.items()]
+    lines += [f"  static constexpr {name} = {_literal(value)};\n" for name, value in constants.items()]
+    return "struct Config {\n" + "".join(lines) + "};\n"
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"float({value.hex()})"  # to the bit, rounded once
+    return str(value)

@@ -63,7 +63,12 @@ class CudaBackend:
         dtypes = selection.select_dtypes(logits.dtype, tensors, None if input_ids is None else input_ids.dtype)
         with torch.cuda.device(logits.device):
             kernels = selection.select_kernels(
-                spec, dtypes, logits.device, aligned=selection.can_read_four(logits), frozen=False, pdl=True
+                spec,
+                dtypes,
+                logits.device,
+                aligned=selection.can_read_four(logits, tensors.e_score_correction_bias),
+                frozen=False,
+                pdl=True,
             )
             routing = kernels.outputs(logits)
             if logits.shape[0]:

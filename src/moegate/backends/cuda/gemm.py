@@ -14,6 +14,7 @@ from moegate.backends.cuda.sources import GemmDtypes, gemm_source
 
 _FIELDS = "PPPPPqqi"  # GemmArguments of router_gemm.cuh
 _PITCH = 20  # RouterGemm::kPitch
+_BARRIER_BYTES = 8
 
 
 def unsupported(hidden_size: int) -> str | None:
@@ -46,7 +47,7 @@ class GemmKernels:
                 _FIELDS,
                 32 * plan.warps,
                 cluster=plan.split,
-                shared_bytes=4 * (plan.warps + plan.split) * TOKENS_OF_TILE * tiles * _PITCH,
+                shared_bytes=4 * (plan.warps + plan.split) * TOKENS_OF_TILE * tiles * _PITCH + _BARRIER_BYTES,
                 pdl=pdl,
             )
             for tiles in plan.token_tiles

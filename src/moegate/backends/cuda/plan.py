@@ -9,6 +9,7 @@ import torch
 ROWS_OF_TILE = 16
 TOKENS_OF_TILE = 8
 COLUMNS_OF_STEP = 32
+_MOST_WARPS = 20
 MAX_DECODE_TOKENS = 64
 """Up to so many tokens the kernels here run, and a token's bits do not depend on their number."""
 
@@ -31,6 +32,8 @@ class GemmPlan:
     """Warps share a block's part of K."""
     steps: int
     """Steps of 32 columns make a warp's part."""
+    ahead: int
+    """So many steps of a warp are loaded at once, those of a frozen weight before the wait."""
     token_tiles: tuple[int, ...]
     """How many tiles of 8 tokens a block can own: a kernel each."""
 
@@ -49,14 +52,14 @@ def plan_gemm(hidden_size: int, rows: int, operand_parts: tuple[int, int], chip:
             break  # the other multiprocessors are for more tokens, or for the kernels beside this one
         split *= 2
     steps_of_block = -(-steps // split)
-    # Registers: a block has 64 K of them, and float32 operands take three times as many.
-    most_warps = {1: 28, 2: 24, 3: 16}[max(operand_parts)]
-    if not chip.has_clusters:
-        most_warps = {1: 16, 2: 12, 3: 8}[max(operand_parts)]  # a warp has a loop, which takes some more
-    steps_of_warp = -(-steps_of_block // most_warps)
-    most_tiles = {(1, 1): 8, (3, 3): 2}.get(operand_parts, 4)
+    steps_of_warp = -(-steps_of_block // _MOST_WARPS)
+    # Registers decide the rest: an operand of several parts takes several times as many, a loop some more.
+    parts_of_pair = max(operand_parts)
+    is_loop = steps_of_warp > 4 or not chip.has_clusters
+    ahead = min(steps_of_warp, 4 if parts_of_pair == 1 and not is_loop else 2)
+    most_tiles = (2 if operand_parts[0] == 3 else 4 if parts_of_pair > 1 else 8) // (2 if is_loop else 1)
     tiles_of_block = tuple(count for count in (1, 2, 4, 8) if count <= most_tiles)
-    return GemmPlan(split, -(-steps_of_block // steps_of_warp), steps_of_warp, tiles_of_block)
+    return GemmPlan(split, -(-steps_of_block // steps_of_warp), steps_of_warp, ahead, tiles_of_block)
 
 
 def token_tiles(num_tokens: int, plan: GemmPlan) -> int:

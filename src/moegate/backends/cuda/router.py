@@ -60,9 +60,9 @@ class CudaRouter:
         if not self._has_gemm:
             _warn_once(f"{gemm.unsupported(spec.hidden_size)}: PyTorch's matrix product takes its place")
         self._gemm_by_dtype: dict[torch.dtype, gemm.GemmKernels] = {}
-        self._select_by_ids: dict[torch.dtype | None, selection.SelectKernels] = {}
+        self._select_by_inputs: dict[tuple[torch.dtype | None, bool], selection.SelectKernels] = {}
 
-    def warmup(self, hidden: torch.dtype, input_ids: torch.dtype | None) -> None:
+    def warmup(self, hidden: torch.dtype, input_ids: torch.dtype | None, *, aligned: bool = True) -> None:
         """Compiles what calls with these dtypes run."""
         if self._has_gemm and hidden not in self._gemm_by_dtype:
             dtypes = GemmDtypes(
@@ -78,13 +78,13 @@ class CudaRouter:
                 frozen=self._frozen,
                 pdl=self._pdl,
             )
-        if input_ids not in self._select_by_ids:
+        if (input_ids, aligned) not in self._select_by_inputs:
             own = self._dtypes
             select_dtypes = SelectDtypes(
                 self._logits_dtype, own.per_expert_scale, own.global_scale, own.tid2eid, input_ids
             )
-            self._select_by_ids[input_ids] = selection.select_kernels(
-                self._spec, select_dtypes, self._device, aligned=True, frozen=self._frozen, pdl=self._pdl
+            self._select_by_inputs[input_ids, aligned] = selection.select_kernels(
+                self._spec, select_dtypes, self._device, aligned=aligned, frozen=self._frozen, pdl=self._pdl
             )
 
     def route(self, hidden: Tensor, weight: Tensor, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
@@ -93,10 +93,12 @@ class CudaRouter:
             with torch.cuda.device(self._index):
                 return self.route(hidden, weight, tensors, input_ids)
         ids_dtype = None if input_ids is None else input_ids.dtype
-        select = self._select_by_ids.get(ids_dtype)
+        bias = tensors.e_score_correction_bias
+        aligned = bias is None or bias.data_ptr() % 16 == 0  # the logits are, being ours
+        select = self._select_by_inputs.get((ids_dtype, aligned))
         gemm_kernels = self._gemm_by_dtype.get(hidden.dtype)
         if select is None or (gemm_kernels is None and self._has_gemm):
-            self.warmup(hidden.dtype, ids_dtype)
+            self.warmup(hidden.dtype, ids_dtype, aligned=aligned)
             return self.route(hidden, weight, tensors, input_ids)
 
         num_tokens = hidden.shape[0]

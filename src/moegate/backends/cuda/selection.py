@@ -15,6 +15,7 @@ from moegate.spec import RouterSpec
 _FIELDS = "PPPPPPPPPPqqqi"  # SelectArguments of select.cuh
 # A token is a warp. Few tokens are spread over the multiprocessors; many are cheaper to start in blocks of 8.
 _FEW_TOKENS = 1024
+_WARPS_FEW = 1
 _WARPS_FOR_MANY = 8
 
 
@@ -38,7 +39,7 @@ class SelectKernels:
         group_words = spec.num_selectable + spec.n_group  # what groups.cuh needs, where it does
         self._few, self._many = (
             module.kernel("select", _FIELDS, 32 * warps, shared_bytes=4 * group_words * warps, pdl=pdl)
-            for warps in (1, _WARPS_FOR_MANY)
+            for warps in (_WARPS_FEW, _WARPS_FOR_MANY)
         )
 
     def outputs(self, logits: Tensor) -> Routing:
@@ -60,7 +61,7 @@ class SelectKernels:
         num_tokens = logits.shape[0]
         few = num_tokens <= _FEW_TOKENS
         (self._few if few else self._many).launch(
-            (num_tokens if few else -(-num_tokens // _WARPS_FOR_MANY), 1),
+            (-(-num_tokens // (_WARPS_FEW if few else _WARPS_FOR_MANY)), 1),
             stream,
             logits.data_ptr(),
             _address(tensors.e_score_correction_bias),
@@ -94,10 +95,11 @@ def select_dtypes(logits: torch.dtype, tensors: RouterTensors, input_ids: torch.
     )
 
 
-def can_read_four(logits: Tensor) -> bool:
-    """True if four logits of any row of [M, R] can be read at once, as far as their place decides."""
+def can_read_four(logits: Tensor, bias: Tensor | None) -> bool:
+    """True if four logits of any row of [M, R], and four biases, can be read at once, as far as their place decides."""
     rows_apart = logits.stride(0) if logits.shape[0] > 1 else 0
-    return (logits.data_ptr() | rows_apart * logits.element_size()) % (4 * logits.element_size()) == 0
+    places = (logits.data_ptr() | rows_apart * logits.element_size()) % (4 * logits.element_size())
+    return places == 0 and (bias is None or bias.data_ptr() % 16 == 0)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -80,13 +80,16 @@ def gemm_source(
     return (
         '#include "router_gemm.cuh"\n'
         + _config(types, constants)
-        + "template <int kTiles>\nstruct Tiled : Config {\n  static constexpr int kTokenTiles = kTiles;\n};\n"
+        + "template <int kTiles>\nstruct Tiled : Config {\n"
+        + "  static constexpr int kTokenTiles = kTiles;\n"
+        # 8 tiles have their sums in the registers that further steps would need; the order of the sums stays.
+        + f"  static constexpr int kAhead = kTiles < 8 ? {plan.ahead} : {min(plan.ahead, 2)};\n}};\n"
         + "".join(kernels)
     )
 
 
 def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, frozen: bool) -> str:
-    """select.cuh for one spec: a kernel `select`. `aligned`: 4 logits can be read at once, if E allows."""
+    """select.cuh for one spec: a kernel `select`. `aligned`: 4 logits or biases can be read at once, if E allows."""
     constants = {
         "int kExperts": spec.num_experts,
         "int kSelectable": spec.num_selectable,
@@ -115,6 +118,7 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
         "bool kHasGlobalScale": spec.global_scale,
         "bool kIsHash": spec.hash_routing,
         "bool kAlignedLogits": aligned,
+        "bool kAlignedBias": aligned,
         "bool kFrozen": frozen,
     }
     types = {
@@ -128,7 +132,7 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
     return (
         '#include "select.cuh"\n'
         + _config(types, constants)
-        + 'extern "C" __global__ void __launch_bounds__(256)\n'
+        + 'extern "C" __global__ void __launch_bounds__(256, 2)\n'
         + "select(const __grid_constant__ SelectArguments arguments) { select<Config>(arguments); }\n"
     )
 

@@ -120,9 +120,10 @@ __forceinline__ void mma_16x8x16(float (&sum)[4], uint32 a0, uint32 a1, uint32 a
 }
 
 // The rows of `low` are 0..7 of the tile, those of `high` 8..15. Which of the lane's elements meet in one
-// product does not matter as long as both sides agree, so that no element has to move between lanes.
+// product does not matter as long as both sides agree, so that no element has to move between lanes. Two sums,
+// since a product that adds to the one before has to wait for it.
 template <bool kIsFp16, int kWeightParts, int kHiddenParts>
-__forceinline__ void multiply(float (&sum)[4], const Operand<kWeightParts>& low, const Operand<kWeightParts>& high,
+__forceinline__ void multiply(float (&sums)[2][4], const Operand<kWeightParts>& low, const Operand<kWeightParts>& high,
                               const Operand<kHiddenParts>& hidden) {
 #pragma unroll
   for (int i = 0; i < kWeightParts; ++i) {
@@ -132,8 +133,8 @@ __forceinline__ void multiply(float (&sum)[4], const Operand<kWeightParts>& low,
       const auto& w0 = low.pairs[i];
       const auto& w1 = high.pairs[i];
       const auto& x = hidden.pairs[j];
-      mma_16x8x16<kIsFp16>(sum, w0[0], w1[0], w0[1], w1[1], x[0], x[1]);
-      mma_16x8x16<kIsFp16>(sum, w0[2], w1[2], w0[3], w1[3], x[2], x[3]);
+      mma_16x8x16<kIsFp16>(sums[0], w0[0], w1[0], w0[1], w1[1], x[0], x[1]);
+      mma_16x8x16<kIsFp16>(sums[1], w0[2], w1[2], w0[3], w1[3], x[2], x[3]);
     }
   }
 }

@@ -35,7 +35,7 @@ struct RouterGemm {
   static constexpr int kTokens = 8 * Config::kTokenTiles;
   static constexpr bool kNorm = Config::kNorm;
   static constexpr bool kIsFp16 = Config::kIsFp16;
-  static constexpr int kAhead = kSteps < 2 ? kSteps : 2;  // steps of a warp in flight at once
+  static constexpr int kAhead = Config::kAhead;  // steps of a warp in flight at once
   // What a token has of sums in shared memory: 16 rows, the sum of squares, and a pitch without conflicts.
   static constexpr int kPitch = 20;
   static constexpr int kSums = kNorm ? 17 : 16;
@@ -54,7 +54,7 @@ struct RouterGemm {
   const int row = lane / 4, element = lane % 4 * 8;
 
   Raw<Weight> low[kAhead], high[kAhead];
-  float sums[Config::kTokenTiles][4] = {};
+  float sums[Config::kTokenTiles][2][4] = {};
   float squares[Config::kTokenTiles] = {};
 
   __forceinline__ int column_of(int step) const { return ((rank * kWarps + warp) * kSteps + step) * 32 + element; }
@@ -107,7 +107,10 @@ struct RouterGemm {
 
   // kAhead steps for all tokens, with as many loads of hidden in flight at once as registers are left for.
   __forceinline__ void multiply_steps(int step) {
-    constexpr int kPieces = kAhead * Config::kTokenTiles, kBatch = kPieces < 4 ? kPieces : 4;
+    constexpr int kPieces = kAhead * Config::kTokenTiles;
+    constexpr int kMost = sizeof(Hidden) == 2 and Config::kTokenTiles < 8 ? 8 : 4;
+    constexpr int kBatch = kPieces <= kMost ? kPieces : kPieces % 3 == 0 ? kMost / 4 * 3 : kMost;
+    static_assert(kPieces % kBatch == 0);
 #pragma unroll
     for (int first = 0; first < kPieces; first += kBatch) {
       Raw<Hidden> hidden[kBatch];
@@ -155,7 +158,7 @@ struct RouterGemm {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = tile * 8 + lane % 4 * 2 + i % 2;
-        mine[token * kPitch + lane / 4 + i / 2 * 8] = sums[tile][i];
+        mine[token * kPitch + lane / 4 + i / 2 * 8] = sums[tile][0][i] + sums[tile][1][i];
       }
       if constexpr (kNorm) {
         float square = squares[tile];
@@ -174,18 +177,46 @@ struct RouterGemm {
     return (chains[0] + chains[1]) + (chains[2] + chains[3]);
   }
 
-  // by_rank[kSplit][kTokens][kPitch], in the shared memory of the cluster's first block
-  __forceinline__ void send_to_first_block(float* by_rank, int index, float value) const {
+  // by_rank[kSplit][kTokens][kPitch], in the shared memory of the cluster's first block. What comes from other
+  // blocks is counted by that block's barrier: waiting for the bytes is shorter than for the blocks.
+  __forceinline__ void send_to_first_block(float* by_rank, uint64* arrived, int index, float value) const {
     float* target = by_rank + rank * kTokens * kPitch + index;
-    if constexpr (kSplit == 1) {
+    if (rank == 0) {
       *target = value;
-    } else {
-#if MOEGATE_HAS_CLUSTERS
-      uint32 remote;
-      asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(remote) : "r"(uint32(__cvta_generic_to_shared(target))));
-      asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
-#endif
+      return;
     }
+#if MOEGATE_HAS_CLUSTERS
+    uint32 remote, barrier;
+    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(remote) : "r"(uint32(__cvta_generic_to_shared(target))));
+    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(barrier) : "r"(uint32(__cvta_generic_to_shared(arrived))));
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote),
+                 "r"(__float_as_uint(value)), "r"(barrier)
+                 : "memory");
+#endif
+  }
+
+  __forceinline__ void expect_other_blocks(uint64* arrived) const {
+#if MOEGATE_HAS_CLUSTERS
+    constexpr int kBytes = (kSplit - 1) * kTokens * kSums * 4;
+    const uint32 barrier = uint32(__cvta_generic_to_shared(arrived));
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier));
+    asm volatile("fence.mbarrier_init.release.cluster;");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(kBytes) : "memory");
+#endif
+  }
+
+  __forceinline__ void wait_for_other_blocks(uint64* arrived) const {
+#if MOEGATE_HAS_CLUSTERS
+    const uint32 barrier = uint32(__cvta_generic_to_shared(arrived));
+    uint32 done = 0;
+    while (not done) {
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
+          : "=r"(done)
+          : "r"(barrier)
+          : "memory");
+    }
+#endif
   }
 
   __forceinline__ float sum_over_ranks(const float* by_rank, int index) const {
@@ -215,13 +246,15 @@ struct RouterGemm {
   __forceinline__ void run(float* shared) {
     float* partial = shared;
     float* by_rank = shared + kWarps * kTokens * kPitch;
+    uint64* arrived = reinterpret_cast<uint64*>(by_rank + kSplit * kTokens * kPitch);
     trigger_dependents();
     if constexpr (Config::kFrozen) {
       load_weight<true>(0);
     } else {
       prefetch_weight();
     }
-    cluster_arrive();  // the first block must be there before anyone writes into its shared memory
+    if (kSplit > 1 and threadIdx.x == 0 and rank == 0) expect_other_blocks(arrived);
+    cluster_arrive();  // the first block and its barrier must be there before anyone sends to it
     wait_for_predecessor();
     if constexpr (not Config::kFrozen) load_weight<false>(0);
     multiply_share();
@@ -230,15 +263,11 @@ struct RouterGemm {
     cluster_wait();
     for (int i = threadIdx.x; i < kTokens * kSums; i += kWarps * 32) {
       const int index = i / kSums * kPitch + i % kSums;
-      send_to_first_block(by_rank, index, sum_over_warps(partial, index));
+      send_to_first_block(by_rank, arrived, index, sum_over_warps(partial, index));
     }
-    if constexpr (kSplit == 1) {
-      __syncthreads();
-    } else {
-      cluster_arrive();
-      if (rank != 0) return;
-      cluster_wait();
-    }
+    if (rank != 0) return;
+    __syncthreads();
+    if constexpr (kSplit > 1) wait_for_other_blocks(arrived);
     store_logits(by_rank);
   }
 

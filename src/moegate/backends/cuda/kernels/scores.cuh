@@ -17,9 +17,11 @@ __forceinline__ float from_ordered(uint32 key) {
   return __uint_as_float(key ^ (uint32(int32(~key) >> 31) | 0x80000000u));
 }
 
+// Over the first kLanes lanes, a power of two, in each of them.
+template <int kLanes = 32>
 __forceinline__ float warp_sum(float value) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
   return value;
 }
 
@@ -34,13 +36,48 @@ __forceinline__ float transformed(float logit) {
   return logit;
 }
 
-__forceinline__ float sigmoid(float value) { return __fdividef(1.0f, 1.0f + expf(-value)); }
+// A warp that selects one token runs its code once, so that every instruction is fetched from far: the library's
+// exp, division and square root cost more there than the rest of a score. These keep the contract's bounds.
+
+__forceinline__ float exp2_approx(float value) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+  return power;
+}
+
+__forceinline__ float reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+// The quotient with its rest put right once; both are normal numbers or 0.
+__forceinline__ float divide(float a, float b) {
+  const float inverse = reciprocal(b), quotient = a * inverse;
+  return fmaf(inverse, fmaf(-quotient, b, a), quotient);
+}
+
+constexpr float kLog2E = 1.44269504f, kLog2ERest = 1.92596303e-8f, kLn2 = 0.69314718f;
+
+// exp(value) to a few ulp and |value| * 2^-24, the error of rounding value * kLog2E.
+__forceinline__ float exp_approx(float value) { return exp2_approx(value * kLog2E); }
+
+// exp(value) to a few ulp, with that rounding made good; value is at most 0.
+__forceinline__ float exp_of_negative(float value) {
+  value = fmaxf(value, -256.0f);  // 0 from there on, and no difference of infinities
+  const float scaled = value * kLog2E;
+  const float rest = fmaf(value, kLog2ERest, fmaf(value, kLog2E, -scaled));
+  const float power = exp2_approx(scaled);
+  return fmaf(power, rest * kLn2, power);
+}
+
+__forceinline__ float sigmoid(float value) { return reciprocal(1.0f + exp_approx(-value)); }
 
 // The score of one transformed logit; a softmax is a matter of the whole row.
 template <Score kScore>
 __forceinline__ float score_of(float value) {
   static_assert(kScore != Score::kSoftmax);
   if constexpr (kScore == Score::kSigmoid) return sigmoid(value);
-  if constexpr (kScore == Score::kSqrtSoftplus) return sqrtf(fmaxf(value, 0.0f) + log1pf(expf(-fabsf(value))));
+  if constexpr (kScore == Score::kSqrtSoftplus) return sqrtf(fmaxf(value, 0.0f) + log1pf(exp_of_negative(-fabsf(value))));
   return value;
 }

@@ -27,6 +27,7 @@ template <class Config>
 struct Select {
   static constexpr int E = Config::kSelectable, R = Config::kRows, k = Config::kTopK;
   static constexpr int kPerLane = ceil_div(E, 32);
+  static constexpr int kChosenLanes = k <= 1 ? 1 : k <= 2 ? 2 : k <= 4 ? 4 : k <= 8 ? 8 : k <= 16 ? 16 : 32;
   static constexpr bool kIsSoftmax = Config::kScore == Score::kSoftmax;
   static constexpr bool kWeightsAreScores = Config::kWeights == Config::kFromScore;
   static constexpr bool kKeysAreScores = Config::kKeys == Config::kScoreKeys;
@@ -47,7 +48,7 @@ struct Select {
 
   __forceinline__ float score(float value) const {
     if constexpr (kIsSoftmax) {
-      return expf(value - largest) * inverse_sum;
+      return exp_of_negative(value - largest) * inverse_sum;
     } else {
       return score_of<Config::kScore>(value);
     }
@@ -56,8 +57,8 @@ struct Select {
   // The lane's logits, and whether any of the row's is NaN.
   __forceinline__ bool load(float (&values)[kPerLane]) const {
     bool is_nan = false;
-    constexpr int kVector = Config::kAlignedLogits and kPerLane % 4 == 0 and R % 4 == 0 ? 4 : 1;
-    if constexpr (kVector == 4 and E == 32 * kPerLane) {
+    constexpr int kVector = Config::kAlignedLogits and kPerLane % 4 == 0 and R % 4 == 0 and E % 4 == 0 ? 4 : 1;
+    if constexpr (kVector == 4) {
       load_vectors(values);
     } else {
 #pragma unroll
@@ -75,6 +76,10 @@ struct Select {
   __forceinline__ void load_vectors(float (&values)[kPerLane]) const {
 #pragma unroll
     for (int i = 0; i < kPerLane; i += 4) {
+      if (lane * kPerLane + i >= E) {
+        values[i] = values[i + 1] = values[i + 2] = values[i + 3] = 0.0f;
+        continue;
+      }
       const Logits* source = logits() + lane * kPerLane + i;
       if constexpr (sizeof(Logits) == 4) {
         const float4 four = *reinterpret_cast<const float4*>(source);
@@ -97,7 +102,7 @@ struct Select {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      if (lane * kPerLane + i < E) sum += expf(transformed<Config>(finite(values[i])) - largest);
+      if (lane * kPerLane + i < E) sum += exp_of_negative(transformed<Config>(finite(values[i])) - largest);
     }
     inverse_sum = 1.0f / warp_sum(sum);
   }
@@ -107,7 +112,14 @@ struct Select {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const int id = lane * kPerLane + i;
-        bias[i] = id < E ? arguments.correction_bias[id] : 0.0f;
+        if constexpr (Config::kAlignedBias and kPerLane % 4 == 0 and E % 4 == 0) {
+          if (i % 4 != 0) continue;
+          float4 four = {};
+          if (id < E) four = *reinterpret_cast<const float4*>(arguments.correction_bias + id);
+          bias[i] = four.x, bias[i + 1] = four.y, bias[i + 2] = four.z, bias[i + 3] = four.w;
+        } else {
+          bias[i] = id < E ? arguments.correction_bias[id] : 0.0f;
+        }
       }
     }
   }
@@ -152,8 +164,8 @@ struct Select {
     const float logit = transformed<Config>(finite(widen(logits()[has_expert ? id : 0])));
     if constexpr (Config::kWeights == Config::kSoftmaxOfSelected) {
       const float most = warp_max(has_expert ? logit : -kFloat32Max);
-      const float power = has_expert ? expf(logit - most) : 0.0f;
-      return power / warp_sum(power);
+      const float power = has_expert ? exp_of_negative(logit - most) : 0.0f;
+      return divide(power, warp_sum<kChosenLanes>(power));
     }
     const float weight = Config::kWeights == Config::kSigmoidOfSelected ? sigmoid(logit) : score(logit);
     return has_expert ? weight : 0.0f;
@@ -174,8 +186,8 @@ struct Select {
       if constexpr (R > E) {
         for (int gate = lane; gate < R - E; gate += 32) sum += shared_score(gate);
       }
-      total = fmaxf(warp_sum(sum) + Config::kEps, Config::kLeastSum);
-      weight = weight / total;
+      total = fmaxf(warp_sum<R == E ? kChosenLanes : 32>(sum) + Config::kEps, Config::kLeastSum);
+      weight = divide(weight, total);
     }
     weight *= factor;
     if constexpr (Config::kHasExpertScale) {
@@ -187,12 +199,12 @@ struct Select {
       static_cast<Weights*>(arguments.topk_weights)[int64(token) * k + lane] = narrow<Weights>(is_nan ? nan : weight);
     }
     if constexpr (E > Config::kExperts) {
-      const float identity = warp_sum(lane < k and id >= Config::kExperts ? weight : 0.0f);
+      const float identity = warp_sum<kChosenLanes>(lane < k and id >= Config::kExperts ? weight : 0.0f);
       if (lane == 0) static_cast<Weights*>(arguments.identity_weight)[token] = narrow<Weights>(is_nan ? nan : identity);
     }
     if constexpr (R > E) {
       for (int gate = lane; gate < R - E; gate += 32) {
-        const float shared = shared_score(gate) / total * factor;
+        const float shared = divide(shared_score(gate), total) * factor;
         static_cast<Weights*>(arguments.shared_weights)[int64(token) * (R - E) + gate] = narrow<Weights>(is_nan ? nan : shared);
       }
     }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moegate import arguments
+from moegate import arguments, ops
 from moegate.backends import choose
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
@@ -81,6 +81,7 @@ class Gate(nn.Module):
         self.spec = spec
         self.frozen = frozen
         self.pdl = pdl
+        self._spec_text = ops.spec_text(spec)
         self.register_parameter("weight", _parameter(weight))
         for name in ("bias", "input_scale", "per_expert_scale", "global_scale"):
             self.register_parameter(name, _parameter(getattr(tensors, name)))
@@ -134,13 +135,22 @@ class Gate(nn.Module):
         arguments.check_hidden(hidden, self.spec, weight.device)
         if input_ids is not None or self.spec.hash_routing:
             arguments.check_input_ids(input_ids, self.spec, tensors, hidden.shape[0], weight.device)
-        # A compiler makes of the weight what it likes, and cannot take a prepared one.
-        prepared = None if torch.compiler.is_compiling() else self._prepared
-        if torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            routing = ops.route(
+                hidden.detach(),
+                weight.detach(),
+                self.spec,
+                self._spec_text,
+                tensors.detach(),
+                input_ids,
+                frozen=self.frozen,
+                pdl=self.pdl,
+            )
+        elif torch.is_grad_enabled():
             with torch.no_grad():
-                routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, prepared)
+                routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared)
         else:
-            routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, prepared)
+            routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared)
         return routing if return_logits else routing.without_logits()
 
     @torch.no_grad()

@@ -26,6 +26,10 @@ class RouterTensors(NamedTuple):
     tid2eid: Tensor | None = None
     """[V, k] int32 or int64: the experts of each token id (`hash_routing`)."""
 
+    def detach(self) -> RouterTensors:
+        """The same, for an operator through which no gradient flows."""
+        return RouterTensors(*(None if tensor is None else tensor.detach() for tensor in self))
+
 
 class Routing(NamedTuple):
     """Where M tokens go."""

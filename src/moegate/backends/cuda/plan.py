@@ -9,7 +9,6 @@ import torch
 ROWS_OF_TILE = 16
 TOKENS_OF_TILE = 8
 COLUMNS_OF_STEP = 32
-_MOST_WARPS = 20
 MAX_DECODE_TOKENS = 64
 """Up to so many tokens the kernels here run, and a token's bits do not depend on their number."""
 
@@ -52,14 +51,15 @@ def plan_gemm(hidden_size: int, rows: int, operand_parts: tuple[int, int], chip:
             break  # the other multiprocessors are for more tokens, or for the kernels beside this one
         split *= 2
     steps_of_block = -(-steps // split)
-    steps_of_warp = -(-steps_of_block // _MOST_WARPS)
     # Registers decide the rest: an operand of several parts takes several times as many, a loop some more.
     parts_of_pair = max(operand_parts)
+    steps_of_warp = -(-steps_of_block // (20 if parts_of_pair == 1 else 16))
+    warps = -(-steps_of_block // steps_of_warp)
     is_loop = steps_of_warp > 4 or not chip.has_clusters
     ahead = min(steps_of_warp, 4 if parts_of_pair == 1 and not is_loop else 2)
-    most_tiles = (2 if operand_parts[0] == 3 else 4 if parts_of_pair > 1 else 8) // (2 if is_loop else 1)
-    tiles_of_block = tuple(count for count in (1, 2, 4, 8) if count <= most_tiles)
-    return GemmPlan(split, -(-steps_of_block // steps_of_warp), steps_of_warp, ahead, tiles_of_block)
+    most_tiles = 2 if operand_parts[0] == 3 else 4 if parts_of_pair > 1 or warps > 16 else 8
+    tiles_of_block = tuple(count for count in (1, 2, 4, 8) if count <= most_tiles // (2 if is_loop else 1))
+    return GemmPlan(split, warps, steps_of_warp, ahead, tiles_of_block)
 
 
 def token_tiles(num_tokens: int, plan: GemmPlan) -> int:

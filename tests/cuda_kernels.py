@@ -1,0 +1,87 @@
+"""What the tests of the CUDA kernels share: plans for chips that are not here, gates on a GPU, bit-exact comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from routers import generator, tensors_of
+from torch import Tensor
+
+from moegate import Gate, RouterSpec, Routing
+from moegate.backends.cuda import plan, sources
+from moegate.routing import RouterTensors
+
+H200_SMS = 132
+DEEPSEEK_V3 = RouterSpec(
+    7168, 256, 8, "sigmoid", "score", 8, 4, renormalize=True, renormalize_eps=1e-20, routed_scaling_factor=2.5
+)
+
+
+def number_of(arch: str) -> int:
+    """90 for sm_90a and compute_90."""
+    return int("".join(filter(str.isdigit, arch)))
+
+
+def gemm_text(
+    arch: str, hidden_size: int, rows: int, dtypes: sources.GemmDtypes, norm_eps: float | None, *, frozen: bool
+) -> str:
+    """The text of a router GEMM, as it is planned for a chip of that architecture with as many SMs as an H200."""
+    operand_parts = plan.parts(dtypes.hidden, dtypes.weight, norm_eps is not None)[:2]
+    chip = plan.Chip(H200_SMS, number_of(arch) >= 90)
+    of_chip = plan.plan_gemm(hidden_size, rows, operand_parts, chip)
+    return sources.gemm_source(hidden_size, rows, dtypes, norm_eps, of_chip, frozen=frozen)
+
+
+def select_text(spec: RouterSpec, *, aligned: bool = True, frozen: bool = False) -> str:
+    """The text of a selection, with the dtypes of routers.tensors_of."""
+    tensors = tensors_of(spec)
+    dtypes = sources.SelectDtypes(
+        getattr(torch, spec.logits_dtype),
+        None if tensors.per_expert_scale is None else tensors.per_expert_scale.dtype,
+        None if tensors.global_scale is None else tensors.global_scale.dtype,
+        None if tensors.tid2eid is None else tensors.tid2eid.dtype,
+        torch.int64 if spec.hash_routing else None,
+    )
+    return sources.select_source(spec, dtypes, aligned=aligned, frozen=frozen)
+
+
+def on_gpu(tensors: RouterTensors) -> RouterTensors:
+    return RouterTensors(*(None if part is None else part.cuda() for part in tensors))
+
+
+def random_weight(spec: RouterSpec, dtype: torch.dtype = torch.bfloat16, seed: int = 3) -> Tensor:
+    """[R, K] on the GPU, for logits with a standard deviation of 1."""
+    if spec.weight_dtype == "float32":
+        dtype = torch.float32
+    weight = torch.randn(spec.num_gate_rows, spec.hidden_size, generator=generator(seed))
+    return (weight * spec.hidden_size**-0.5).to("cuda", dtype)
+
+
+def random_hidden(spec: RouterSpec, rows: int, dtype: torch.dtype = torch.bfloat16, seed: int = 4) -> Tensor:
+    return torch.randn(rows, spec.hidden_size, generator=generator(seed)).to("cuda", dtype)
+
+
+def gate_on_gpu(
+    spec: RouterSpec, dtype: torch.dtype = torch.bfloat16, *, weight: Tensor | None = None, **given: Any
+) -> Gate:
+    """A gate of routers.tensors_of, with a weight of its own unless one is given."""
+    tensors = on_gpu(tensors_of(spec))._asdict()
+    return Gate(spec, random_weight(spec, dtype) if weight is None else weight, **tensors, **given)
+
+
+def assert_same_bits(got: Routing, expected: Routing, where: object = "") -> None:
+    """Equal to the bit, in every part that there is; NaN is equal to nothing, so that it fails too."""
+    for name, part, other in zip(Routing._fields, got, expected, strict=True):
+        assert (part is None) == (other is None), name
+        if part is not None and other is not None:
+            assert part.equal(other), f"{name} differs {where}"
+
+
+def rows_of(routing: Routing, rows: int) -> Routing:
+    """The first tokens of a routing."""
+    return Routing(*(None if part is None else part[:rows] for part in routing))  # type: ignore[arg-type]
+
+
+def copy_of(routing: Routing) -> Routing:
+    return Routing(*(None if part is None else part.clone() for part in routing))  # type: ignore[arg-type]

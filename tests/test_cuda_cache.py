@@ -1,0 +1,216 @@
+"""The compiler and its disk cache: whatever is wrong with the cache costs a compilation, never a run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moegate.backends.cuda import jit
+from moegate.backends.cuda.jit import cache, compiler
+from moegate.backends.cuda.plan import COLUMNS_OF_STEP, MAX_DECODE_TOKENS, Chip, parts, plan_gemm, token_tiles
+
+pytestmark = pytest.mark.cpu
+needs_nvrtc = pytest.mark.skipif(jit.missing_compiler() is not None, reason=str(jit.missing_compiler()))
+
+TEXT = 'extern "C" __global__ void nothing() {}\n'
+ARCH = "sm_90a"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tmp_path in cache.folder().parents
+    return cache.folder()
+
+
+@pytest.fixture
+def fresh_warnings() -> Iterator[None]:
+    cache._warn_once.cache_clear()
+    yield
+    cache._warn_once.cache_clear()
+
+
+@pytest.fixture
+def fresh_reason() -> Iterator[None]:
+    for known in (compiler.missing_compiler, compiler._version):
+        known.cache_clear()
+    yield
+    for known in (compiler.missing_compiler, compiler._version):
+        known.cache_clear()
+
+
+def refuse(*arguments: object) -> NoReturn:
+    raise AssertionError("compiled, although the disk has it")
+
+
+def entry_of(folder: Path) -> Path:
+    (entry,) = folder.iterdir()
+    return entry
+
+
+@needs_nvrtc
+def test_the_second_call_reads_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = jit.compile_binary(TEXT, ARCH)
+    assert "nothing" in first.log
+    assert entry_of(folder).name == compiler._key(TEXT, ARCH)
+    monkeypatch.setattr(compiler, "_compile", refuse)
+    assert jit.compile_binary(TEXT, ARCH).code == first.code
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("damage", ["empty", "truncated", "only a digest", "flipped", "longer"])
+def test_a_damaged_entry_is_replaced(folder: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = jit.compile_binary(TEXT, ARCH).code
+    entry = entry_of(folder)
+    whole = entry.read_bytes()
+    flipped = bytes([*whole[:100], whole[100] ^ 1, *whole[101:]])
+    entry.write_bytes(
+        {
+            "empty": b"",
+            "truncated": whole[:-1],
+            "only a digest": whole[:32],
+            "flipped": flipped,
+            "longer": whole + b"\0",
+        }[damage]
+    )
+    assert jit.compile_binary(TEXT, ARCH).code == expected
+    assert entry_of(folder).read_bytes() == whole
+    monkeypatch.setattr(compiler, "_compile", refuse)
+    assert jit.compile_binary(TEXT, ARCH).code == expected
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("fresh_warnings")
+def test_an_impossible_folder_warns_once(folder: Path) -> None:
+    folder.parent.mkdir(parents=True)
+    folder.write_text("a file, where a folder should be")
+    with pytest.warns(RuntimeWarning, match="cannot keep compiled kernels .* XDG_CACHE_HOME"):
+        first = jit.compile_binary(TEXT, ARCH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert jit.compile_binary(TEXT, ARCH).code == first.code
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("fresh_warnings")
+def test_a_folder_without_the_right_to_write_warns_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*arguments: object, **named: object) -> NoReturn:
+        raise PermissionError(13, "Permission denied")
+
+    # root may write anywhere, so that the mode of a folder alone would not do
+    monkeypatch.setattr(cache.tempfile, "NamedTemporaryFile", denied)
+    with pytest.warns(RuntimeWarning, match="Permission denied"):
+        first = jit.compile_binary(TEXT, ARCH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert jit.compile_binary(TEXT, ARCH).code == first.code
+    assert list(folder.iterdir()) == []
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("fresh_warnings")
+def test_a_failed_replacement_leaves_no_file_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> NoReturn:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.os, "replace", full)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        assert jit.compile_binary(TEXT, ARCH).code
+    assert list(folder.iterdir()) == []
+
+
+@needs_nvrtc
+def test_the_key_names_all_that_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = dict(compiler.headers())
+    keys = [compiler._key(TEXT, ARCH), compiler._key(TEXT, "sm_80"), compiler._key(TEXT + "\n", ARCH)]
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "headers", lambda: {**texts, "device.cuh": texts["device.cuh"] + "\n"})
+        keys.append(compiler._key(TEXT, ARCH))
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "_version", lambda: (99, 9))
+        keys.append(compiler._key(TEXT, ARCH))
+    assert len(set(keys)) == len(keys)
+    assert compiler._key(TEXT, ARCH) == keys[0]
+
+
+@needs_nvrtc
+def test_processes_at_once_all_get_the_same(folder: Path) -> None:
+    code = (
+        "import hashlib; from moegate.backends.cuda import jit; "
+        f"print(hashlib.sha256(jit.compile_binary({TEXT!r}, {ARCH!r}).code).hexdigest())"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(8)
+    ]
+    outputs = [process.communicate(timeout=240) for process in started]
+    assert [process.returncode for process in started] == [0] * 8, outputs
+    assert len({digest for digest, _ in outputs}) == 1
+    assert cache.read(entry_of(folder).name) is not None
+
+
+@pytest.mark.usefixtures("fresh_reason")
+def test_without_nvrtc_the_reason_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Any:
+        raise ImportError("No module named 'cuda'")
+
+    monkeypatch.setattr(compiler, "_nvrtc", missing)
+    reason = jit.missing_compiler()
+    assert reason is not None
+    assert "No module named 'cuda'" in reason
+    assert "moegate[cu13]" in reason
+    with pytest.raises(RuntimeError, match=r"moegate\[cu13\]"):
+        jit.compile_binary(TEXT, ARCH)
+
+
+@needs_nvrtc
+def test_a_text_that_does_not_compile_says_why(folder: Path) -> None:
+    with pytest.raises(RuntimeError, match=r'sm_90a:\n(.|\n)*moegate\.cu\(1\): error: .*"nonsense" is undefined'):
+        jit.compile_binary('extern "C" __global__ void wrong() { nonsense; }', ARCH)
+    assert not folder.exists(), "a failure was kept"
+
+
+def test_importing_moegate_imports_no_bindings() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import moegate; moegate.Gate, moegate.route; "
+        "gate = moegate.Gate(moegate.RouterSpec(8, 4, 2), torch.zeros(4, 8)); gate(torch.zeros(1, 8)); "
+        "new = {name for name in set(sys.modules) - before if name.startswith('cuda.bindings')}; "
+        "assert not new, new; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+
+
+DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
+
+
+@given(
+    steps_of_lane=st.integers(1, 4096),
+    rows=st.integers(1, 1024),
+    hidden=DTYPES,
+    weight=DTYPES,
+    norm=st.booleans(),
+    chip=st.builds(Chip, st.integers(1, 200), st.booleans()),
+)
+def test_plans(steps_of_lane: int, rows: int, hidden: torch.dtype, weight: torch.dtype, norm: bool, chip: Chip) -> None:
+    """Every column has an owner, in blocks and clusters that a chip can hold."""
+    plan = plan_gemm(8 * steps_of_lane, rows, parts(hidden, weight, norm)[:2], chip)
+    assert plan.split * plan.warps * plan.steps * COLUMNS_OF_STEP >= 8 * steps_of_lane
+    assert plan.split in (1, 2, 4, 8)
+    assert chip.has_clusters or plan.split == 1
+    assert 32 <= 32 * plan.warps <= 1024
+    assert 1 <= plan.ahead <= plan.steps
+    assert plan.token_tiles[0] == 1
+    assert list(plan.token_tiles) == sorted(set(plan.token_tiles))
+    tiles = [token_tiles(tokens, plan) for tokens in range(1, MAX_DECODE_TOKENS + 1)]
+    assert set(tiles) <= set(plan.token_tiles)
+    assert tiles == sorted(tiles)

@@ -1,0 +1,116 @@
+"""Every kernel compiles for every architecture, without a spill: NVRTC needs no GPU for that."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import pytest
+import torch
+from cuda_kernels import gemm_text, select_text
+from routers import SPECS
+
+from moegate.backends.cuda import jit
+from moegate.backends.cuda.jit import compiler
+from moegate.backends.cuda.sources import GemmDtypes
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(jit.missing_compiler() is not None, reason=str(jit.missing_compiler())),
+]
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+MAIN_ARCHS = ("sm_80", "sm_90a", "sm_120a")
+OTHER_ARCHS = ("sm_86", "sm_87", "sm_89", "sm_100a", "sm_103a", "sm_110a", "sm_121a", "compute_80", "compute_90")
+
+
+class GemmCase(NamedTuple):
+    hidden_size: int
+    rows: int
+    hidden: torch.dtype = BF16
+    weight: torch.dtype = BF16
+    logits: torch.dtype = FP32
+    has_bias: bool = False
+    norm_eps: float | None = None
+
+
+# One of each shape, for every architecture.
+SHAPES = [
+    GemmCase(7168, 256),
+    GemmCase(2048, 128, FP16, FP16),
+    GemmCase(2880, 32, logits=BF16, has_bias=True),
+    GemmCase(3072, 256, weight=FP32),
+    GemmCase(1000, 258),
+    GemmCase(2816, 128, norm_eps=1e-6),
+]
+PAIRS = [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, FP32), (FP16, BF16)]
+ALL_GEMMS = [
+    *SHAPES,
+    *(GemmCase(k, r, *pair) for k, r in ((7168, 256), (2048, 128), (1000, 258)) for pair in PAIRS),
+    *(GemmCase(2880, 32, *pair, has_bias=True) for pair in PAIRS[:3]),
+    GemmCase(3072, 256, FP32, FP32),
+    GemmCase(3072, 256, FP16, FP32),
+    GemmCase(2816, 128, FP32, FP32, norm_eps=1e-6),
+]
+
+
+def problems_of(text: str, arch: str, what: object) -> list[str]:
+    """Compiles past the disk cache; prints the registers, and returns what ptxas put into memory."""
+    binary = compiler._compile(text, arch)
+    assert binary.code
+    if arch.startswith("compute"):
+        assert b".entry" in binary.code  # PTX has no registers yet
+        return []
+    reports = re.split(r"Compiling entry function '(\w+)'", binary.log)[1:]
+    assert reports, f"ptxas says nothing: {binary.log}"
+    problems = []
+    for name, report in zip(reports[::2], reports[1::2], strict=True):
+        registers = re.search(r"Used (\d+) registers", report)
+        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert registers is not None, report
+        assert memory is not None, report
+        print(f"{arch} {name}: {registers[1]} registers, {what}")
+        if any(int(size) for size in memory.groups()):
+            problems.append(f"{arch} {name}, {what}: {registers[1]} registers, {memory[0]}")
+    return problems
+
+
+def gemm_problems(arch: str, case: GemmCase, *, frozen: bool) -> list[str]:
+    dtypes = GemmDtypes(
+        case.hidden,
+        case.weight,
+        case.weight if case.has_bias else None,
+        None if case.norm_eps is None else case.weight,
+        case.logits,
+    )
+    text = gemm_text(arch, case.hidden_size, case.rows, dtypes, case.norm_eps, frozen=frozen)
+    return problems_of(text, arch, f"{case}, frozen={frozen}")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("arch", MAIN_ARCHS)
+def test_gemms_do_not_spill(arch: str, frozen: bool) -> None:
+    problems = [problem for case in dict.fromkeys(ALL_GEMMS) for problem in gemm_problems(arch, case, frozen=frozen)]
+    assert problems == []
+
+
+@pytest.mark.parametrize("arch", OTHER_ARCHS)
+def test_gemms_do_not_spill_on_other_chips(arch: str) -> None:
+    problems = [problem for at, case in enumerate(SHAPES) for problem in gemm_problems(arch, case, frozen=at % 2 == 0)]
+    assert problems == []
+
+
+@pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])
+def test_selections_do_not_spill(arch: str) -> None:
+    problems = [problem for name, spec in SPECS.items() for problem in problems_of(select_text(spec), arch, name)]
+    assert problems == []
+
+
+@pytest.mark.parametrize("arch", MAIN_ARCHS)
+def test_selections_that_read_one_logit_at_a_time_do_not_spill(arch: str) -> None:
+    problems = [
+        problem
+        for name, spec in SPECS.items()
+        for problem in problems_of(select_text(spec, aligned=False, frozen=True), arch, name)
+    ]
+    assert problems == []

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from routers import generator, tensors_of
+from routers import generator, tensors_of, token_ids
 from torch import Tensor
 
 from moegate import Gate, RouterSpec, Routing
 from moegate.backends.cuda import plan, sources
+from moegate.contract.verify import verify_logits, verify_routing
 from moegate.routing import RouterTensors
 
 H200_SMS = 132
@@ -55,7 +56,8 @@ def random_weight(spec: RouterSpec, dtype: torch.dtype = torch.bfloat16, seed: i
     if spec.weight_dtype == "float32":
         dtype = torch.float32
     weight = torch.randn(spec.num_gate_rows, spec.hidden_size, generator=generator(seed))
-    return (weight * spec.hidden_size**-0.5).to("cuda", dtype)
+    weight *= spec.hidden_size**-0.5
+    return weight.to("cuda", dtype)
 
 
 def random_hidden(spec: RouterSpec, rows: int, dtype: torch.dtype = torch.bfloat16, seed: int = 4) -> Tensor:
@@ -68,6 +70,23 @@ def gate_on_gpu(
     """A gate of routers.tensors_of, with a weight of its own unless one is given."""
     tensors = on_gpu(tensors_of(spec))._asdict()
     return Gate(spec, random_weight(spec, dtype) if weight is None else weight, **tensors, **given)
+
+
+def run(gate: Gate, hidden: Tensor, *, return_logits: bool = True) -> Routing:
+    """The gate's routing, with the token ids of routers.token_ids where it hashes."""
+    ids = token_ids(len(hidden)).cuda() if gate.spec.hash_routing else None
+    routing: Routing = gate(hidden, input_ids=ids, return_logits=return_logits)
+    return routing
+
+
+def problems_of(
+    routing: Routing, hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors
+) -> list[str]:
+    """Breaches of the contract by a routing that has its logits."""
+    assert routing.logits is not None
+    ids = token_ids(len(hidden)) if spec.hash_routing else None
+    of_logits = verify_logits(routing.logits, hidden, weight, spec, tensors).problems
+    return of_logits + verify_routing(routing, routing.logits, spec, tensors, input_ids=ids).problems
 
 
 def assert_same_bits(got: Routing, expected: Routing, where: object = "") -> None:

@@ -108,7 +108,7 @@ def test_a_folder_without_the_right_to_write_warns_once(folder: Path, monkeypatc
         raise PermissionError(13, "Permission denied")
 
     # root may write anywhere, so that the mode of a folder alone would not do
-    monkeypatch.setattr(cache.tempfile, "NamedTemporaryFile", denied)
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", denied)
     with pytest.warns(RuntimeWarning, match="Permission denied"):
         first = jit.compile_binary(TEXT, ARCH)
     with warnings.catch_warnings():
@@ -123,7 +123,7 @@ def test_a_failed_replacement_leaves_no_file_behind(folder: Path, monkeypatch: p
     def full(*arguments: object) -> NoReturn:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.warns(RuntimeWarning, match="No space left"):
         assert jit.compile_binary(TEXT, ARCH).code
     assert list(folder.iterdir()) == []

@@ -12,7 +12,7 @@ from moegate.backends.cuda.alignment import aligned_rows
 from moegate.backends.cuda.plan import ROWS_OF_TILE, TOKENS_OF_TILE, Chip, parts, plan_gemm, token_tiles
 from moegate.backends.cuda.sources import GemmDtypes, gemm_source
 
-_FIELDS = "PPPPPqqi"  # GemmArguments of router_gemm.cuh
+_FIELDS = "PPPPPqqi0q"  # GemmArguments of router_gemm.cuh, with the padding at its end
 _PITCH = 20  # RouterGemm::kPitch
 _BARRIER_BYTES = 8
 
@@ -88,5 +88,4 @@ gemm_kernels = cache(GemmKernels)
 def chip_of(device: torch.device, arch: str | None = None) -> Chip:
     """The chip that kernels for `arch`, the device's own by default, are planned for."""
     arch = arch or jit.arch_of(torch.cuda.get_device_capability(device))
-    generation = int("".join(filter(str.isdigit, arch)))
-    return Chip(torch.cuda.get_device_properties(device).multi_processor_count, generation >= 90)
+    return Chip(torch.cuda.get_device_properties(device).multi_processor_count, jit.generation(arch) >= 90)

@@ -12,7 +12,7 @@ from moegate.backends.cuda.sources import SelectDtypes, select_source
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
-_FIELDS = "PPPPPPPPPPqqqi"  # SelectArguments of select.cuh
+_FIELDS = "PPPPPPPPPPqqqi0q"  # SelectArguments of select.cuh, with the padding at its end
 # A token is a warp. Few tokens are spread over the multiprocessors; many are cheaper to start in blocks of 8.
 _FEW_TOKENS = 1024
 _WARPS_FEW = 1

@@ -91,8 +91,9 @@ class Kernel:
 class Module:
     """The kernels of one text, on the GPUs of one architecture."""
 
-    def __init__(self, code: bytes) -> None:
+    def __init__(self, code: bytes, arch: str) -> None:
         self._code = code  # the driver may read it later than it says
+        self._waits_for_predecessor = generation(arch) >= _HAS_CLUSTERS_AND_PDL
         self._library = _call(_driver().cuLibraryLoadData, code, [], [], 0, [], [], 0)
 
     def kernel(
@@ -105,15 +106,14 @@ class Module:
         shared_bytes: int = 0,
         pdl: bool = True,
     ) -> Kernel:
-        """A kernel by name; see `Kernel`. `pdl` is for chips that have it, and ignored on others."""
+        """A kernel by name; see `Kernel`. Code for chips without `pdl` does not wait, and so never starts early."""
         driver = _driver()
         handle = _call(driver.cuLibraryGetKernel, self._library, name.encode())
         device = torch.cuda.current_device()
         if shared_bytes > _MAX_PLAIN_SHARED_BYTES:
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _call(driver.cuKernelSetAttribute, most, shared_bytes, handle, device)
-        major, minor = torch.cuda.get_device_capability(device)
-        pdl = pdl and 10 * major + minor >= _HAS_CLUSTERS_AND_PDL
+        pdl = pdl and self._waits_for_predecessor
         function = driver.CUfunction(int(handle))  # the launch takes either kind of handle
         return Kernel(function, fields, threads, cluster, shared_bytes, pdl)
 
@@ -136,6 +136,11 @@ def arch_of(capability: tuple[int, int]) -> str:
     return f"sm_{number}{'a' if number in _SUFFIXED else ''}"
 
 
+def generation(arch: str) -> int:
+    """The number in `sm_90a` or `compute_90`."""
+    return int("".join(filter(str.isdigit, arch)))
+
+
 _lock = threading.Lock()
 
 
@@ -153,7 +158,7 @@ def _load_once(source: str, arch: str, index: int) -> Module:
         )
     with torch.cuda.device(index):
         torch.cuda.current_stream().synchronize()  # makes sure of a context
-        return Module(compile_binary(source, arch).code)
+        return Module(compile_binary(source, arch).code, arch)
 
 
 @cache

@@ -108,7 +108,7 @@ struct RouterGemm {
   // kAhead steps for all tokens, with as many loads of hidden in flight at once as registers are left for.
   __forceinline__ void multiply_steps(int step) {
     constexpr int kPieces = kAhead * Config::kTokenTiles;
-    constexpr int kMost = sizeof(Hidden) == 2 and Config::kTokenTiles < 8 ? 8 : 4;
+    constexpr int kMost = Config::kTokenTiles == 8 ? 2 : sizeof(Hidden) == 2 ? 8 : 4;
     constexpr int kBatch = kPieces <= kMost ? kPieces : kPieces % 3 == 0 ? kMost / 4 * 3 : kMost;
     static_assert(kPieces % kBatch == 0);
 #pragma unroll
@@ -177,15 +177,11 @@ struct RouterGemm {
     return (chains[0] + chains[1]) + (chains[2] + chains[3]);
   }
 
-  // by_rank[kSplit][kTokens][kPitch], in the shared memory of the cluster's first block. What comes from other
-  // blocks is counted by that block's barrier: waiting for the bytes is shorter than for the blocks.
+  // by_rank[kSplit][kTokens][kPitch], in the shared memory of the cluster's first block, whose barrier counts the
+  // bytes that come: waiting for these is shorter than for the other blocks.
   __forceinline__ void send_to_first_block(float* by_rank, uint64* arrived, int index, float value) const {
-    float* target = by_rank + rank * kTokens * kPitch + index;
-    if (rank == 0) {
-      *target = value;
-      return;
-    }
 #if MOEGATE_HAS_CLUSTERS
+    float* target = by_rank + rank * kTokens * kPitch + index;
     uint32 remote, barrier;
     asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(remote) : "r"(uint32(__cvta_generic_to_shared(target))));
     asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(barrier) : "r"(uint32(__cvta_generic_to_shared(arrived))));
@@ -219,21 +215,22 @@ struct RouterGemm {
 #endif
   }
 
-  __forceinline__ float sum_over_ranks(const float* by_rank, int index) const {
-    float sum = by_rank[index];
+  // The first block's own sum and, in the order of their ranks, those of the others.
+  __forceinline__ float sum_over_ranks(const float* partial, const float* by_rank, int index) const {
+    float sum = sum_over_warps(partial, index);
 #pragma unroll
     for (int r = 1; r < kSplit; ++r) sum += by_rank[r * kTokens * kPitch + index];
     return sum;
   }
 
-  __forceinline__ void store_logits(const float* by_rank) const {
+  __forceinline__ void store_logits(const float* partial, const float* by_rank) const {
     using Logits = typename Config::Logits;
     for (int i = threadIdx.x; i < kTokens * 16; i += kWarps * 32) {
       const int token = i / 16, r = i % 16;
+      float logit = sum_over_ranks(partial, by_rank, token * kPitch + r);
       if (first_token + token >= arguments.num_tokens or first_row + r >= R) continue;
-      float logit = sum_over_ranks(by_rank, token * kPitch + r);
       if constexpr (kNorm) {
-        const float mean_square = sum_over_ranks(by_rank, token * kPitch + 16) / float(K);
+        const float mean_square = sum_over_ranks(partial, by_rank, token * kPitch + 16) / float(K);
         logit *= Config::kInputFactor / sqrtf(mean_square + Config::kNormEps);
       }
       if constexpr (Config::kHasBias) {
@@ -254,21 +251,22 @@ struct RouterGemm {
       prefetch_weight();
     }
     if (kSplit > 1 and threadIdx.x == 0 and rank == 0) expect_other_blocks(arrived);
-    cluster_arrive();  // the first block and its barrier must be there before anyone sends to it
+    cluster_arrive();
+    cluster_wait();  // the first block and its barrier must be there before anyone sends to it
     wait_for_predecessor();
     if constexpr (not Config::kFrozen) load_weight<false>(0);
     multiply_share();
     store_partial_sums(partial);
     __syncthreads();
-    cluster_wait();
-    for (int i = threadIdx.x; i < kTokens * kSums; i += kWarps * 32) {
-      const int index = i / kSums * kPitch + i % kSums;
-      send_to_first_block(by_rank, arrived, index, sum_over_warps(partial, index));
+    if (rank != 0) {
+      for (int i = threadIdx.x; i < kTokens * kSums; i += kWarps * 32) {
+        const int index = i / kSums * kPitch + i % kSums;
+        send_to_first_block(by_rank, arrived, index, sum_over_warps(partial, index));
+      }
+      return;
     }
-    if (rank != 0) return;
-    __syncthreads();
-    if constexpr (kSplit > 1) wait_for_other_blocks(arrived);
-    store_logits(by_rank);
+    if (kSplit > 1 and threadIdx.x < kTokens * 16) wait_for_other_blocks(arrived);
+    store_logits(partial, by_rank);
   }
 
   static __forceinline__ void cluster_arrive() {

@@ -1,0 +1,68 @@
+"""The same bits: for a token whatever comes with it, in every run, frozen or not, with and without PDL."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_kernels import DEEPSEEK_V3, assert_same_bits, gate_on_gpu, random_hidden, rows_of, run
+from routers import SPECS
+
+from moegate import RouterSpec
+
+pytestmark = pytest.mark.gpu
+
+# Either side of where the kernels change, and of a tile.
+ROWS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# Small ones, and such as are split among the blocks of a cluster and looped over by a warp.
+SHAPES: dict[str, RouterSpec] = {
+    **{name: SPECS[name] for name in ("softmax of selected", "sigmoid with bias in groups", "hash", "largest")},
+    "input norm": RouterSpec(2816, 128, 8, renormalize=True, input_norm_eps=1e-6, per_expert_scale=True),
+    "deepseek-v3": DEEPSEEK_V3,
+    "odd": RouterSpec(1000, 258, 6, "sigmoid", "score", renormalize=True),
+}
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_token_has_the_same_bits_at_every_m(name: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    spec = SHAPES[name]
+    hidden = random_hidden(spec, 64, hidden_dtype)
+    safe, frozen = (gate_on_gpu(spec, weight_dtype, frozen=frozen) for frozen in (False, True))
+    expected = run(safe, hidden)
+    assert_same_bits(run(frozen, hidden), expected, "if frozen, at M = 64")
+    for rows in ROWS:
+        for gate in (safe, frozen):
+            got = run(gate, hidden[:rows])
+            assert_same_bits(got, rows_of(expected, rows), f"at M = {rows}, frozen = {gate.frozen}")
+
+
+def test_a_token_has_the_same_bits_in_every_place() -> None:
+    """Not only among the first tokens, and whatever the others are."""
+    gate, hidden = gate_on_gpu(DEEPSEEK_V3, frozen=True), random_hidden(DEEPSEEK_V3, 64)
+    expected = run(gate, hidden)
+    for by in (1, 8, 31):
+        turned = run(gate, hidden.roll(by, 0))
+        for part, whole in zip(turned[:3], expected[:3], strict=True):
+            assert part is not None
+            assert whole is not None
+            assert part.equal(whole.roll(by, 0))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_thousand_runs_have_the_same_bits(frozen: bool) -> None:
+    gate, hidden = gate_on_gpu(DEEPSEEK_V3, frozen=frozen), random_hidden(DEEPSEEK_V3, 5)
+    expected = run(gate, hidden)
+    for at in range(1000):
+        assert_same_bits(run(gate, hidden), expected, f"in run {at}")
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 100])
+@pytest.mark.parametrize("name", SHAPES)
+def test_without_pdl_the_bits_are_the_same(name: str, rows: int) -> None:
+    spec = SHAPES[name]
+    hidden = random_hidden(spec, rows)
+    expected = run(gate_on_gpu(spec), hidden)
+    for frozen in (False, True):
+        assert_same_bits(run(gate_on_gpu(spec, frozen=frozen, pdl=False), hidden), expected)

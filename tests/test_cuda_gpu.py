@@ -1,0 +1,210 @@
+"""The CUDA backend on a GPU: it runs every spec, keeps the contract on every path, and says what it cannot do."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from cuda_kernels import (
+    DEEPSEEK_V3,
+    assert_same_bits,
+    gate_on_gpu,
+    on_gpu,
+    problems_of,
+    random_hidden,
+    random_weight,
+    run,
+)
+from routers import SPECS, random_logits, tensors_of, token_ids
+from torch import Tensor
+
+import moegate
+from moegate import Gate, RouterSpec, Routing
+from moegate.backends.cuda import alignment, gemm, router, selection
+from moegate.backends.cuda.sources import GemmDtypes
+from moegate.contract.verify import verify_logits, verify_routing
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SPEC = SPECS["sigmoid with bias in groups"]
+PTX_SHAPES = {
+    **{name: SPECS[name] for name in ("sigmoid", "softmax of selected", "input norm and expert scale")},
+    "deepseek-v3": DEEPSEEK_V3,
+    "odd": RouterSpec(1000, 258, 6, "sigmoid", "score", renormalize=True),
+}
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", SPECS)
+def test_every_spec_runs_on_the_kernels(name: str, frozen: bool) -> None:
+    gate = gate_on_gpu(SPECS[name], frozen=frozen)
+    assert gate._backend.name == "cuda"
+    for rows in (0, 1, 3, 64, 65):
+        hidden = random_hidden(SPECS[name], rows)
+        assert problems_of(run(gate, hidden), hidden, gate.weight, SPECS[name], tensors_of(SPECS[name])) == []
+
+
+@pytest.mark.parametrize("hidden_size", [1, 63, 100, 7166])
+def test_a_k_that_no_lane_can_load_warns_once_and_works(hidden_size: int) -> None:
+    spec = RouterSpec(hidden_size, 48, 4, "sigmoid", renormalize=True)
+    router._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=f"K = {hidden_size} is not a multiple of 8"):
+        gate = gate_on_gpu(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gate_on_gpu(spec)
+        for rows in (0, 1, 17, 65):
+            hidden = random_hidden(spec, rows)
+            assert problems_of(run(gate, hidden), hidden, gate.weight, spec, tensors_of(spec)) == []
+    assert gate._backend.name == "cuda"
+
+
+@pytest.mark.parametrize("arch", ["compute_80", "compute_90"])
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PTX_SHAPES)
+def test_gemms_from_ptx_keep_the_contract(
+    name: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype, arch: str
+) -> None:
+    """What a chip newer than this package runs; and the path without clusters, on a chip that has them."""
+    spec = PTX_SHAPES[name]
+    tensors = on_gpu(tensors_of(spec))
+    dtypes = GemmDtypes(
+        hidden_dtype,
+        weight_dtype,
+        None if tensors.bias is None else tensors.bias.dtype,
+        None if tensors.input_scale is None else tensors.input_scale.dtype,
+        torch.float32,
+    )
+    # compute_80 knows no wait for a predecessor
+    kernels = gemm.GemmKernels(
+        spec.hidden_size,
+        spec.num_gate_rows,
+        dtypes,
+        spec.input_norm_eps,
+        device(),
+        frozen=False,
+        pdl=arch == "compute_90",
+        arch=arch,
+    )
+    weight = random_weight(spec, weight_dtype)
+    for rows in (1, 8, 17, 33, 64):
+        hidden = random_hidden(spec, rows, hidden_dtype)
+        logits = torch.full((rows, spec.num_gate_rows), torch.nan, device="cuda")
+        kernels.launch(
+            hidden, weight, tensors.bias, tensors.input_scale, logits, torch.cuda.current_stream().cuda_stream
+        )
+        assert verify_logits(logits, hidden, weight, spec, tensors).problems == []
+
+
+@pytest.mark.parametrize("arch", ["compute_80", "compute_90"])
+@pytest.mark.parametrize("name", SPECS)
+def test_selections_from_ptx_keep_the_contract(name: str, arch: str) -> None:
+    spec = SPECS[name]
+    tensors = on_gpu(tensors_of(spec))
+    dtypes = selection.select_dtypes(torch.float32, tensors, torch.int64 if spec.hash_routing else None)
+    kernels = selection.SelectKernels(
+        spec, dtypes, device(), aligned=True, frozen=False, pdl=arch == "compute_90", arch=arch
+    )
+    for rows in (1, 9, 2000):
+        logits = random_logits(spec, rows).cuda()
+        routing = kernels.outputs(logits)
+        ids = token_ids(rows).cuda() if spec.hash_routing else None
+        kernels.launch(routing, tensors, ids, torch.cuda.current_stream().cuda_stream)
+        verdict = verify_routing(routing, logits, spec, tensors, input_ids=ids)
+        assert verdict.problems == []
+
+
+def shifted(hidden: Tensor) -> Tensor:
+    """The same numbers, one element off any alignment."""
+    buffer = torch.zeros(hidden.numel() + 1, dtype=hidden.dtype, device=hidden.device)
+    buffer[1:] = hidden.flatten()
+    return buffer[1:].view_as(hidden)
+
+
+def apart(hidden: Tensor, by: int) -> Tensor:
+    """The same numbers, in rows that are `by` elements further apart."""
+    rows, size = hidden.shape
+    buffer = torch.zeros(rows, size + by, dtype=hidden.dtype, device=hidden.device)
+    buffer[:, :size] = hidden
+    return buffer[:, :size]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", ["offset by one", "rows K + 1 apart"])
+def test_misaligned_hidden_gives_the_same_bits_and_warns_once(how: str, dtype: torch.dtype) -> None:
+    gate, hidden = gate_on_gpu(SPEC, dtype), random_hidden(SPEC, 33, dtype)
+    expected = run(gate, hidden)
+    moved = shifted(hidden) if how == "offset by one" else apart(hidden, 1)
+    alignment._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="hidden is copied in every call"):
+        assert_same_bits(run(gate, moved), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same_bits(run(gate, moved), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_aligned_rows_apart_are_read_in_place(dtype: torch.dtype) -> None:
+    gate, hidden = gate_on_gpu(SPEC, dtype), random_hidden(SPEC, 33, dtype)
+    alignment._warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same_bits(run(gate, apart(hidden, 8)), run(gate, hidden))
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_a_failed_launch_leaves_the_next_call_right(rows: int) -> None:
+    gate, hidden = gate_on_gpu(SPEC), random_hidden(SPEC, rows)
+    expected = run(gate, hidden)
+    assert isinstance(gate._prepared, router.CudaRouter)
+    of_selection = next(iter(gate._prepared._select_by_inputs.values()))
+    of_gemm = next(iter(gate._prepared._gemm_by_dtype.values()))
+    for kernel in (of_selection._few, *of_gemm._kernels.values()):
+        nothing = kernel._pack.unpack(bytes(kernel._pack.size))
+        with pytest.raises(RuntimeError, match="cuLaunchKernelEx: CUDA_ERROR_INVALID"):
+            kernel.launch((0, 1), torch.cuda.current_stream().cuda_stream, *nothing)
+    assert_same_bits(run(gate, hidden), expected)
+
+
+def test_a_compilation_inside_a_capture_is_refused() -> None:
+    spec = RouterSpec(72, 37, 3, "sigmoid", renormalize=True, routed_scaling_factor=1.0625)
+    weight, hidden = random_weight(spec), random_hidden(spec, 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.zeros(1, device="cuda")  # an empty graph would warn
+        with pytest.raises(RuntimeError, match=r"captured into a CUDA graph; allowed: .*Gate\.warmup\(\)"):
+            moegate.route(hidden, weight, spec)
+    # refused once is not refused for ever
+    expected = moegate.route(hidden, weight, spec, return_logits=True)
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        captured = moegate.route(hidden, weight, spec, return_logits=True)
+    graph.replay()
+    assert_same_bits(captured, expected)
+
+
+def routing_on(index: int) -> tuple[Routing, Gate]:
+    with torch.cuda.device(index):
+        gate = gate_on_gpu(SPEC)
+        hidden = random_hidden(SPEC, 5)
+    return run(gate, hidden), gate  # with the first device current again
+
+
+def test_on_another_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device; this is about a second one")
+    expected, _ = routing_on(0)
+    routing, gate = routing_on(1)
+    assert gate._backend.name == "cuda"
+    for part, other in zip(routing[:3], expected[:3], strict=True):
+        assert isinstance(part, Tensor)
+        assert isinstance(other, Tensor)
+        assert part.device.index == 1
+        assert part.cpu().equal(other.cpu())
+    assert torch.cuda.current_device() == 0

@@ -57,7 +57,7 @@ def plan_gemm(hidden_size: int, rows: int, operand_parts: tuple[int, int], chip:
     warps = -(-steps_of_block // steps_of_warp)
     is_loop = steps_of_warp > 4 or not chip.has_clusters
     ahead = min(steps_of_warp, 4 if parts_of_pair == 1 and not is_loop else 2)
-    most_tiles = 2 if operand_parts[0] == 3 else 4 if parts_of_pair > 1 else 8
+    most_tiles = 2 if operand_parts[0] == 3 else 4 if parts_of_pair > 1 or warps > 16 else 8
     tiles_of_block = tuple(count for count in (1, 2, 4, 8) if count <= most_tiles // (2 if is_loop else 1))
     return GemmPlan(split, warps, steps_of_warp, ahead, tiles_of_block)
 

@@ -101,17 +101,16 @@ class CudaRouter:
             self.warmup(hidden.dtype, ids_dtype, aligned=aligned)
             return self.route(hidden, weight, tensors, input_ids)
 
-        num_tokens = hidden.shape[0]
+        num_tokens, rows = hidden.shape[0], self._spec.num_gate_rows
+        if num_tokens == 0:
+            return select.outputs(torch.empty((0, rows), dtype=self._logits_dtype, device=self._device))
         stream = torch._C._cuda_getCurrentRawStream(self._index)  # torch.cuda.current_stream() takes 4 us
         if gemm_kernels is None or num_tokens > MAX_DECODE_TOKENS:
-            logits = torch_gemm.logits(hidden, weight, self._spec, tensors, None)
-            routing = select.outputs(logits)
+            routing = select.outputs(torch_gemm.logits(hidden, weight, self._spec, tensors, None))
         else:
             assert weight.dtype == self._weight_dtype, "Gate.refresh() was not called after a change of dtype"
-            logits = torch.empty((num_tokens, self._spec.num_gate_rows), dtype=self._logits_dtype, device=self._device)
+            logits = torch.empty((num_tokens, rows), dtype=self._logits_dtype, device=self._device)
             routing = select.outputs(logits)
-            if num_tokens == 0:
-                return routing
             gemm_kernels.launch(hidden, weight, tensors.bias, tensors.input_scale, logits, stream)
         select.launch(routing, tensors, input_ids, stream)
         return routing

@@ -83,7 +83,7 @@ def gemm_source(
         + "template <int kTiles>\nstruct Tiled : Config {\n"
         + "  static constexpr int kTokenTiles = kTiles;\n"
         # 8 tiles have their sums in the registers that further steps would need; the order of the sums stays.
-        + f"  static constexpr int kAhead = kTiles < 8 ? {plan.ahead} : 1;\n}};\n"
+        + f"  static constexpr int kAhead = kTiles < 8 ? {plan.ahead} : {min(plan.ahead, 2)};\n}};\n"
         + "".join(kernels)
     )
 

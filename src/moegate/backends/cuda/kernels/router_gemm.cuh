@@ -108,7 +108,7 @@ struct RouterGemm {
   // kAhead steps for all tokens, with as many loads of hidden in flight at once as registers are left for.
   __forceinline__ void multiply_steps(int step) {
     constexpr int kPieces = kAhead * Config::kTokenTiles;
-    constexpr int kMost = Config::kTokenTiles == 8 ? 2 : sizeof(Hidden) == 2 ? 8 : 4;
+    constexpr int kMost = sizeof(Hidden) == 2 and Config::kTokenTiles < 8 ? 8 : 4;
     constexpr int kBatch = kPieces <= kMost ? kPieces : kPieces % 3 == 0 ? kMost / 4 * 3 : kMost;
     static_assert(kPieces % kBatch == 0);
 #pragma unroll

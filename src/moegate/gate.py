@@ -153,6 +153,13 @@ class Gate(nn.Module):
             routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared)
         return routing if return_logits else routing.without_logits()
 
+    def warmup(self, *hidden_dtypes: torch.dtype) -> None:
+        """Routes one token in each of these dtypes of `hidden`, so that nothing is left to be compiled later."""
+        weight = self.weight
+        ids = torch.zeros(1, dtype=torch.int64, device=weight.device) if self.spec.hash_routing else None
+        for dtype in hidden_dtypes:
+            self(torch.zeros((1, self.spec.hidden_size), dtype=dtype, device=weight.device), input_ids=ids)
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Takes note of changed tensors, after an update in place of a frozen gate, and checks them as at first."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moegate.backends.cuda import gemm, jit, selection
+from moegate.backends.cuda.alignment import is_aligned
 from moegate.backends.cuda.plan import MAX_DECODE_TOKENS
 from moegate.backends.cuda.router import CudaRouter, TensorDtypes
 from moegate.backends.cuda.sources import GemmDtypes
@@ -36,6 +37,8 @@ class CudaBackend:
         self, weight: Tensor, spec: RouterSpec, tensors: RouterTensors, *, frozen: bool, pdl: bool
     ) -> CudaRouter:
         """The kernels for this gate, compiled for what its model most likely sends; others are when they come."""
+        # A copy that each call makes is the predecessor's output, which a frozen gate would load too early.
+        frozen = frozen and is_aligned(weight)
         router = CudaRouter(spec, weight.dtype, TensorDtypes.of(tensors), weight.device, frozen=frozen, pdl=pdl)
         hidden = weight.dtype if weight.dtype != torch.float32 else torch.bfloat16
         router.warmup(hidden, torch.int64 if spec.hash_routing else None)

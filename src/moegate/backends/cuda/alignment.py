@@ -10,10 +10,15 @@ from torch import Tensor
 _BYTES = 16
 
 
+def is_aligned(tensor: Tensor) -> bool:
+    """True if every row of `tensor` [M, K] starts at a multiple of 16 bytes."""
+    rows_apart = tensor.stride(0) if tensor.shape[0] > 1 else 0
+    return (tensor.data_ptr() | rows_apart * tensor.element_size()) % _BYTES == 0
+
+
 def aligned_rows(tensor: Tensor, name: str) -> Tensor:
     """`tensor` [M, K], or a copy of it if a row of it starts between two multiples of 16 bytes."""
-    rows_apart = tensor.stride(0) if tensor.shape[0] > 1 else 0
-    if (tensor.data_ptr() | rows_apart * tensor.element_size()) % _BYTES == 0:
+    if is_aligned(tensor):
         return tensor
     _warn_once(name)
     return tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()

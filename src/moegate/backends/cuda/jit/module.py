@@ -57,7 +57,7 @@ class Kernel:
         config.hStream = stream
         (error,) = _driver().cuLaunchKernelEx(config, self._function, here.parameters, 0)
         if error == 201:  # CUDA_ERROR_INVALID_CONTEXT: a thread in which nothing has used the GPU yet
-            torch.cuda.set_device(torch.cuda.current_device())
+            _make_context_current()
             (error,) = _driver().cuLaunchKernelEx(config, self._function, here.parameters, 0)
         if error != 0:
             raise RuntimeError(f"cuLaunchKernelEx: {error.name}")
@@ -159,6 +159,13 @@ def _load_once(source: str, arch: str, index: int) -> Module:
     with torch.cuda.device(index):
         torch.cuda.current_stream().synchronize()  # makes sure of a context
         return Module(compile_binary(source, arch).code, arch)
+
+
+def _make_context_current() -> None:
+    """Binds the thread to PyTorch's context, which set_device leaves alone if the device stays the same."""
+    driver = _driver()
+    context = _call(driver.cuDevicePrimaryCtxRetain, torch.cuda.current_device())
+    _call(driver.cuCtxSetCurrent, context)
 
 
 @cache

@@ -39,7 +39,7 @@ class CudaBackend:
         """The kernels for this gate, compiled for what its model most likely sends; others are when they come."""
         # A copy that each call makes is the predecessor's output, which a frozen gate would load too early.
         frozen = frozen and is_aligned(weight)
-        router = CudaRouter(spec, weight.dtype, TensorDtypes.of(tensors), weight.device, frozen=frozen, pdl=pdl)
+        router = _router(spec, weight.dtype, TensorDtypes.of(tensors), weight.device, frozen, pdl)
         hidden = weight.dtype if weight.dtype != torch.float32 else torch.bfloat16
         router.warmup(hidden, torch.int64 if spec.hash_routing else None)
         return router
@@ -89,16 +89,15 @@ class CudaBackend:
     ) -> Routing:
         """See `moegate.route`."""
         if prepared is None:
-            prepared = _router(spec, weight.dtype, TensorDtypes.of(tensors), weight.device)
+            # Nothing is known of who else writes to the tensors of a call without a gate: not frozen.
+            prepared = _router(spec, weight.dtype, TensorDtypes.of(tensors), weight.device, False, True)
         assert isinstance(prepared, CudaRouter)
         return prepared.route(hidden, weight, tensors, input_ids)
 
 
 @cache
-def _router(spec: RouterSpec, weight: torch.dtype, dtypes: TensorDtypes, device: torch.device) -> CudaRouter:
-    """The kernels for calls without a gate: nothing is known of who else writes to their tensors."""
-    return CudaRouter(spec, weight, dtypes, device, frozen=False, pdl=True)
-
-
-def _dtypes(tensors: RouterTensors) -> tuple[torch.dtype | None, ...]:
-    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+def _router(
+    spec: RouterSpec, weight: torch.dtype, dtypes: TensorDtypes, device: torch.device, frozen: bool, pdl: bool
+) -> CudaRouter:
+    """One for all gates that are alike, since it holds no tensor."""
+    return CudaRouter(spec, weight, dtypes, device, frozen=frozen, pdl=pdl)

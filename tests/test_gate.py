@@ -208,3 +208,13 @@ def test_on_a_gpu(name: str) -> None:
             assert routing.logits is not None
             assert verify_logits(routing.logits, hidden, weight_there, spec, tensors).problems == []
             assert verify_routing(routing, routing.logits, spec, tensors, input_ids=ids).problems == []
+
+
+def test_warmup_routes_a_token_of_each_dtype() -> None:
+    gate = a_gate(frozen=False)
+    seen: list[torch.dtype] = []
+    gate.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    gate.warmup(torch.float16, torch.float32)
+    assert seen == [torch.float16, torch.float32]
+    with pytest.raises(TypeError, match="hidden: got dtype float64"):
+        gate.warmup(torch.float64)

@@ -38,7 +38,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         console.print("PyTorch finds no CUDA device: nothing is measured")
         raise SystemExit(2)
-    run = describe_run(shlex.join(["python", "benchmarks/gpu/run.py", *sys.argv[1:]]), flashinfer_version())
+    given = ["DIR" if argument == str(arguments.out) else argument for argument in sys.argv[1:]]
+    run = describe_run(shlex.join(["python", "benchmarks/gpu/run.py", *given]), flashinfer_version())
     versions = f"torch {run['torch']}, FlashInfer {run['flashinfer']}, moegate {run['moegate_commit']}"
     console.print(f"{run['gpu']}, {versions}", markup=False)
     bench = Bench(Options(compile_catalog=arguments.compile))

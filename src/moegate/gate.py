@@ -154,7 +154,14 @@ class Gate(nn.Module):
         return routing if return_logits else routing.without_logits()
 
     def warmup(self, *hidden_dtypes: torch.dtype) -> None:
-        """Routes one token in each of these dtypes of `hidden`, so that nothing is left to be compiled later."""
+        """Routes one token in each of these dtypes of `hidden`, so that nothing is left to be compiled later.
+
+        Args:
+            hidden_dtypes: bfloat16, float16 or float32.
+
+        Raises:
+            TypeError: Another dtype.
+        """
         weight = self.weight
         ids = torch.zeros(1, dtype=torch.int64, device=weight.device) if self.spec.hash_routing else None
         for dtype in hidden_dtypes:

@@ -1,9 +1,9 @@
 """The router as one PyTorch operator, for compilers: `torch.ops.moegate.route`.
 
 A compiler that looked inside would freeze the choice that is made by the number of tokens, and cannot
-follow a kernel launch. Eager calls do not come through here: a dispatch costs as much as a launch.
+follow a kernel launch. Eager calls go around it, and save the dispatch.
 
-Defined by `Library.define` and `impl`, since `torch.library.custom_op` takes several times as long a call.
+Defined by `Library.define` and `impl`: `torch.library.custom_op` does more in each call.
 """
 
 from __future__ import annotations
@@ -90,20 +90,7 @@ def _run(
     return routing.topk_ids, routing.topk_weights, routing.logits, shared, identity
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    spec: str,
-    bias: Tensor | None,
-    e_score_correction_bias: Tensor | None,
-    input_scale: Tensor | None,
-    per_expert_scale: Tensor | None,
-    global_scale: Tensor | None,
-    tid2eid: Tensor | None,
-    input_ids: Tensor | None,
-    frozen: bool,
-    pdl: bool,
-) -> _Parts:
+def _fake(hidden: Tensor, weight: Tensor, spec: str, *_: object) -> _Parts:
     parsed, num_tokens = _spec(spec), hidden.shape[0]
     dtype = getattr(torch, parsed.topk_weights_dtype)
     shared, zero = parsed.num_shared_gates, parsed.num_zero_experts

@@ -88,4 +88,4 @@ gemm_kernels = cache(GemmKernels)
 def chip_of(device: torch.device, arch: str | None = None) -> Chip:
     """The chip that kernels for `arch`, the device's own by default, are planned for."""
     arch = arch or jit.arch_of(torch.cuda.get_device_capability(device))
-    return Chip(torch.cuda.get_device_properties(device).multi_processor_count, jit.generation(arch) >= 90)
+    return Chip(torch.cuda.get_device_properties(device).multi_processor_count, jit.has_clusters_and_pdl(arch))

@@ -46,9 +46,9 @@ def plan_gemm(hidden_size: int, rows: int, operand_parts: tuple[int, int], chip:
     tiles = -(-rows // ROWS_OF_TILE)
     steps = -(-hidden_size // COLUMNS_OF_STEP)
     split = 1
-    while chip.has_clusters and split < 8 and 2 * split * tiles <= chip.num_sms and steps >= 8 * split:
-        if split * tiles >= 64:
-            break  # the other multiprocessors are for more tokens, or for the kernels beside this one
+    # Fewer than 128 blocks, on any chip: some multiprocessors are left to the kernels beside this one.
+    most_blocks = min(127, chip.num_sms)
+    while chip.has_clusters and split < 8 and 2 * split * tiles <= most_blocks and steps >= 8 * split:
         split *= 2
     steps_of_block = -(-steps // split)
     # Registers decide the rest: an operand of several parts takes several times as many, a loop some more.

@@ -104,7 +104,7 @@ class CudaRouter:
         num_tokens, rows = hidden.shape[0], self._spec.num_gate_rows
         if num_tokens == 0:
             return select.outputs(torch.empty((0, rows), dtype=self._logits_dtype, device=self._device))
-        stream = torch._C._cuda_getCurrentRawStream(self._index)  # torch.cuda.current_stream() takes 4 us
+        stream = torch._C._cuda_getCurrentRawStream(self._index)  # no object is made of it
         if gemm_kernels is None or num_tokens > MAX_DECODE_TOKENS:
             routing = select.outputs(torch_gemm.logits(hidden, weight, self._spec, tensors, None))
         else:

@@ -117,8 +117,7 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
         "bool kHasExpertScale": spec.per_expert_scale,
         "bool kHasGlobalScale": spec.global_scale,
         "bool kIsHash": spec.hash_routing,
-        "bool kAlignedLogits": aligned,
-        "bool kAlignedBias": aligned,
+        "bool kAligned": aligned,
         "bool kFrozen": frozen,
     }
     types = {

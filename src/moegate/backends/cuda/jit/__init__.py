@@ -4,6 +4,15 @@ text -> compiler.py (NVRTC) -> cubin, kept by cache.py on disk -> module.py (dri
 """
 
 from moegate.backends.cuda.jit.compiler import Binary, compile_binary, missing_compiler
-from moegate.backends.cuda.jit.module import Kernel, Module, arch_of, generation, load
+from moegate.backends.cuda.jit.module import Kernel, Module, arch_of, has_clusters_and_pdl, load
 
-__all__ = ["Binary", "Kernel", "Module", "arch_of", "compile_binary", "generation", "load", "missing_compiler"]
+__all__ = [
+    "Binary",
+    "Kernel",
+    "Module",
+    "arch_of",
+    "compile_binary",
+    "has_clusters_and_pdl",
+    "load",
+    "missing_compiler",
+]

@@ -8,6 +8,7 @@ from importlib import import_module, resources
 from typing import Any, NamedTuple
 
 from moegate.backends.cuda.jit import cache as disk
+from moegate.backends.cuda.jit.errors import checked
 
 _EXTRA = "`pip install moegate[cu13]` (or [cu12], as torch.version.cuda says) brings it"
 _FLAGS = ("--std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v")
@@ -83,7 +84,7 @@ def _version() -> tuple[int, int]:
 def _compile(source: str, arch: str) -> Binary:
     nvrtc = _nvrtc()
     names, texts = zip(*headers().items(), strict=True)
-    program = _call(
+    program = checked(
         nvrtc.nvrtcCreateProgram,
         source.encode(),
         b"moegate.cu",
@@ -101,17 +102,10 @@ def _compile(source: str, arch: str) -> Binary:
             return Binary(_text(program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX), log)
         return Binary(_text(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), log)
     finally:
-        _call(nvrtc.nvrtcDestroyProgram, program)
+        checked(nvrtc.nvrtcDestroyProgram, program)
 
 
 def _text(program: Any, size_of: Any, fill: Any) -> bytes:
-    data = bytes(_call(size_of, program))
-    _call(fill, program, data)
+    data = bytes(checked(size_of, program))
+    checked(fill, program, data)
     return data
-
-
-def _call(function: Any, *arguments: Any) -> Any:
-    error, *values = function(*arguments)
-    if error != 0:
-        raise RuntimeError(f"{function.__name__}: {error.name}")
-    return values[0] if values else None

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from moegate.backends.cuda.jit.compiler import compile_binary
+from moegate.backends.cuda.jit.errors import checked
 
 # What NVRTC calls the chips that have instructions of their own, which need the suffix.
 _SUFFIXED = {90, 100, 103, 110, 120, 121}
 _NEWEST = 121
-_HAS_CLUSTERS_AND_PDL = 90
 _MAX_PLAIN_SHARED_BYTES = 48 * 1024
 
 
@@ -93,8 +93,8 @@ class Module:
 
     def __init__(self, code: bytes, arch: str) -> None:
         self._code = code  # the driver may read it later than it says
-        self._waits_for_predecessor = generation(arch) >= _HAS_CLUSTERS_AND_PDL
-        self._library = _call(_driver().cuLibraryLoadData, code, [], [], 0, [], [], 0)
+        self._waits_for_predecessor = has_clusters_and_pdl(arch)
+        self._library = checked(_driver().cuLibraryLoadData, code, [], [], 0, [], [], 0)
 
     def kernel(
         self,
@@ -108,11 +108,11 @@ class Module:
     ) -> Kernel:
         """A kernel by name; see `Kernel`. Code for chips without `pdl` does not wait, and so never starts early."""
         driver = _driver()
-        handle = _call(driver.cuLibraryGetKernel, self._library, name.encode())
+        handle = checked(driver.cuLibraryGetKernel, self._library, name.encode())
         device = torch.cuda.current_device()
         if shared_bytes > _MAX_PLAIN_SHARED_BYTES:
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _call(driver.cuKernelSetAttribute, most, shared_bytes, handle, device)
+            checked(driver.cuKernelSetAttribute, most, shared_bytes, handle, device)
         pdl = pdl and self._waits_for_predecessor
         function = driver.CUfunction(int(handle))  # the launch takes either kind of handle
         return Kernel(function, fields, threads, cluster, shared_bytes, pdl)
@@ -136,9 +136,9 @@ def arch_of(capability: tuple[int, int]) -> str:
     return f"sm_{number}{'a' if number in _SUFFIXED else ''}"
 
 
-def generation(arch: str) -> int:
-    """The number in `sm_90a` or `compute_90`."""
-    return int("".join(filter(str.isdigit, arch)))
+def has_clusters_and_pdl(arch: str) -> bool:
+    """True if code for `arch`, such as `sm_90a` or `compute_80`, has thread block clusters and dependent launch."""
+    return int("".join(filter(str.isdigit, arch))) >= 90
 
 
 _lock = threading.Lock()
@@ -164,17 +164,10 @@ def _load_once(source: str, arch: str, index: int) -> Module:
 def _make_context_current() -> None:
     """Binds the thread to PyTorch's context, which set_device leaves alone if the device stays the same."""
     driver = _driver()
-    context = _call(driver.cuDevicePrimaryCtxRetain, torch.cuda.current_device())
-    _call(driver.cuCtxSetCurrent, context)
+    context = checked(driver.cuDevicePrimaryCtxRetain, torch.cuda.current_device())
+    checked(driver.cuCtxSetCurrent, context)
 
 
 @cache
 def _driver() -> Any:
     return import_module("cuda.bindings.driver")
-
-
-def _call(function: Any, *arguments: Any) -> Any:
-    error, *values = function(*arguments)
-    if error != 0:
-        raise RuntimeError(f"{function.__name__}: {error.name}")
-    return values[0] if values else None

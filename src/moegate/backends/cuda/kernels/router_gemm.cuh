@@ -5,10 +5,10 @@
 //   of a cluster own the same rows and tokens. A warp owns kSteps steps of 32 elements of that share.
 // - The weight's rows are the 16-row operand of the tensor cores and the tokens the 8-column one, so that up
 //   to 8 tokens cost what one does.
-// - Every lane loads its operands straight into registers, 16 bytes at a time: nothing is used twice in a
-//   block, so that shared memory would only add a stop. All loads of a warp are in flight at once.
-// - Sums are added in a fixed order that kSplit, kWarps and kSteps decide, and these depend on K, R and the
-//   dtypes alone: the same bits in every run, and for a token at every M.
+// - Every lane loads its operands straight into registers, 16 bytes at a time: no lane needs what
+//   another has loaded, so that shared memory would only add a stop. All loads of a warp are in flight at once.
+// - Sums are added in a fixed order that kSplit, kWarps and kSteps decide, and these depend on K, R, the
+//   dtypes and the chip alone: the same bits in every run, and for a token at every M.
 //
 // A frozen weight is loaded before the wait for the predecessor, hidden after it. Another weight may just be
 // being written by the predecessor: it is prefetched to L2 before the wait and loaded after it.

@@ -57,7 +57,7 @@ struct Select {
   // The lane's logits, and whether any of the row's is NaN.
   __forceinline__ bool load(float (&values)[kPerLane]) const {
     bool is_nan = false;
-    constexpr int kVector = Config::kAlignedLogits and kPerLane % 4 == 0 and R % 4 == 0 and E % 4 == 0 ? 4 : 1;
+    constexpr int kVector = Config::kAligned and kPerLane % 4 == 0 and R % 4 == 0 and E % 4 == 0 ? 4 : 1;
     if constexpr (kVector == 4) {
       load_vectors(values);
     } else {
@@ -112,7 +112,7 @@ struct Select {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const int id = lane * kPerLane + i;
-        if constexpr (Config::kAlignedBias and kPerLane % 4 == 0 and E % 4 == 0) {
+        if constexpr (Config::kAligned and kPerLane % 4 == 0 and E % 4 == 0) {
           if (i % 4 != 0) continue;
           float4 four = {};
           if (id < E) four = *reinterpret_cast<const float4*>(arguments.correction_bias + id);

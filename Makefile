@@ -1,6 +1,7 @@
 # The two commands of the README, and what CI runs. PYTHON chooses the Python that .venv is made of:
 #   make demo PYTHON=/path/to/python
 PYTHON ?= python3
+SHELL := bash
 RUN := .venv/bin
 
 .PHONY: demo test test-gpu lint bench-cpu bench-gpu env clean
@@ -12,16 +13,23 @@ test: env
 	$(RUN)/python -m pytest -n auto
 
 # On a GPU host, with what PYTHON has there (torch, pytest, hypothesis and pytest-xdist): the contract's tests on
-# the GPU, then the tests that are about a GPU.
-test-gpu:
-	PYTHONPATH=$(CURDIR)/src $(PYTHON) -m pytest -n 8 -p no:cacheprovider --device cuda tests/test_contract_*.py \
-	  tests/test_gate.py tests/test_properties.py tests/test_arguments.py tests/test_ops.py
-	PYTHONPATH=$(CURDIR)/src $(PYTHON) -m pytest -n 8 -p no:cacheprovider -m gpu
+# the GPU, then the tests that are about a GPU. What they say is kept in RESULTS.
+RESULTS ?= benchmarks/results/h200
+GPU_TESTS := PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) $(PYTHON) -m pytest -q -n 12 -p no:cacheprovider
 
-# Also on a GPU host: into benchmarks/results/h200, from where it goes on when it is called again.
+test-gpu:
+	mkdir -p $(RESULTS)
+	set -o pipefail; { \
+	  PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH):$(CURDIR) $(PYTHON) -m benchmarks.gpu.record && \
+	  $(GPU_TESTS) --device cuda tests/test_contract_*.py tests/test_gate.py tests/test_properties.py \
+	    tests/test_arguments.py tests/test_ops.py && \
+	  $(GPU_TESTS) -m gpu --ignore tests/test_cuda_catalog.py && \
+	  $(GPU_TESTS) -m gpu -rP tests/test_cuda_catalog.py; } 2>&1 | tee $(RESULTS)/tests.txt
+
+# Also on a GPU host: goes on from where it was when it is called again.
 bench-gpu:
-	PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) $(PYTHON) benchmarks/gpu/run.py --out benchmarks/results/h200
-	PYTHONPATH=$(CURDIR)/src $(PYTHON) benchmarks/gpu/report.py benchmarks/results/h200 > docs/performance.md
+	PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) $(PYTHON) benchmarks/gpu/run.py --out $(RESULTS)
+	PYTHONPATH=$(CURDIR)/src $(PYTHON) benchmarks/gpu/report.py $(RESULTS) > docs/performance.md
 
 lint: env
 	$(RUN)/ruff check .

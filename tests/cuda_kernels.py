@@ -14,6 +14,8 @@ from moegate.contract.verify import verify_logits, verify_routing
 from moegate.routing import RouterTensors
 
 H200_SMS = 132
+# The most that a block can have of shared memory: CUDA C++ Programming Guide, table of compute capabilities.
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 120: 99 << 10, 121: 99 << 10}
 DEEPSEEK_V3 = RouterSpec(
     7168, 256, 8, "sigmoid", "score", 8, 4, renormalize=True, renormalize_eps=1e-20, routed_scaling_factor=2.5
 )
@@ -29,7 +31,8 @@ def gemm_text(
 ) -> str:
     """The text of a router GEMM, as it is planned for a chip of that architecture with as many SMs as an H200."""
     operand_parts = plan.parts(dtypes.hidden, dtypes.weight, norm_eps is not None)[:2]
-    chip = plan.Chip(H200_SMS, number_of(arch) >= 90)
+    number = number_of(arch)
+    chip = plan.Chip(H200_SMS, number >= 90, SHARED_BYTES.get(number, 227 << 10))
     of_chip = plan.plan_gemm(hidden_size, rows, operand_parts, chip)
     return sources.gemm_source(hidden_size, rows, dtypes, norm_eps, of_chip, frozen=frozen)
 

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from moegate.backends.cuda import jit
 from moegate.backends.cuda.jit import cache, compiler
-from moegate.backends.cuda.plan import COLUMNS_OF_STEP, MAX_DECODE_TOKENS, Chip, parts, plan_gemm, token_tiles
+from moegate.backends.cuda.plan import (
+    COLUMNS_OF_STEP,
+    MAX_DECODE_TOKENS,
+    Chip,
+    parts,
+    plan_gemm,
+    shared_bytes,
+    token_tiles,
+)
 
 pytestmark = pytest.mark.cpu
 needs_nvrtc = pytest.mark.skipif(jit.missing_compiler() is not None, reason=str(jit.missing_compiler()))
@@ -199,7 +207,7 @@ DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
     hidden=DTYPES,
     weight=DTYPES,
     norm=st.booleans(),
-    chip=st.builds(Chip, st.integers(1, 200), st.booleans()),
+    chip=st.builds(Chip, st.integers(1, 200), st.booleans(), st.sampled_from([99 * 1024, 163 * 1024, 227 * 1024])),
 )
 def test_plans(steps_of_lane: int, rows: int, hidden: torch.dtype, weight: torch.dtype, norm: bool, chip: Chip) -> None:
     """Every column has an owner, in blocks and clusters that a chip can hold."""
@@ -208,9 +216,10 @@ def test_plans(steps_of_lane: int, rows: int, hidden: torch.dtype, weight: torch
     assert plan.split in (1, 2, 4, 8)
     assert chip.has_clusters or plan.split == 1
     assert 32 <= 32 * plan.warps <= 1024
-    assert 1 <= plan.ahead <= plan.steps
-    assert plan.token_tiles[0] == 1
-    assert list(plan.token_tiles) == sorted(set(plan.token_tiles))
+    assert all(1 <= ahead <= plan.steps for ahead in plan.ahead.values())
+    assert all(shared_bytes(plan.split, plan.warps, tiles) <= chip.shared_bytes for tiles in plan.ahead)
+    assert min(plan.ahead) == 1
+    assert list(plan.ahead) == sorted(plan.ahead)
     tiles = [token_tiles(tokens, plan) for tokens in range(1, MAX_DECODE_TOKENS + 1)]
-    assert set(tiles) <= set(plan.token_tiles)
+    assert set(tiles) <= set(plan.ahead)
     assert tiles == sorted(tiles)

@@ -41,6 +41,7 @@ SHAPES = [
     GemmCase(2880, 32, logits=BF16, has_bias=True),
     GemmCase(3072, 256, weight=FP32),
     GemmCase(1000, 258),
+    GemmCase(7168, 896),
     GemmCase(2816, 128, norm_eps=1e-6),
 ]
 PAIRS = [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, FP32), (FP16, BF16)]

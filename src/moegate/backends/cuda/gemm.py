@@ -9,12 +9,19 @@ from torch import Tensor
 
 from moegate.backends.cuda import jit
 from moegate.backends.cuda.alignment import aligned_rows
-from moegate.backends.cuda.plan import ROWS_OF_TILE, TOKENS_OF_TILE, Chip, parts, plan_gemm, token_tiles
+from moegate.backends.cuda.plan import (
+    ROWS_OF_TILE,
+    TOKENS_OF_TILE,
+    Chip,
+    alone_bytes,
+    parts,
+    plan_gemm,
+    shared_bytes,
+    token_tiles,
+)
 from moegate.backends.cuda.sources import GemmDtypes, gemm_source
 
 _FIELDS = "PPPPPqqi0q"  # GemmArguments of router_gemm.cuh, with the padding at its end
-_PITCH = 20  # RouterGemm::kPitch
-_BARRIER_BYTES = 8
 
 
 def unsupported(hidden_size: int) -> str | None:
@@ -39,7 +46,8 @@ class GemmKernels:
     ) -> None:
         assert unsupported(hidden_size) is None
         operand_parts = parts(dtypes.hidden, dtypes.weight, norm_eps is not None)[:2]
-        self._plan = plan = plan_gemm(hidden_size, rows, operand_parts, chip_of(device, arch))
+        chip = chip_of(device, arch)
+        self._plan = plan = plan_gemm(hidden_size, rows, operand_parts, chip)
         module = jit.load(gemm_source(hidden_size, rows, dtypes, norm_eps, plan, frozen=frozen), device, arch)
         self._kernels = {
             tiles: module.kernel(
@@ -47,10 +55,10 @@ class GemmKernels:
                 _FIELDS,
                 32 * plan.warps,
                 cluster=plan.split,
-                shared_bytes=4 * (plan.warps + plan.split) * TOKENS_OF_TILE * tiles * _PITCH + _BARRIER_BYTES,
+                shared_bytes=max(shared_bytes(plan.split, plan.warps, tiles), alone_bytes(chip)),
                 pdl=pdl,
             )
-            for tiles in plan.token_tiles
+            for tiles in plan.ahead
         }
         self._grid_x = -(-rows // ROWS_OF_TILE) * plan.split
 
@@ -88,4 +96,6 @@ gemm_kernels = cache(GemmKernels)
 def chip_of(device: torch.device, arch: str | None = None) -> Chip:
     """The chip that kernels for `arch`, the device's own by default, are planned for."""
     arch = arch or jit.arch_of(torch.cuda.get_device_capability(device))
-    return Chip(torch.cuda.get_device_properties(device).multi_processor_count, jit.has_clusters_and_pdl(arch))
+    found = torch.cuda.get_device_properties(device)
+    shared_bytes_of_block: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined] # its stub lacks it
+    return Chip(found.multi_processor_count, jit.has_clusters_and_pdl(arch), shared_bytes_of_block)

@@ -36,9 +36,9 @@ class SelectKernels:
         self._spec = spec
         self._weights_dtype = getattr(torch, spec.topk_weights_dtype)
         module = jit.load(select_source(spec, dtypes, aligned=aligned, frozen=frozen), device, arch)
-        group_words = spec.num_selectable + spec.n_group  # what groups.cuh needs, where it does
+        words = spec.top_k + 2 * spec.num_selectable + spec.n_group + 6  # Select::kWords of select.cuh, or more
         self._few, self._many = (
-            module.kernel("select", _FIELDS, 32 * warps, shared_bytes=4 * group_words * warps, pdl=pdl)
+            module.kernel("select", _FIELDS, 32 * warps, shared_bytes=4 * words * warps, pdl=pdl)
             for warps in (_WARPS_FEW, _WARPS_FOR_MANY)
         )
 

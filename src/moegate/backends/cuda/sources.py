@@ -48,7 +48,7 @@ class SelectDtypes(NamedTuple):
 def gemm_source(
     hidden_size: int, rows: int, dtypes: GemmDtypes, norm_eps: float | None, plan: GemmPlan, *, frozen: bool
 ) -> str:
-    """router_gemm.cuh for one weight: a kernel `gemm_T` for each T of plan.token_tiles."""
+    """router_gemm.cuh for one weight: a kernel `gemm_T` for each T of plan.ahead."""
     hidden_parts, weight_parts, is_fp16 = parts(dtypes.hidden, dtypes.weight, norm_eps is not None)
     constants = {
         "int kHidden": hidden_size,
@@ -74,16 +74,15 @@ def gemm_source(
     }
     kernels = [
         f'extern "C" __global__ void __launch_bounds__({32 * plan.warps}, 1)\n'
-        f"gemm_{tiles}(const __grid_constant__ GemmArguments arguments) {{ router_gemm<Tiled<{tiles}>>(arguments); }}\n"
-        for tiles in plan.token_tiles
+        f"gemm_{tiles}(const __grid_constant__ GemmArguments arguments) "
+        f"{{ router_gemm<Tiled<{tiles}, {ahead}>>(arguments); }}\n"
+        for tiles, ahead in plan.ahead.items()
     ]
     return (
         '#include "router_gemm.cuh"\n'
         + _config(types, constants)
-        + "template <int kTiles>\nstruct Tiled : Config {\n"
-        + "  static constexpr int kTokenTiles = kTiles;\n"
-        # 8 tiles have their sums in the registers that further steps would need; the order of the sums stays.
-        + f"  static constexpr int kAhead = kTiles < 8 ? {plan.ahead} : {min(plan.ahead, 2)};\n}};\n"
+        + "template <int kTiles, int kStepsAhead>\nstruct Tiled : Config {\n"
+        + "  static constexpr int kTokenTiles = kTiles, kAhead = kStepsAhead;\n};\n"
         + "".join(kernels)
     )
 

@@ -32,13 +32,14 @@ struct RouterGemm {
   using Weight = typename Config::Weight;
   static constexpr int K = Config::kHidden, R = Config::kRows;
   static constexpr int kSplit = Config::kSplit, kWarps = Config::kWarps, kSteps = Config::kSteps;
-  static constexpr int kTokens = 8 * Config::kTokenTiles;
+  static constexpr int kTiles = Config::kTokenTiles, kTokens = 8 * kTiles;
   static constexpr bool kNorm = Config::kNorm;
   static constexpr bool kIsFp16 = Config::kIsFp16;
   static constexpr int kAhead = Config::kAhead;  // steps of a warp in flight at once
-  // What a token has of sums in shared memory: 16 rows, the sum of squares, and a pitch without conflicts.
-  static constexpr int kPitch = 20;
-  static constexpr int kSums = kNorm ? 17 : 16;
+  // A token's sums in shared memory: 16 rows, and a vector of four with its sum of squares. The pitches keep those who
+  // write and read at once on banks of their own.
+  static constexpr int kSums = kNorm ? 20 : 16;
+  static constexpr int kPitch = 20, kWarpPitch = kTokens * kPitch + 8;
 
   static_assert(K % 8 == 0, "a lane loads 8 elements at a time");
   static_assert(kSplit * kWarps * kSteps * 32 >= K, "every step has an owner");
@@ -54,8 +55,8 @@ struct RouterGemm {
   const int row = lane / 4, element = lane % 4 * 8;
 
   Raw<Weight> low[kAhead], high[kAhead];
-  float sums[Config::kTokenTiles][2][4] = {};
-  float squares[Config::kTokenTiles] = {};
+  float sums[kTiles][2][4] = {};
+  float squares[kTiles] = {};
 
   __forceinline__ int column_of(int step) const { return ((rank * kWarps + warp) * kSteps + step) * 32 + element; }
 
@@ -105,24 +106,30 @@ struct RouterGemm {
     return load_piece<false>(source, is_own(step) and column < K and token < arguments.num_tokens);
   }
 
-  // kAhead steps for all tokens, with as many loads of hidden in flight at once as registers are left for.
-  __forceinline__ void multiply_steps(int step) {
-    constexpr int kPieces = kAhead * Config::kTokenTiles;
-    constexpr int kMost = sizeof(Hidden) == 2 and Config::kTokenTiles < 8 ? 8 : 4;
-    constexpr int kBatch = kPieces <= kMost ? kPieces : kPieces % 3 == 0 ? kMost / 4 * 3 : kMost;
-    static_assert(kPieces % kBatch == 0);
+  // kAhead steps of all tokens, tile by tile. A tile's sums are stored once the warp's last step is in them, so that
+  // a warp whose steps are all ahead keeps those of one tile only.
+  __forceinline__ void multiply_steps(int step, float* partial) {
+    // As many loads of hidden in flight at once as registers are left for.
+    constexpr int kMost = sizeof(Hidden) == 2 and kWarps <= 16 ? 8 : 4;
+    constexpr int kAtOnce = kMost / kAhead < 1 ? 1 : kMost / kAhead < kTiles ? kMost / kAhead : kTiles;
 #pragma unroll
-    for (int first = 0; first < kPieces; first += kBatch) {
-      Raw<Hidden> hidden[kBatch];
+    for (int first = 0; first < kTiles; first += kAtOnce) {
+      Raw<Hidden> hidden[kAtOnce][kAhead];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int piece = first + i;
-        hidden[i] = load_hidden(step + piece / Config::kTokenTiles, piece % Config::kTokenTiles);
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          if (first + i < kTiles) hidden[i][j] = load_hidden(step + j, first + i);
+        }
       }
+      // A weight of several parts is taken apart once for all tiles.
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int ahead = (first + i) / Config::kTokenTiles, tile = (first + i) % Config::kTokenTiles;
-        multiply_piece(step + ahead, tile, low[ahead], high[ahead], hidden[i]);
+      for (int i = 0; i < kAtOnce * kAhead; ++i) {
+        const int j = Config::kWeightParts > 1 ? i / kAtOnce : i % kAhead;
+        const int tile = first + (Config::kWeightParts > 1 ? i % kAtOnce : i / kAhead);
+        if (tile >= kTiles) continue;
+        multiply_piece(step + j, tile, low[j], high[j], hidden[tile - first][j]);
+        if (kSteps == kAhead and j == kAhead - 1) store_partial_sums(partial, tile);
       }
     }
   }
@@ -138,50 +145,60 @@ struct RouterGemm {
     }
   }
 
-  __forceinline__ void multiply_share() {
+  __forceinline__ void multiply_share(float* partial) {
     if constexpr (kSteps == kAhead) {
-      multiply_steps(0);
+      multiply_steps(0, partial);
     } else {
 #pragma unroll 1
       for (int step = 0; step < kSteps; step += kAhead) {
         if (step > 0) load_weight<Config::kFrozen>(step);
-        multiply_steps(step);
+        multiply_steps(step, partial);
       }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) store_partial_sums(partial, tile);
     }
   }
 
-  // partial[kWarps][kTokens][kPitch]
-  __forceinline__ void store_partial_sums(float* partial) {
-    float* mine = partial + warp * kTokens * kPitch;
+  // partial[kWarps][kTokens][kPitch], with the pitch of a warp
+  __forceinline__ void store_partial_sums(float* partial, int tile) {
+    float* mine = partial + warp * kWarpPitch;
 #pragma unroll
-    for (int tile = 0; tile < Config::kTokenTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = tile * 8 + lane % 4 * 2 + i % 2;
-        mine[token * kPitch + lane / 4 + i / 2 * 8] = sums[tile][0][i] + sums[tile][1][i];
-      }
-      if constexpr (kNorm) {
-        float square = squares[tile];
-        square += __shfl_xor_sync(~0u, square, 1);
-        square += __shfl_xor_sync(~0u, square, 2);
-        if (lane % 4 == 0) mine[(tile * 8 + row) * kPitch + 16] = square;
-      }
+    for (int i = 0; i < 4; ++i) {
+      const int token = tile * 8 + lane % 4 * 2 + i % 2;
+      mine[token * kPitch + lane / 4 + i / 2 * 8] = sums[tile][0][i] + sums[tile][1][i];
+    }
+    if constexpr (kNorm) {
+      float square = squares[tile];
+      square += __shfl_xor_sync(~0u, square, 1);
+      square += __shfl_xor_sync(~0u, square, 2);
+      if (lane % 4 == 0) mine[(tile * 8 + row) * kPitch + 16] = square;
     }
   }
 
-  // Four chains, so that additions need not wait for each other.
+  // The sums of a block are dealt to its threads as they lie in a token's row: thread i of kTokens * kSums has
+  // element i % 4 of vector i / 4. Its four neighbours read the vector's partial sums of every fourth warp each, add
+  // them up, and swap halves until each has its one element: (chain 0 + chain 1) + (chain 2 + chain 3).
   __forceinline__ float sum_over_warps(const float* partial, int index) const {
-    float chains[4] = {};
+    const int chain = index % 4, vector = index / 4;
+    const float* source = partial + chain * kWarpPitch + vector / (kSums / 4) * kPitch + vector % (kSums / 4) * 4;
+    float4 sum = {};
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) chains[w % 4] += partial[w * kTokens * kPitch + index];
-    return (chains[0] + chains[1]) + (chains[2] + chains[3]);
+    for (int w = 0; w < kWarps; w += 4) {
+      if (kWarps % 4 != 0 and w + chain >= kWarps) continue;
+      const float4 next = *reinterpret_cast<const float4*>(source + w * kWarpPitch);
+      sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
+    }
+    const bool odd = chain % 2, high = chain / 2;
+    const float first = (odd ? sum.y : sum.x) + __shfl_xor_sync(~0u, odd ? sum.x : sum.y, 1);
+    const float second = (odd ? sum.w : sum.z) + __shfl_xor_sync(~0u, odd ? sum.z : sum.w, 1);
+    return (high ? second : first) + __shfl_xor_sync(~0u, high ? first : second, 2);
   }
 
-  // by_rank[kSplit][kTokens][kPitch], in the shared memory of the cluster's first block, whose barrier counts the
-  // bytes that come: waiting for these is shorter than for the other blocks.
+  // The first block's shared memory by_rank[kSplit][kTokens * kSums] gets what the others have, and its barrier counts
+  // the bytes that come: waiting for these is shorter than for the other blocks.
   __forceinline__ void send_to_first_block(float* by_rank, uint64* arrived, int index, float value) const {
 #if MOEGATE_HAS_CLUSTERS
-    float* target = by_rank + rank * kTokens * kPitch + index;
+    float* target = by_rank + rank * kTokens * kSums + index;
     uint32 remote, barrier;
     asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(remote) : "r"(uint32(__cvta_generic_to_shared(target))));
     asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(barrier) : "r"(uint32(__cvta_generic_to_shared(arrived))));
@@ -193,13 +210,17 @@ struct RouterGemm {
 
   __forceinline__ void expect_other_blocks(uint64* arrived) const {
 #if MOEGATE_HAS_CLUSTERS
-    constexpr int kBytes = (kSplit - 1) * kTokens * kSums * 4;
     const uint32 barrier = uint32(__cvta_generic_to_shared(arrived));
     asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier));
     asm volatile("fence.mbarrier_init.release.cluster;");
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(kBytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier),
+                 "r"((kSplit - 1) * count_sums() * 4)
+                 : "memory");
 #endif
   }
+
+  // Of the tokens that there are.
+  __forceinline__ int count_sums() const { return min(kTokens, arguments.num_tokens - first_token) * kSums; }
 
   __forceinline__ void wait_for_other_blocks(uint64* arrived) const {
 #if MOEGATE_HAS_CLUSTERS
@@ -216,34 +237,63 @@ struct RouterGemm {
   }
 
   // The first block's own sum and, in the order of their ranks, those of the others.
-  __forceinline__ float sum_over_ranks(const float* partial, const float* by_rank, int index) const {
-    float sum = sum_over_warps(partial, index);
+  __forceinline__ float sum_over_ranks(float own, const float* by_rank, int index) const {
 #pragma unroll
-    for (int r = 1; r < kSplit; ++r) sum += by_rank[r * kTokens * kPitch + index];
-    return sum;
+    for (int r = 1; r < kSplit; ++r) own += by_rank[r * kTokens * kSums + index];
+    return own;
   }
 
-  __forceinline__ void store_logits(const float* partial, const float* by_rank) const {
+  __forceinline__ void store_logit(int index, float logit, const float* squares_of_tokens) const {
     using Logits = typename Config::Logits;
-    for (int i = threadIdx.x; i < kTokens * 16; i += kWarps * 32) {
-      const int token = i / 16, r = i % 16;
-      float logit = sum_over_ranks(partial, by_rank, token * kPitch + r);
-      if (first_token + token >= arguments.num_tokens or first_row + r >= R) continue;
-      if constexpr (kNorm) {
-        const float mean_square = sum_over_ranks(partial, by_rank, token * kPitch + 16) / float(K);
-        logit *= Config::kInputFactor / sqrtf(mean_square + Config::kNormEps);
+    const int token = index / kSums, r = index % kSums;
+    if (r >= 16 or first_row + r >= R) return;
+    if constexpr (kNorm) {
+      logit *= Config::kInputFactor / sqrtf(squares_of_tokens[token] / float(K) + Config::kNormEps);
+    }
+    if constexpr (Config::kHasBias) {
+      logit += widen(static_cast<const typename Config::Bias*>(arguments.bias)[first_row + r]);
+    }
+    static_cast<Logits*>(arguments.logits)[int64(first_token + token) * R + first_row + r] = narrow<Logits>(logit);
+  }
+
+  __forceinline__ void reduce_and_store(float* partial, float* by_rank, uint64* arrived) const {
+    constexpr int kThreads = kWarps * 32, kRounds = ceil_div(kTokens * kSums, kThreads);
+    const int count = count_sums();  // a multiple of 4, so that the four neighbours of a sum go together
+    float own[kRounds];
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int index = i * kThreads + threadIdx.x;
+      if (i * kThreads + int(threadIdx.x) / 32 * 32 >= count) break;  // whole warps
+      own[i] = sum_over_warps(partial, index);
+      if (rank != 0 and index < count) send_to_first_block(by_rank, arrived, index, own[i]);
+    }
+    if (rank != 0 or (not kNorm and int(threadIdx.x) >= count)) return;
+    if (kSplit > 1) wait_for_other_blocks(arrived);
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int index = i * kThreads + threadIdx.x;
+      if (index < count) own[i] = sum_over_ranks(own[i], by_rank, index);
+    }
+    float* squares_of_tokens = by_rank;  // the first block's own place, which nobody sends to
+    if constexpr (kNorm) {
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        const int index = i * kThreads + threadIdx.x;
+        if (index < count and index % kSums == 16) squares_of_tokens[index / kSums] = own[i];
       }
-      if constexpr (Config::kHasBias) {
-        logit += widen(static_cast<const typename Config::Bias*>(arguments.bias)[first_row + r]);
-      }
-      static_cast<Logits*>(arguments.logits)[int64(first_token + token) * R + first_row + r] = narrow<Logits>(logit);
+      __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int index = i * kThreads + threadIdx.x;
+      if (index < count) store_logit(index, own[i], squares_of_tokens);
     }
   }
 
   __forceinline__ void run(float* shared) {
     float* partial = shared;
-    float* by_rank = shared + kWarps * kTokens * kPitch;
-    uint64* arrived = reinterpret_cast<uint64*>(by_rank + kSplit * kTokens * kPitch);
+    float* by_rank = shared + kWarps * kWarpPitch;
+    uint64* arrived = reinterpret_cast<uint64*>(by_rank + kSplit * kTokens * kSums);
     trigger_dependents();
     if constexpr (Config::kFrozen) {
       load_weight<true>(0);
@@ -255,18 +305,9 @@ struct RouterGemm {
     cluster_wait();  // the first block and its barrier must be there before anyone sends to it
     wait_for_predecessor();
     if constexpr (not Config::kFrozen) load_weight<false>(0);
-    multiply_share();
-    store_partial_sums(partial);
+    multiply_share(partial);
     __syncthreads();
-    if (rank != 0) {
-      for (int i = threadIdx.x; i < kTokens * kSums; i += kWarps * 32) {
-        const int index = i / kSums * kPitch + i % kSums;
-        send_to_first_block(by_rank, arrived, index, sum_over_warps(partial, index));
-      }
-      return;
-    }
-    if (kSplit > 1 and threadIdx.x < kTokens * 16) wait_for_other_blocks(arrived);
-    store_logits(partial, by_rank);
+    reduce_and_store(partial, by_rank, arrived);
   }
 
   static __forceinline__ void cluster_arrive() {

@@ -1,7 +1,8 @@
 // Logits to experts and weights: docs/contract.md, parts 2 to 4, one warp a token.
 //
-// Lane l owns the experts l * kPerLane and on (see top_k.cuh); nothing leaves the registers but for groups
-// that are not whole lanes. Lane r < kTopK then has the r-th chosen expert, whose logit it reads again.
+// Lane l owns the experts l * kPerLane and on (see top_k.cuh). Lane r < kTopK then has the r-th chosen expert. What
+// that lane needs of it comes through shared memory, the warp's own share of it: its id, and its score or logit, so
+// that neither is fetched or computed again.
 // Everything that the spec decides is a compile-time constant; the number of tokens is not.
 #pragma once
 #include "groups.cuh"
@@ -31,12 +32,19 @@ struct Select {
   static constexpr bool kIsSoftmax = Config::kScore == Score::kSoftmax;
   static constexpr bool kWeightsAreScores = Config::kWeights == Config::kFromScore;
   static constexpr bool kKeysAreScores = Config::kKeys == Config::kScoreKeys;
+  static constexpr bool kPartsAreScores = kWeightsAreScores and kKeysAreScores;
   static constexpr bool kNeedsSoftmaxSum = kIsSoftmax and (kWeightsAreScores or kKeysAreScores);
   static constexpr bool kGroupsAreLanes = Config::kGroups <= 32 and 32 % Config::kGroups == 0 and E % 32 == 0;
   using Logits = typename Config::Logits;
 
+  // A warp's shared memory, in words: what a weight is made of by expert, the chosen ids, what groups.cuh needs.
+  static constexpr int kChosen = ceil_div(E, 4) * 4, kForGroups = kChosen + k;
+  static constexpr int kWords =
+      ceil_div(kForGroups + (Config::kGroups > 1 and not kGroupsAreLanes ? E + Config::kGroups : 0), 4) * 4;
+
   const SelectArguments& arguments;
   const int token;
+  uint32* const shared;
   const int lane = threadIdx.x % 32;
 
   __forceinline__ const Logits* logits() const {
@@ -124,11 +132,14 @@ struct Select {
     }
   }
 
-  __forceinline__ uint32 choice_key(float logit, float bias) const {
+  // The key of the choice, and in `part` what a weight is made of: a score that the key needs too, or a logit.
+  __forceinline__ uint32 choice_key(float logit, float bias, float& part) const {
     float key = finite(logit);
+    part = transformed<Config>(key);
     if constexpr (Config::kKeys != Config::kLogitKeys) {
-      key = transformed<Config>(key);
+      key = part;
       if constexpr (kKeysAreScores) key = score(key);
+      if constexpr (kPartsAreScores) part = key;
       if constexpr (Config::kHasCorrectionBias) key += bias;
       key = finite(key);
     }
@@ -136,18 +147,33 @@ struct Select {
   }
 
   // Lane r gets the id of the r-th expert.
-  __forceinline__ int choose(const float (&values)[kPerLane], const float (&bias)[kPerLane], uint32* shared) const {
+  __forceinline__ int choose(const float (&values)[kPerLane], const float (&bias)[kPerLane]) const {
     uint32 keys[kPerLane];
+    float parts[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      keys[i] = lane * kPerLane + i < E ? choice_key(values[i], bias[i]) : kExcludedKey;
+      keys[i] = lane * kPerLane + i < E ? choice_key(values[i], bias[i], parts[i]) : kExcludedKey;
     }
+    store_parts(parts);
     if constexpr (Config::kGroups > 1 and kGroupsAreLanes) exclude_groups_of_lanes<Config>(keys);
-    if constexpr (Config::kGroups > 1 and not kGroupsAreLanes) exclude_groups<Config>(keys, shared);
+    if constexpr (Config::kGroups > 1 and not kGroupsAreLanes) exclude_groups<Config>(keys, shared + kForGroups);
     Entry entries[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) entries[i] = entry_of(keys[i], lane * kPerLane + i);
-    return id_of(warp_top_k<k>(entries));
+    return warp_top_k<k>(entries, shared + kChosen);
+  }
+
+  __forceinline__ void store_parts(const float (&parts)[kPerLane]) const {
+    auto* mine = reinterpret_cast<float*>(shared) + lane * kPerLane;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (lane * kPerLane + i >= E) continue;
+      if constexpr (kPerLane % 4 == 0 and E % 4 == 0) {
+        if (i % 4 == 0) *reinterpret_cast<float4*>(mine + i) = {parts[i], parts[i + 1], parts[i + 2], parts[i + 3]};
+      } else {
+        mine[i] = parts[i];
+      }
+    }
   }
 
   __forceinline__ int look_up(bool& is_outside) const {
@@ -158,16 +184,22 @@ struct Select {
     return lane < k ? int(table[row * arguments.table_stride + lane]) : 0;
   }
 
+  __forceinline__ float part_of(int id) const {
+    if constexpr (Config::kIsHash) return transformed<Config>(finite(widen(logits()[id])));
+    return reinterpret_cast<const float*>(shared)[id];
+  }
+
   // The weight before the factors, and the sum that renormalises it; 0 in lanes without an expert.
   __forceinline__ float plain_weight(int id) const {
     const bool has_expert = lane < k;
-    const float logit = transformed<Config>(finite(widen(logits()[has_expert ? id : 0])));
+    const float part = part_of(has_expert ? id : 0);
     if constexpr (Config::kWeights == Config::kSoftmaxOfSelected) {
-      const float most = warp_max(has_expert ? logit : -kFloat32Max);
-      const float power = has_expert ? exp_of_negative(logit - most) : 0.0f;
+      const float most = warp_max(has_expert ? part : -kFloat32Max);
+      const float power = has_expert ? exp_of_negative(part - most) : 0.0f;
       return divide(power, warp_sum<kChosenLanes>(power));
     }
-    const float weight = Config::kWeights == Config::kSigmoidOfSelected ? sigmoid(logit) : score(logit);
+    if constexpr (kPartsAreScores and not Config::kIsHash) return has_expert ? part : 0.0f;
+    const float weight = Config::kWeights == Config::kSigmoidOfSelected ? sigmoid(part) : score(part);
     return has_expert ? weight : 0.0f;
   }
 
@@ -210,7 +242,7 @@ struct Select {
     }
   }
 
-  __forceinline__ void run(uint32* shared) {
+  __forceinline__ void run() {
     float values[kPerLane], bias[kPerLane];
     trigger_dependents();
     // A bias that nobody changes need not wait; another may be the predecessor's output.
@@ -226,7 +258,7 @@ struct Select {
       id = look_up(is_outside);
       is_nan |= is_outside;
     } else {
-      id = choose(values, bias, shared);
+      id = choose(values, bias);
     }
     store_weights(id, is_nan);
   }
@@ -234,12 +266,7 @@ struct Select {
 
 template <class Config>
 __forceinline__ void select(const SelectArguments& arguments) {
-  using Kernel = Select<Config>;
+  extern __shared__ uint32 shared[];
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  if constexpr (Config::kGroups > 1 and not Kernel::kGroupsAreLanes) {
-    extern __shared__ uint32 shared_keys[];
-    Kernel{arguments, int(blockIdx.x) * warps + warp}.run(shared_keys + warp * (Kernel::E + Config::kGroups));
-  } else {
-    Kernel{arguments, int(blockIdx.x) * warps + warp}.run(nullptr);
-  }
+  Select<Config>{arguments, int(blockIdx.x) * warps + warp, shared + warp * Select<Config>::kWords}.run();
 }

@@ -41,25 +41,26 @@ __forceinline__ void sort_descending(Entry (&entries)[kCount]) {
   sort_from<kHighest, kHighest>(entries);
 }
 
-// Lane r < kTopK gets the r-th best entry of the warp. Each lane sorts its own; then the best of the lanes'
-// first entries is taken off, kTopK times.
+// Lane r < kTopK gets the id of the r-th best entry of the warp. Each lane sorts its own; then the best of the
+// lanes' first entries is taken off, kTopK times. What a round waits for is short: whose entry it is, a lane sees
+// from the lanes below it, and the id goes through `chosen`, kTopK words of shared memory, which nobody waits for.
 template <int kTopK, int kPerLane>
-__forceinline__ Entry warp_top_k(Entry (&entries)[kPerLane]) {
+__forceinline__ uint32 warp_top_k(Entry (&entries)[kPerLane], uint32* chosen) {
   const int lane = threadIdx.x % 32;
+  const uint32 lanes_below = (1u << lane) - 1;
   sort_descending(entries);
-  Entry mine = 0;
 #pragma unroll(kTopK <= 16 ? kTopK : 1)
   for (int round = 0; round < kTopK; ++round) {
     const uint32 key = key_of(entries[0]);
-    const uint32 best = __reduce_max_sync(~0u, key);
-    const int owner = __ffs(__ballot_sync(~0u, key == best)) - 1;
-    const uint32 low = __shfl_sync(~0u, uint32(entries[0]), owner);
-    if (lane == round) mine = Entry(best) << 32 | low;
-    if (lane == owner) {
+    const bool is_best = key == __reduce_max_sync(~0u, key);
+    const uint32 best_lanes = __ballot_sync(~0u, is_best);
+    if (is_best and (best_lanes & lanes_below) == 0) {
+      chosen[round] = id_of(entries[0]);
 #pragma unroll
       for (int i = 0; i + 1 < kPerLane; ++i) entries[i] = entries[i + 1];
       entries[kPerLane - 1] = entry_of(kExcludedKey, 0);
     }
   }
-  return mine;
+  __syncwarp();
+  return chosen[lane < kTopK ? lane : 0];
 }

@@ -4,7 +4,7 @@ PYTHON ?= python3
 SHELL := bash
 RUN := .venv/bin
 
-.PHONY: demo test test-gpu lint bench-cpu bench-gpu env clean
+.PHONY: demo test test-gpu sanitize-gpu lint bench-cpu bench-gpu env clean
 
 demo: env
 	$(RUN)/moegate route deepseek-v3 --tokens 256
@@ -25,6 +25,15 @@ test-gpu:
 	    tests/test_arguments.py tests/test_ops.py && \
 	  $(GPU_TESTS) -m gpu --ignore tests/test_cuda_catalog.py && \
 	  $(GPU_TESTS) -m gpu -rP tests/test_cuda_catalog.py; } 2>&1 | tee $(RESULTS)/tests.txt
+
+# Where compute-sanitizer may look (some hosts refuse it). racecheck sees shared memory only; what goes through global
+# memory has tests of its own in test_cuda_streams.py.
+sanitize-gpu:
+	mkdir -p $(RESULTS)
+	set -o pipefail; for tool in memcheck racecheck initcheck synccheck; do \
+	  echo "== $$tool"; PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	    compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) tests/sanitized.py || exit 1; \
+	done 2>&1 | tee $(RESULTS)/sanitizer.txt
 
 # Also on a GPU host: goes on from where it was when it is called again.
 bench-gpu:

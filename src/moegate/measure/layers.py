@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import peers
-from benchmarks.gpu.checks import Reference, check_choice, check_nothing, check_routings
-from benchmarks.gpu.cuda_kernels import read_floor
-from benchmarks.gpu.plain import compiled, plain_logits, plain_route, plain_select
-from benchmarks.gpu.timing import Candidate, layer_count, reason_of
 from moegate import Gate
 from moegate.backends.torch import TorchBackend
 from moegate.catalog.synthetic import VOCABULARY, random_tensors
+from moegate.measure import peers
+from moegate.measure.checks import Reference, check_choice, check_nothing, check_routings
+from moegate.measure.cuda_kernels import read_floor
+from moegate.measure.plain import compiled, plain_logits, plain_route, plain_select
+from moegate.measure.timing import Candidate, layer_count, reason_of
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.record import version
-from benchmarks.gpu.timing import reason_of
+from moegate.measure.record import version
+from moegate.measure.timing import reason_of
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
 

@@ -132,7 +132,7 @@ class Picky(TorchBackend):
 @pytest.fixture
 def use_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[UseBackends]:
     def forget() -> None:
-        for known in (backends.choose, router.planned, router._router):
+        for known in (backends.choose, router.planned, router.router_of):
             known.cache_clear()
 
     def use(*chosen: TorchBackend) -> None:

@@ -40,7 +40,7 @@ def planned(
     """
     facts = facts_of(machine_of(device), spec, weight, bias)
     plan = _proven(facts, policy, backend)
-    routers = {candidate: _router(candidate, facts) for candidate in plan.candidates}
+    routers = {candidate: router_of(candidate, facts) for candidate in plan.candidates}
     first = next(iter(routers.values()))
     if first in BACKENDS and all(router is first for router in routers.values()):
         return plan, first  # takes any number of tokens by itself
@@ -53,14 +53,15 @@ def _proven(facts: Facts, policy: str, backend: str | None) -> Plan:
     assert device is not None
     while True:
         plan = Plan(facts, policy, backend)
-        wanted = [_router(candidate, facts) for candidate in plan.candidates]
+        wanted = [router_of(candidate, facts) for candidate in plan.candidates]
         reasons = [router.try_out(facts.spec, device) for router in wanted if isinstance(router, FlashInferRouter)]
         if not any(reasons):
             return plan
 
 
 @cache
-def _router(candidate: Candidate, facts: Facts) -> Router:
+def router_of(candidate: Candidate, facts: Facts) -> Router:
+    """What runs a candidate, on a machine that is here."""
     spec = facts.spec
     if candidate.backend != "flashinfer":
         return next(backend for backend in BACKENDS if backend.name == candidate.backend)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moegate import Gate
+from moegate.backends.flashinfer import limits
 from moegate.backends.torch import TorchBackend
 from moegate.catalog.synthetic import VOCABULARY, random_tensors
 from moegate.measure import peers
@@ -109,8 +110,9 @@ class Stage:
     def flashinfer_pair(self) -> Candidate:
         """FlashInfer's GEMM and its top-k."""
         spec, weights = self.layers.spec, self.layers.weights
-        gemm: Any = "not supported: not a bfloat16 product with float32 logits"
-        if peers.takes_gemm(spec, weights[0]):
+        refused = limits.gemm_refuses(spec, weights[0].dtype)
+        gemm: Any = f"not supported: {refused}"
+        if refused is None:
             gemm = peers.flashinfer_gemm(spec.hidden_size, spec.num_gate_rows, self.sources[0].shape[0])
         top_k = peers.flashinfer_top_k(spec, self.layers.tensors)
 

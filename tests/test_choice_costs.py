@@ -21,6 +21,7 @@ from moegate.choice.tables import Row, Table, read, shape_of, write
 DECODE, CUBLAS, OPS = "cuda:router_gemm+select", "cuda:cublas+select", "torch:mm+ops"
 MADE = {name: "x" for name in ("date", "command", "moegate_commit", "torch", "cuda", "flashinfer", "driver")}
 MADE["moegate"] = __version__
+NAMES = {"laguna_xs_2_1": "laguna-xs-2.1", "qwen3_5_35b_a3b": "qwen3.5-35b-a3b"}
 GPU = Machine("GPU X", (9, 0), 100, 3000.0)
 
 
@@ -31,7 +32,7 @@ def facts(model: str = "deepseek-v3", machine: Machine = GPU) -> Facts:
 def a_table(gpu: Machine = GPU, **us: dict[int, dict[str, float]]) -> Table:
     """By model, with _ for -, and number of tokens the times."""
     rows = [
-        Row(model, shape_of(facts(model.replace("_", "-"))), tokens, times, {})
+        Row(model, shape_of(facts(NAMES.get(model, model.replace("_", "-")))), tokens, times, {})
         for model, by_tokens in us.items()
         for tokens, times in by_tokens.items()
     ]
@@ -87,6 +88,18 @@ def test_other_shapes_come_from_the_two_nearest(shipped: Callable[..., None]) ->
     assert 2.0 < cost.us < 4.0
     assert cost.evidence == "interpolated from kimi_k2 and glm_5 on GPU X"
     assert costs.expected(facts_of(GPU, get_spec("minimax-m2"), torch.float32), DECODE, 1) is None
+
+
+def test_of_two_shapes_as_near_the_one_with_the_same_kind_of_router_counts_more(shipped: Callable[..., None]) -> None:
+    # trinity-mini is 2048 x 128 too, with sigmoid, bias and bfloat16 logits, as laguna-xs-2.1 is at 2048 x 256.
+    shipped(a_table(laguna_xs_2_1={1: {DECODE: 2.0}}, qwen3_5_35b_a3b={1: {DECODE: 8.0}}))
+    cost = costs.expected(facts("trinity-mini"), DECODE, 1)
+    assert cost is not None
+    assert 2.0 < cost.us < 3.9  # the mean of both would be 4
+    assert cost.evidence.startswith("interpolated from laguna_xs_2_1 and")
+    far = costs.expected(facts("qwen3-30b-a3b"), DECODE, 1)
+    assert far is not None
+    assert far.us > 4.1
 
 
 def test_a_spec_that_differs_in_a_factor_alone_has_the_same_shape() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import run
 from machines import CPU, forget, pretend, pretended
 from torch import Tensor
 
@@ -135,6 +137,22 @@ def test_a_jit_that_fails_is_named_and_the_next_row_runs(
     assert gates[0](random_hidden(SPEC, 1)).topk_ids.shape == (1, 8)
     with pytest.raises(ValueError, match=reason):
         a_gate(backend="flashinfer")
+
+
+def test_the_command_tries_what_the_plan_would_run(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = pretended((10, 3), "0.6.8")
+    pretend(monkeypatch, machine)
+    monkeypatch.setattr(facts, "machine_of", lambda device: machine)
+    package.failure = RuntimeError("no nvcc")
+    told = json.loads(run("explain", "deepseek-v3", "--policy", "sglang", "--tokens", "1", "--json").stdout)
+    assert (told[0]["backend"], told[0]["notes"][0].endswith("mm_M1_16_K7168_N256 failed: RuntimeError: no nvcc")) == (
+        "cuda",
+        True,
+    )
+    assert json.loads(run("explain", "deepseek-v3", "--tokens", "1", "--json").stdout)[0]["backend"] == "cuda"
+    as_if = ("--installed", "flashinfer==0.7.0", "--policy", "sglang", "--tokens", "1", "--json")
+    forget()
+    assert json.loads(run("explain", "deepseek-v3", *as_if).stdout)[0]["backend"] == "flashinfer"
 
 
 @pytest.mark.parametrize(

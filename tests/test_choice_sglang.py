@@ -85,3 +85,11 @@ def test_a_spec_whose_logits_flashinfer_cannot_write_takes_the_next_row() -> Non
     explanation = Plan(facts_of(described("sm_103", "0.6.8"), spec, torch.bfloat16), "sglang").explain(1)
     assert explanation.backend == "cuda"
     assert "bfloat16 logits" in explanation.notes[0]
+
+
+@pytest.mark.parametrize("sm", [90, 110, 120])
+def test_row_2_is_no_makeshift_where_row_1_does_not_hold(sm: int) -> None:
+    plan = Plan(facts_of(described(f"sm_{sm}", "0.7.2"), get_spec("deepseek-v3"), torch.bfloat16), "sglang")
+    explanation = plan.explain(1)
+    assert explanation.why == "row 2: ours in the place of dsv3_router_gemm"
+    assert explanation.notes == ()

@@ -39,7 +39,7 @@ def planned(
         ValueError: An unknown policy or backend; or the backend is forced and cannot run.
     """
     facts = facts_of(machine_of(device), spec, weight, bias)
-    plan = _proven(facts, policy, backend)
+    plan = proven_plan(facts, policy, backend)
     routers = {candidate: router_of(candidate, facts) for candidate in plan.candidates}
     first = next(iter(routers.values()))
     if first in BACKENDS and all(router is first for router in routers.values()):
@@ -47,8 +47,12 @@ def planned(
     return plan, PlannedRouter(plan, routers)
 
 
-def _proven(facts: Facts, policy: str, backend: str | None) -> Plan:
-    """The plan after what it wants of FlashInfer was tried out: what failed is not in it."""
+def proven_plan(facts: Facts, policy: str, backend: str | None) -> Plan:
+    """The plan on a machine that is here, after what it wants of FlashInfer was tried out: what failed is not in it.
+
+    Raises:
+        ValueError: See `Plan`.
+    """
     device = facts.machine.device
     assert device is not None
     while True:

@@ -46,15 +46,17 @@ def explain(
 ) -> None:
     """Show which kernels run for a model's router, the time to expect, and why no others.
 
-    Nothing runs: a machine without a GPU can be asked about one. Times are microseconds in a CUDA graph behind
-    another kernel.
+    A machine without a GPU can be asked about one. Nothing is routed, but where a plan for this machine would run
+    FlashInfer, that is tried. Times are microseconds in a CUDA graph behind another kernel.
     """
     with errors_in_one_line():
         from moegate.cli.inputs import load_spec
 
         counts = numbers("--tokens", tokens)
         title, spec = load_spec(source)
-        plan = _plan(spec, _machine(device, installed), policy, backend)
+        machine = _machine(device, installed)
+        is_pretended = machine.device is None or installed is not None
+        plan = _plan(spec, machine, policy, backend, is_pretended=is_pretended)
         found = [plan.explain(count) for count in counts]
     if as_json:
         print_json([explanation.as_dict() for explanation in found])
@@ -87,11 +89,13 @@ def _machine(device: str | None, installed: str | None) -> Machine:
     return machine if installed is None else with_installed(machine, installed)
 
 
-def _plan(spec: RouterSpec, machine: Machine, policy: str, backend: str | None) -> Plan:
+def _plan(spec: RouterSpec, machine: Machine, policy: str, backend: str | None, *, is_pretended: bool) -> Plan:
     from moegate.choice.facts import default_weight_dtype, facts_of
     from moegate.choice.plan import Plan
+    from moegate.choice.router import proven_plan
 
-    return Plan(facts_of(machine, spec, default_weight_dtype(spec)), policy, backend)
+    facts = facts_of(machine, spec, default_weight_dtype(spec))
+    return Plan(facts, policy, backend) if is_pretended else proven_plan(facts, policy, backend)
 
 
 def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> None:

@@ -97,6 +97,8 @@ class FlashInferRouter:
         assert isinstance(prepared, _Prepared)
         if not hidden.shape[0]:
             return self._own.route(hidden, weight, spec, tensors, input_ids, None)
+        # What needs a gradient cannot be handed over.
+        hidden, weight, tensors = hidden.detach(), weight.detach(), tensors.detach()
         with torch.cuda.device_of(hidden):
             if prepared.product is None:
                 logits = torch_gemm.logits(hidden, weight, spec, tensors, None)

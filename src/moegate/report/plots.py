@@ -12,7 +12,7 @@ from moegate.report.numbers import Row, is_peer, label, models, share_of_floor, 
 
 _GRID = "rgba(128,128,128,0.25)"
 # Okabe and Ito's colours, told apart by all eyes and on light and dark; moegate's is the first.
-_COLOURS = ("#d55e00", "#3a93d0", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#999999")
+_COLOURS = ("#d55e00", "#3a93d0", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#b07d4f")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
 _TIMES = [digit * 10.0**power for power in range(-1, 5) for digit in (1, 2, 5)]
 _MARGIN = {"l": 56, "r": 12, "t": 16, "b": 48}

@@ -14,6 +14,7 @@ from command_line import run
 import moegate
 from moegate import RouterSpec, Routing, backends, catalog
 from moegate.backends.torch import TorchBackend
+from moegate.choice import router
 from moegate.cli import check
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,15 +131,20 @@ class Picky(TorchBackend):
 
 @pytest.fixture
 def use_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[UseBackends]:
+    def forget() -> None:
+        for known in (backends.choose, router.planned, router.router_of):
+            known.cache_clear()
+
     def use(*chosen: TorchBackend) -> None:
-        monkeypatch.setattr(backends, "BACKENDS", chosen)
+        for module in (backends, router):
+            monkeypatch.setattr(module, "BACKENDS", chosen)
         monkeypatch.setattr(check, "MODELS", ("qwen3-30b-a3b", "openai-privacy-filter"))
         monkeypatch.setattr(check, "TOKENS", (1, 5))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-        backends.choose.cache_clear()
+        forget()
 
     yield use
-    backends.choose.cache_clear()
+    forget()
 
 
 def test_check_passes(use_backends: UseBackends) -> None:
@@ -190,7 +196,9 @@ def test_check_says_why_a_backend_does_not_run(use_backends: UseBackends) -> Non
 
 
 def test_route_reports_a_broken_contract(use_backends: UseBackends) -> None:
-    use_backends(Reversed())
+    broken = Reversed()
+    broken.name = "torch"
+    use_backends(broken)
     result = run("route", "qwen3-30b-a3b", "--device", "cpu")
     assert result.exit_code == 1
     assert "BROKEN" in result.stdout

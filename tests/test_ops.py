@@ -44,6 +44,7 @@ def test_the_operator_is_what_it_says(name: str) -> None:
     hidden = there(torch.randn(4, spec.hidden_size, generator=generator(2)))
     given = route_arguments(spec, tensors_of(spec), 4)
     tensors = [there(given.get(field)) for field in RouterTensors._fields]
-    arguments = (hidden, gate.weight.detach(), ops.spec_text(spec), *tensors, there(given.get("input_ids")), True, True)
+    arguments = (hidden, gate.weight.detach(), ops.spec_text(spec), *tensors, there(given.get("input_ids")))
+    arguments = (*arguments, True, True, None, "measured")
     torch.library.opcheck(torch.ops.moegate.route.default, arguments)
     assert hidden.device.type == DEVICE.type

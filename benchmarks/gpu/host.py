@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moegate
-from benchmarks.gpu.timing import reason_of
 from moegate import Gate
 from moegate.catalog.synthetic import random_hidden, random_tensors
+from moegate.measure.timing import reason_of
 
 _BLOCKS, _CALLS = 21, 200  # a block stays below the some 1000 launches that a stream queues before it blocks
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moegate
-from benchmarks.gpu import peers
-from benchmarks.gpu.checks import Reference, check_choice, check_logits, check_nothing, check_routings
-from benchmarks.gpu.layers import FLOOR, FROZEN, NO_PDL, SAFE, Layers, Stage
-from benchmarks.gpu.timing import Candidate, Workload, calibrate, measure
 from moegate import catalog
+from moegate.measure import peers
+from moegate.measure.checks import Reference, check_choice, check_logits, check_nothing, check_routings
+from moegate.measure.layers import FLOOR, FROZEN, NO_PDL, SAFE, Layers, Stage
+from moegate.measure.timing import Candidate, Workload, calibrate, measure
 from moegate.spec import RouterSpec
 
 Key = tuple[str, int, str]

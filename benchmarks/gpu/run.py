@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # called by path, 
 
 from benchmarks.gpu.host import measure_host, measure_start
 from benchmarks.gpu.parts import Bench, Key, Options, keys
-from benchmarks.gpu.peers import flashinfer_version
-from benchmarks.gpu.record import Record, describe_run
-from benchmarks.gpu.timing import reason_of
+from moegate.measure.peers import flashinfer_version
+from moegate.measure.record import Record, describe_run
+from moegate.measure.timing import reason_of
 
 GRAPH_PARTS = ("route", "gemm", "fp32", "select", "prefill", "catalog")
 PARTS = (*GRAPH_PARTS[:-1], "host", "start", GRAPH_PARTS[-1])  # the longest last

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moegate import arguments
 from moegate.backends import choose
+from moegate.choice.router import planned
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
@@ -95,6 +96,7 @@ def route(
     tid2eid: Tensor | None = None,
     input_ids: Tensor | None = None,
     return_logits: bool = False,
+    backend: str | None = None,
 ) -> Routing:
     """The whole router: hidden states in, expert ids and weights out. `Gate` does it faster, again and again.
 
@@ -111,6 +113,7 @@ def route(
         tid2eid: [vocabulary, top_k] int32 or int64, the experts of each token id, distinct in a row.
         input_ids: [M] int32 or int64, the token ids for hash routing.
         return_logits: Also return the logits [M, R] in the spec's `logits_dtype`.
+        backend: "torch", "cuda" or "flashinfer": only this one runs; see `Gate`. None: the measured policy chooses.
 
     Returns:
         A `Routing`. No gradient flows through it.
@@ -118,7 +121,7 @@ def route(
     Raises:
         TypeError: Not a tensor, or a dtype that is not allowed.
         ValueError: A shape, stride or device that is not allowed, a tensor that the spec does not ask
-            for or one missing; on a CPU, a token id outside the table.
+            for or one missing; on a CPU, a token id outside the table; a backend that cannot run here.
     """
     arguments.check_spec(spec)
     weight = arguments.check_weight(weight, spec)
@@ -126,7 +129,10 @@ def route(
     tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
     arguments.check_tensors(spec, tensors, hidden.device)
     _check_hash_routing(input_ids, spec, tensors, len(hidden), hidden.device)
-    routing = choose(hidden.device, spec).route(hidden, weight, spec, tensors, input_ids, None)
+    _, router = planned(
+        hidden.device, spec, weight.dtype, None if bias is None else bias.dtype, policy="measured", backend=backend
+    )
+    routing = router.route(hidden, weight, spec, tensors, input_ids, None)
     return routing if return_logits else routing.without_logits()
 
 

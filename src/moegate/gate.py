@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moegate import arguments, ops
-from moegate.backends import choose
+from moegate.choice.plan import Explanation, tell
+from moegate.choice.router import planned
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
@@ -41,11 +42,16 @@ class Gate(nn.Module):
         frozen: The tensors change only together with a call of `refresh()`.
         pdl: On a GPU, start before the kernel in front ends (programmatic dependent launch) and wait for
             it just before reading `hidden`. False: start when it has ended.
+        backend: "torch", "cuda" or "flashinfer": only this one runs. FlashInfer's kernels do not keep all of
+            docs/contract.md. None: the policy chooses.
+        policy: "measured": the fastest kernels that keep the contract, by measured times. "sglang": SGLang's
+            rule of April 2026 (docs/choice.md).
 
     Raises:
         TypeError: Not a tensor, or a dtype that is not allowed.
         ValueError: A shape, stride or device that is not allowed, a tensor that the spec does not ask
-            for or one missing, a hash table with an expert out of range or twice in a row.
+            for or one missing, a hash table with an expert out of range or twice in a row; an unknown
+            backend or policy, or a backend that cannot run here.
     """
 
     weight: nn.Parameter
@@ -69,6 +75,8 @@ class Gate(nn.Module):
         tid2eid: Tensor | None = None,
         frozen: bool = False,
         pdl: bool = True,
+        backend: str | None = None,
+        policy: str = "measured",
     ) -> None:
         super().__init__()
         arguments.check_spec(spec)
@@ -81,6 +89,7 @@ class Gate(nn.Module):
         self.spec = spec
         self.frozen = frozen
         self.pdl = pdl
+        self.backend, self.policy = backend, policy
         self._spec_text = ops.spec_text(spec)
         self.register_parameter("weight", _parameter(weight))
         for name in ("bias", "input_scale", "per_expert_scale", "global_scale"):
@@ -92,7 +101,14 @@ class Gate(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | os.PathLike[str], layer: int, *, device: torch.device | str = "cpu", frozen: bool = True
+        cls,
+        path: str | os.PathLike[str],
+        layer: int,
+        *,
+        device: torch.device | str = "cpu",
+        frozen: bool = True,
+        backend: str | None = None,
+        policy: str = "measured",
     ) -> Gate:
         """The gate of a layer of a local Hugging Face checkpoint.
 
@@ -103,17 +119,21 @@ class Gate(nn.Module):
             layer: The layer, counted as the checkpoint counts.
             device: Where the gate's tensors go.
             frozen: See the class; nobody else holds the tensors that were read here.
+            backend: See the class.
+            policy: See the class.
 
         Raises:
             ValueError: A missing, broken or unknown config; a missing, corrupt or truncated file; a
                 layer without a router (the message names those that have one); a tensor that is
-                missing or has another shape than the config says.
+                missing or has another shape than the config says; an unknown backend or policy, or a
+                backend that cannot run there.
         """
         from moegate.catalog.checkpoint import read_gate
 
         spec, tensors = read_gate(path, layer)
         there = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return cls(spec, there.pop("weight"), **there, frozen=frozen)  # type: ignore[arg-type]
+        weight = there.pop("weight")
+        return cls(spec, weight, **there, frozen=frozen, backend=backend, policy=policy)  # type: ignore[arg-type]
 
     def forward(self, hidden: Tensor, *, input_ids: Tensor | None = None, return_logits: bool = False) -> Routing:
         """Routes M tokens.
@@ -145,6 +165,8 @@ class Gate(nn.Module):
                 input_ids,
                 frozen=self.frozen,
                 pdl=self.pdl,
+                backend=self.backend,
+                policy=self.policy,
             )
         elif torch.is_grad_enabled():
             with torch.no_grad():
@@ -178,8 +200,29 @@ class Gate(nn.Module):
         arguments.check_tensors(self.spec, tensors, weight.device)
         if tensors.tid2eid is not None and not tensors.tid2eid.is_meta:
             arguments.check_table(tensors.tid2eid, self.spec)
-        self._backend = choose(weight.device, self.spec)
+        before = self.__dict__.get("_plan")
+        self._plan, self._backend = planned(
+            weight.device,
+            self.spec,
+            weight.dtype,
+            None if tensors.bias is None else tensors.bias.dtype,
+            policy=self.policy,
+            backend=self.backend,
+        )
+        if self._plan is not before:
+            tell(self._plan)
         self._prepared = self._backend.prepare(weight.detach(), self.spec, tensors, frozen=self.frozen, pdl=self.pdl)
+
+    def explain(self, num_tokens: int) -> Explanation:
+        """Which kernels run for so many tokens, the time to expect, on what evidence, and why no others.
+
+        Args:
+            num_tokens: M, 0 or more; with hidden states of the weight's dtype (bfloat16 for a float32 weight).
+
+        Raises:
+            ValueError: A negative number; or the gate's `backend` cannot route so many.
+        """
+        return self._plan.explain(num_tokens)
 
     def extra_repr(self) -> str:
         """What the router computes, in a line."""
@@ -213,8 +256,8 @@ class Gate(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was prepared may be in a layout that nothing can copy; it is made again.
-        return {**self.__dict__, "_prepared": None}
+        # What was prepared may be in a layout that nothing can copy, and a plan is of its machine; they are made again.
+        return {**self.__dict__, "_prepared": None, "_backend": None, "_plan": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moegate.backends import choose
+from moegate.choice.router import planned
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
@@ -23,8 +23,8 @@ _library = torch.library.Library("moegate", "DEF")
 _library.define(
     "route(Tensor hidden, Tensor weight, str spec, Tensor? bias, Tensor? e_score_correction_bias,"
     " Tensor? input_scale, Tensor? per_expert_scale, Tensor? global_scale, Tensor? tid2eid, Tensor? input_ids,"
-    " bool frozen, bool pdl) -> (Tensor topk_ids, Tensor topk_weights, Tensor logits, Tensor shared_weights,"
-    " Tensor identity_weight)",
+    " bool frozen, bool pdl, str? backend, str policy) -> (Tensor topk_ids, Tensor topk_weights, Tensor logits,"
+    " Tensor shared_weights, Tensor identity_weight)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -41,10 +41,12 @@ def route(
     *,
     frozen: bool,
     pdl: bool,
+    backend: str | None,
+    policy: str,
 ) -> Routing:
     """`Backend.route` through the operator, in which no compiler looks; `text` is `spec_text(spec)`."""
     ids, weights, logits, shared, identity = torch.ops.moegate.route(
-        hidden, weight, text, *tensors, input_ids, frozen, pdl
+        hidden, weight, text, *tensors, input_ids, frozen, pdl, backend, policy
     )
     return Routing(
         ids, weights, logits, shared if spec.num_shared_gates else None, identity if spec.num_zero_experts else None
@@ -75,13 +77,16 @@ def _run(
     input_ids: Tensor | None,
     frozen: bool,
     pdl: bool,
+    backend: str | None,
+    policy: str,
 ) -> _Parts:
     tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
     parsed = _spec(spec)
-    backend = choose(hidden.device, parsed)
+    bias_dtype = None if bias is None else bias.dtype
+    _, router = planned(hidden.device, parsed, weight.dtype, bias_dtype, policy=policy, backend=backend)
     # A CPU's prepared weight is the gate's, which a compiled graph does not have: so none is made here.
-    prepared = backend.prepare(weight, parsed, tensors, frozen=frozen, pdl=pdl) if hidden.is_cuda else None
-    routing = backend.route(hidden, weight, parsed, tensors, input_ids, prepared)
+    prepared = router.prepare(weight, parsed, tensors, frozen=frozen, pdl=pdl) if hidden.is_cuda else None
+    routing = router.route(hidden, weight, parsed, tensors, input_ids, prepared)
     assert routing.logits is not None
     shared, identity = (
         hidden.new_empty(0, dtype=routing.topk_weights.dtype) if part is None else part

@@ -11,16 +11,12 @@ from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
 
-class Backend(Protocol):
-    """Arguments arrive checked; every method runs without autograd and keeps the contract."""
+class Router(Protocol):
+    """What a gate runs. Arguments arrive checked; every method runs without autograd."""
 
     @property
     def name(self) -> str:
         """What users call it."""
-        ...
-
-    def unsupported(self, device: torch.device, spec: RouterSpec | None = None) -> str | None:
-        """None, or the reason why this backend cannot run on the device, or cannot run the spec there."""
         ...
 
     def prepare(
@@ -33,14 +29,6 @@ class Backend(Protocol):
         """
         ...
 
-    def router_gemm(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """[M, K] x [R, K] (+ [R]) -> [M, R]."""
-        ...
-
-    def select(self, logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
-        """Logits [M, R] -> routing."""
-        ...
-
     def route(
         self,
         hidden: Tensor,
@@ -51,4 +39,20 @@ class Backend(Protocol):
         prepared: object | None,
     ) -> Routing:
         """Hidden states [M, K] -> routing, with its logits where they exist as a tensor."""
+        ...
+
+
+class Backend(Router, Protocol):
+    """One that keeps the contract, on the devices and for the specs that it supports."""
+
+    def unsupported(self, device: torch.device, spec: RouterSpec | None = None) -> str | None:
+        """None, or the reason why this backend cannot run on the device, or cannot run the spec there."""
+        ...
+
+    def router_gemm(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """[M, K] x [R, K] (+ [R]) -> [M, R]."""
+        ...
+
+    def select(self, logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
+        """Logits [M, R] -> routing."""
         ...

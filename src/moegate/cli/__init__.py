@@ -1,4 +1,4 @@
-"""The command line: `moegate models`, `moegate route`, `moegate check`."""
+"""The command line: `moegate models`, `route`, `check`, `explain`, `tune`, `bench`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moegate import __version__
-from moegate.cli import check, models, route
+from moegate.cli import bench, check, explain, models, route, tune
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (models.models, route.route, check.check):
+for command in (models.models, route.route, check.check, explain.explain, tune.tune, bench.bench):
     app.command()(command)
 
 

@@ -81,6 +81,18 @@ def load_job(
     return Job(title, gate, hidden, input_ids, origin)
 
 
+def load_spec(source: str) -> tuple[str, RouterSpec]:
+    """A title and what the router computes: of a name, or of a folder with a config.json, at most of its layers.
+
+    Raises:
+        ValueError: An unknown name, or a folder whose config.json is missing, broken or unknown.
+    """
+    folder = _folder(source)
+    if folder is None:
+        return source.lower(), _named(source)
+    return str(folder), RouterSpec.from_config(folder)
+
+
 def _folder(source: str) -> Path | None:
     """The source as a checkpoint folder; None if it is a name of the catalog, or may be a misspelt one."""
     path = Path(source).expanduser()

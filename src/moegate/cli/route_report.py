@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from moegate.backends import choose
 from moegate.cli.inputs import Job
 from moegate.cli.machine import device_name
 from moegate.cli.measure import Timing, compare, time_call
@@ -79,7 +78,9 @@ def summarise(job: Job, routing: Routing) -> Summary:
     in_range = in_range[(in_range >= 0) & (in_range < spec.num_selectable)]  # a broken backend is reported, too
     load = torch.bincount(in_range, minlength=spec.num_selectable)
     timing = time_call(lambda: job.gate(job.hidden, input_ids=job.input_ids), device)
-    return Summary(job, routing, choose(device, spec).name, device_name(device), load, comparison, timing)
+    return Summary(
+        job, routing, job.gate.explain(len(job.hidden)).backend, device_name(device), load, comparison, timing
+    )
 
 
 def print_report(summary: Summary, out: Console) -> None:

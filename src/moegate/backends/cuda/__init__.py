@@ -19,6 +19,13 @@ from moegate.spec import RouterSpec
 _OLDEST = (8, 0)
 
 
+def unsupported_capability(capability: tuple[int, int]) -> str | None:
+    """None, or why the kernels cannot run on a GPU of this compute capability."""
+    if capability < _OLDEST:
+        return f"compute capability {'.'.join(map(str, capability))} is below {'.'.join(map(str, _OLDEST))}"
+    return None
+
+
 class CudaBackend:
     """Runs every spec on NVIDIA GPUs from compute capability 8.0 on."""
 
@@ -28,10 +35,7 @@ class CudaBackend:
         """None, or what is missing: the GPU, or the compiler."""
         if device.type != "cuda" or torch.version.cuda is None:
             return f"{device} is no NVIDIA GPU"
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _OLDEST:
-            return f"compute capability {'.'.join(map(str, capability))} is below 8.0"
-        return jit.missing_compiler()
+        return unsupported_capability(torch.cuda.get_device_capability(device)) or jit.missing_compiler()
 
     def prepare(
         self, weight: Tensor, spec: RouterSpec, tensors: RouterTensors, *, frozen: bool, pdl: bool

@@ -10,19 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.record import version
-from benchmarks.gpu.timing import reason_of
+from moegate.backends.flashinfer import limits
+from moegate.measure.record import version
+from moegate.measure.timing import reason_of
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
-
-# (K, N) that FlashInfer's router GEMM takes, with float32 logits; M is 1 to 16.
-_GEMMS = {
-    (7168, 256): "mm_M1_16_K7168_N256",
-    (6144, 256): "mm_M1_16_K6144_N256",
-    (7168, 384): "mm_M1_16_K7168_N384",
-    (7168, 896): "mm_M1_16_K7168_N896",
-}
-FLASHINFER_MAX_TOKENS = 16
 
 
 @functools.cache
@@ -44,12 +36,12 @@ def flashinfer_version() -> str:
 def flashinfer_gemm(hidden_size: int, num_rows: int, tokens: int) -> Callable[[Tensor, Tensor], Tensor] | str:
     """(hidden, weight) -> float32 logits, or the reason why there is none."""
     module, _, found = _flashinfer()
-    name = _GEMMS.get((hidden_size, num_rows))
+    known = limits.GEMMS.get((hidden_size, num_rows))
     if module is None:
         return found
-    if name is None or tokens > FLASHINFER_MAX_TOKENS:
+    if known is None or tokens > limits.MAX_TOKENS:
         return f"not supported: K={hidden_size} N={num_rows} M={tokens}"
-    function = getattr(module, name)
+    function = getattr(module, known.name)
 
     def gemm(hidden: Tensor, weight: Tensor) -> Tensor:
         out = torch.empty(hidden.shape[0], num_rows, dtype=torch.float32, device=hidden.device)
@@ -64,8 +56,9 @@ def flashinfer_top_k(spec: RouterSpec, tensors: RouterTensors) -> Callable[[Tens
     _, module, found = _flashinfer()
     if module is None:
         return found
-    if not takes_top_k(spec):
-        return "not supported: another router than sigmoid + bias, or too large"
+    refused = limits.top_k_refuses(spec)
+    if refused is not None:
+        return f"not supported: {refused}"
     bias, groups, kept, k = tensors.e_score_correction_bias, spec.n_group, spec.topk_group, spec.top_k
 
     def top_k(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,34 +72,6 @@ def flashinfer_top_k(spec: RouterSpec, tensors: RouterTensors) -> Callable[[Tens
         return ids, values
 
     return top_k
-
-
-def takes_top_k(spec: RouterSpec) -> bool:
-    """True if `fused_topk_deepseek` computes this router, less the contract's promise about ties."""
-    is_deepseek = (
-        spec.scoring_func == "sigmoid"
-        and spec.correction_bias == "score"
-        and spec.weights_from == "score"
-        and spec.renormalize
-        and spec.renormalize_floor == 0.0
-        and spec.logits_dtype == spec.topk_weights_dtype == "float32"
-        and spec.logit_multiplier == 1.0
-        and spec.logit_softcapping is None
-        and not (spec.num_zero_experts or spec.num_shared_gates or spec.per_expert_scale or spec.global_scale)
-    )
-    if not is_deepseek or spec.top_k > 8:
-        return False
-    if spec.n_group == 1:
-        return spec.num_experts <= 384
-    per_group = spec.num_experts // spec.n_group
-    small = per_group <= 32 and per_group * spec.topk_group <= 128 and spec.num_experts <= 256
-    return small and spec.group_score == "top2_sum" and spec.n_group <= 32
-
-
-def takes_gemm(spec: RouterSpec, weight: Tensor) -> bool:
-    """True if the spec's logits are a plain bfloat16 product with float32 logits."""
-    plain = spec.input_norm_eps is None and not spec.linear_bias and spec.logits_dtype == "float32"
-    return plain and weight.dtype == torch.bfloat16
 
 
 def is_transformers_softmax(spec: RouterSpec) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cuda_kernels import PREDECESSOR_US, Predecessors
+from moegate.measure.cuda_kernels import PREDECESSOR_US, Predecessors
 
 WARM_UP, REPLAYS = 10, 30
 MAX_CALLS, LAYERS = 256, 58  # DeepSeek-V3 has 58 routers

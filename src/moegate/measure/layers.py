@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import peers
-from benchmarks.gpu.checks import Reference, check_choice, check_nothing, check_routings
-from benchmarks.gpu.cuda_kernels import read_floor
-from benchmarks.gpu.plain import compiled, plain_logits, plain_route, plain_select
-from benchmarks.gpu.timing import Candidate, layer_count, reason_of
 from moegate import Gate
+from moegate.backends.flashinfer import limits
 from moegate.backends.torch import TorchBackend
 from moegate.catalog.synthetic import VOCABULARY, random_tensors
+from moegate.measure import peers
+from moegate.measure.checks import Reference, check_choice, check_nothing, check_routings
+from moegate.measure.cuda_kernels import read_floor
+from moegate.measure.plain import compiled, plain_logits, plain_route, plain_select
+from moegate.measure.timing import Candidate, layer_count, reason_of
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
 
@@ -109,8 +110,9 @@ class Stage:
     def flashinfer_pair(self) -> Candidate:
         """FlashInfer's GEMM and its top-k."""
         spec, weights = self.layers.spec, self.layers.weights
-        gemm: Any = "not supported: not a bfloat16 product with float32 logits"
-        if peers.takes_gemm(spec, weights[0]):
+        refused = limits.gemm_refuses(spec, weights[0].dtype)
+        gemm: Any = f"not supported: {refused}"
+        if refused is None:
             gemm = peers.flashinfer_gemm(spec.hidden_size, spec.num_gate_rows, self.sources[0].shape[0])
         top_k = peers.flashinfer_top_k(spec, self.layers.tensors)
 

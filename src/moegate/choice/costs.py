@@ -1,0 +1,91 @@
+"""The time to expect of a candidate, from the cost tables, and where that number comes from."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+from moegate.choice.facts import Facts
+from moegate.choice.tables import Shape, Table, shape_of, table_for
+
+_SAME_KIND = 0.5  # how much nearer, in steps of e of a size, a shape is that has the same kind of router
+
+
+class Cost(NamedTuple):
+    """An expected time."""
+
+    us: float
+    """Microseconds in a CUDA graph behind a predecessor, without it."""
+    evidence: str
+    """"measured on ...", or how it was made of what was measured."""
+
+
+@cache
+def expected(facts: Facts, key: str, num_tokens: int) -> Cost | None:
+    """The time of a candidate, by its key; None: no table says anything about it."""
+    if num_tokens == 0:
+        return Cost(0.0, "nothing is launched")
+    found = table_for(facts.machine)
+    if found.table is None:
+        return None
+    curves = _curves(found.table, key)
+    shape = shape_of(facts)
+    gpu = found.table.gpu
+    if shape in curves:
+        us, how = _at(curves[shape][1], num_tokens)
+        what = how or "measured"
+    else:
+        near = _nearest(curves, shape)
+        if not near:
+            return None
+        us = math.exp(sum(weight * math.log(_at(curves[other][1], num_tokens)[0]) for other, weight in near))
+        what = f"interpolated from {' and '.join(curves[other][0] for other, _ in near)}"
+    if found.is_inferred:
+        return Cost(round(us, 3), f"inferred from {gpu.name} (sm_{gpu.sm}), another GPU: {what} there")
+    return Cost(round(us, 3), f"{what} on {'this ' * found.table.is_own}{gpu.name}")
+
+
+_Curve = dict[int, float]
+
+
+@cache
+def _curves(table: Table, key: str) -> dict[Shape, tuple[str, _Curve]]:
+    """By shape, the model's name and the times by number of tokens of one candidate."""
+    curves: dict[Shape, tuple[str, _Curve]] = {}
+    for row in table.rows:
+        if key in row.us:
+            curves.setdefault(row.shape, (row.model, {}))[1][row.tokens] = row.us[key]
+    return curves
+
+
+def _at(curve: _Curve, num_tokens: int) -> tuple[float, str | None]:
+    """The time at a number of tokens, and how it was found if it was not measured: in the logarithms of both."""
+    if num_tokens in curve:
+        return curve[num_tokens], None
+    known = sorted(curve)
+    if len(known) == 1:
+        return curve[known[0]], f"taken from M = {known[0]}"
+    above = next((index for index, tokens in enumerate(known) if tokens > num_tokens), len(known) - 1)
+    low, high = known[max(above, 1) - 1], known[max(above, 1)]
+    share = math.log(num_tokens / low) / math.log(high / low)
+    us = math.exp((1 - share) * math.log(curve[low]) + share * math.log(curve[high]))
+    if known[0] < num_tokens < known[-1]:
+        return us, f"interpolated between M = {low} and {high}"
+    return us, f"extrapolated from M = {low} and {high}"
+
+
+def _nearest(curves: dict[Shape, tuple[str, _Curve]], shape: Shape) -> list[tuple[Shape, float]]:
+    """The two nearest shapes with the same dtype of the weight, with the part that each has in the time."""
+    apart = sorted(
+        (_distance(other, shape), index, other)
+        for index, other in enumerate(curves)
+        if other.weight_dtype == shape.weight_dtype
+    )[:2]
+    inverse = [1 / (distance + 1e-3) for distance, _, _ in apart]
+    return [(other, part / sum(inverse)) for part, (_, _, other) in zip(inverse, apart, strict=True)]
+
+
+def _distance(one: Shape, other: Shape) -> float:
+    sizes = abs(math.log(one.hidden_size / other.hidden_size)) + abs(math.log(one.gate_rows / other.gate_rows))
+    return sizes + abs(math.log(one.top_k / other.top_k)) / 4 + _SAME_KIND * (one.router != other.router)

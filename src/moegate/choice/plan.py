@@ -1,0 +1,192 @@
+"""A plan: for one problem, which kernels run at every number of tokens, and why."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+
+from moegate.backends import BACKENDS
+from moegate.backends.cuda.plan import MAX_DECODE_TOKENS
+from moegate.choice import costs
+from moegate.choice.candidates import CANDIDATES, DECODE, Candidate
+from moegate.choice.facts import Facts
+from moegate.choice.policies import POLICIES, Choice, forced, measured, sglang
+from moegate.choice.tables import table_for
+
+_log = logging.getLogger("moegate")
+# Every number of tokens that a kernel or a rule distinguishes is among these; beyond, only costs do.
+_PROBES = (*range(MAX_DECODE_TOKENS + 2), *(1 << power for power in range(7, 21)))
+BACKEND_NAMES = (*(backend.name for backend in BACKENDS), "flashinfer")
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A candidate that does not run."""
+
+    backend: str
+    kernel: str
+    reason: str
+    expected_us: float | None
+    evidence: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which kernels run for a number of tokens, and why."""
+
+    tokens: int
+    backend: str
+    kernel: str
+    why: str
+    expected_us: float | None
+    """Microseconds in a CUDA graph behind a predecessor; None: no measurement says anything about it."""
+    evidence: str
+    rejected: tuple[Rejected, ...]
+    notes: tuple[str, ...]
+    """What else is to be known: a rule's own choice that cannot run, a cost table that was ignored."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choice for one problem at every number of tokens."""
+
+    facts: Facts
+    policy: str = "measured"
+    backend: str | None = None
+    """Only this backend, whatever the policy; None: the policy chooses."""
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy: got {self.policy!r}; allowed: {', '.join(map(repr, POLICIES))}")
+        if self.backend is not None and self.backend not in BACKEND_NAMES:
+            allowed = ", ".join(map(repr, BACKEND_NAMES))
+            raise ValueError(f"backend: got {self.backend!r}; allowed: None, {allowed}")
+        if self.backend is not None and self.policy != "measured":
+            raise ValueError(f"policy: got {self.policy!r} with backend = {self.backend!r}; allowed: one of the two")
+        self.choice(1)  # a forced backend that cannot run says so now
+
+    def choice(self, num_tokens: int, hidden: torch.dtype | None = None) -> Choice:
+        """What runs for so many tokens, with hidden states of another dtype than the facts' if one is given.
+
+        Raises:
+            ValueError: The backend is forced, and cannot.
+        """
+        facts = self.facts if hidden in (None, self.facts.hidden) else replace(self.facts, hidden=hidden)
+        return self._policy(facts, num_tokens)
+
+    @property
+    def _policy(self) -> Callable[[Facts, int], Choice]:
+        if self.backend is not None:
+            return forced(self.backend)
+        return {"measured": measured, "sglang": sglang}[self.policy]
+
+    @cached_property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """All that run at some number of tokens, in the order of these numbers."""
+        return tuple(dict.fromkeys(candidate for _, candidate in self._probed))
+
+    @cached_property
+    def _probed(self) -> list[tuple[int, Candidate]]:
+        """What runs at each number of `_PROBES`; none where a forced backend cannot: the call that has it raises."""
+        found = []
+        for num_tokens in _PROBES:
+            try:
+                found.append((num_tokens, self.choice(num_tokens).candidate))
+            except ValueError:
+                assert self.backend is not None
+        return found
+
+    def explain(self, num_tokens: int) -> Explanation:
+        """Which kernels run, their expected time, and every other candidate with its time or the reason.
+
+        Raises:
+            ValueError: The backend is forced, and cannot; or a negative number.
+        """
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens: got {num_tokens}; allowed: 0 or more")
+        choice = self.choice(num_tokens)
+        cost = costs.expected(self.facts, choice.candidate.key(self.facts), num_tokens)
+        notes = () if choice.passed_over is None else (choice.passed_over,)
+        others = [candidate for candidate in CANDIDATES if candidate is not choice.candidate]
+        return Explanation(
+            num_tokens,
+            choice.candidate.backend,
+            choice.candidate.kernel_of(self.facts),
+            choice.why,
+            None if cost is None else cost.us,
+            "nothing measured says anything about it" if cost is None else cost.evidence,
+            tuple(self._rejected(candidate, num_tokens, cost) for candidate in others),
+            (*notes, *table_for(self.facts.machine).problems),
+        )
+
+    def _rejected(self, candidate: Candidate, num_tokens: int, chosen: costs.Cost | None) -> Rejected:
+        facts, cost = self.facts, None
+        reason = candidate.supports(facts, num_tokens)
+        if reason is None:
+            cost = costs.expected(facts, candidate.key(facts), num_tokens)
+            broken = candidate.breaks(facts, num_tokens)
+            if self.policy == "sglang":
+                reason = "the rule says another"
+            elif self.backend not in (None, candidate.backend):
+                reason = f"backend = {self.backend!r}"
+            elif broken is not None and self.backend is None:
+                reason = f"breaks the contract: {broken}"
+            else:
+                reason = "no time is known that would be less" if cost is None or chosen is None else "slower"
+        times = (None, None) if cost is None else cost
+        return Rejected(candidate.backend, candidate.kernel_of(facts), reason, *times)
+
+    def spans(self) -> list[tuple[int, int | None, Candidate]]:
+        """(first M, last M or None for every further one, what runs), as far as the probes tell."""
+        found: list[tuple[int, int | None, Candidate]] = []
+        for num_tokens, candidate in self._probed[1:]:
+            if found and found[-1][2] is candidate:
+                found[-1] = (found[-1][0], num_tokens, candidate)
+            else:
+                found.append((num_tokens, num_tokens, candidate))
+        if found and found[-1][1] == _PROBES[-1]:
+            found[-1] = (found[-1][0], None, found[-1][2])
+        return found
+
+
+def tell(plan: Plan) -> None:
+    """One line at INFO; a warning, once, where something slow takes the place of what was to run."""
+    facts, machine = plan.facts, plan.facts.machine
+    if _log.isEnabledFor(logging.INFO):
+        size = f"{facts.spec.hidden_size} x {facts.spec.num_gate_rows}, top {facts.spec.top_k}"
+        _log.info("gate %s on %s: %s (%s)", size, machine.name, _in_words(plan), plan.backend or plan.policy)
+    if plan.backend is not None or machine.capability is None:
+        return
+    choice = plan.choice(1)
+    reason = DECODE.supports(facts, 1)
+    if plan.policy == "measured" and choice.candidate.backend == "torch":
+        warn_once(
+            f"the cuda backend cannot run on {machine.name}: {reason}. PyTorch's operations take its place, which "
+            "are many times slower"
+        )
+    if choice.passed_over is not None:
+        warn_once(f"{choice.passed_over}. The next row of the rule runs: {choice.candidate.kernel_of(facts)}")
+
+
+def _in_words(plan: Plan) -> str:
+    parts = []
+    for first, last, candidate in plan.spans():
+        tokens = f"M {first}" if first == last else f"M {first} and more" if last is None else f"M {first} to {last}"
+        parts.append(f"{tokens} {candidate.backend} {candidate.kernel_of(plan.facts)}")
+    return ", ".join(parts)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A `RuntimeWarning`, once a process for each text."""
+    warnings.warn(f"moegate: {message}", RuntimeWarning, stacklevel=2)

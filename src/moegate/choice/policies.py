@@ -1,0 +1,106 @@
+"""How a plan chooses: by measured cost, by SGLang's rule, or as it was told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from moegate.choice import costs
+from moegate.choice.candidates import CANDIDATES, DECODE, FLASHINFER_GEMM, TORCH, Candidate
+from moegate.choice.facts import Facts
+
+POLICIES = ("measured", "sglang")
+
+
+class Choice(NamedTuple):
+    """What runs for a number of tokens."""
+
+    candidate: Candidate
+    why: str
+    passed_over: str | None = None
+    """What the rule would have run, and why it does not; None: the rule's own choice."""
+
+
+def measured(facts: Facts, num_tokens: int) -> Choice:
+    """The least expected time among the candidates that keep the contract."""
+    able = [
+        candidate
+        for candidate in CANDIDATES
+        if candidate.breaks(facts, num_tokens) is None and candidate.supports(facts, num_tokens) is None
+    ]
+    assert able, "PyTorch's operations run everything"
+    why = "the only one here that keeps the contract" if len(able) == 1 else "the best of those that keep the contract"
+    return Choice(_cheapest(able, facts, num_tokens), why)
+
+
+def sglang(facts: Facts, num_tokens: int) -> Choice:
+    """SGLang's rule of April 2026 (DeepseekV2Gate.forward, sgl-project/sglang pull request 23285).
+
+    Where it does not say what happens, docs/choice.md does: the next row.
+    """
+    row, why = sglang_row(facts, num_tokens)
+    if row == 3:
+        return Choice(TORCH, why)
+    silent = _unsaid(facts, num_tokens)
+    if silent is not None:
+        return Choice(TORCH, f"row 3: rows 1 and 2 do not say what happens with {silent}")
+    passed_over = None
+    if row == 1:
+        reason = FLASHINFER_GEMM.supports(facts, num_tokens)
+        if reason is None:
+            return Choice(FLASHINFER_GEMM, why)
+        passed_over = f"row 1 asks for {FLASHINFER_GEMM.kernel_of(facts)}: {reason}"
+        why = "row 2, the next: ours in the place of dsv3_router_gemm"
+    reason = DECODE.supports(facts, num_tokens)
+    if reason is None:
+        return Choice(DECODE, why, passed_over)
+    return Choice(TORCH, "row 3, the next: the plain linear", f"row 2 asks for router_gemm: {reason}")
+
+
+def sglang_row(facts: Facts, num_tokens: int) -> tuple[int, str]:
+    """Which row of the rule holds, to its letter, and what it says."""
+    k, n, sm = facts.spec.hidden_size, facts.spec.num_gate_rows, facts.machine.sm
+    if not (num_tokens <= 16 and k == 7168 and n in (256, 384) and sm >= 90):
+        return 3, "row 3: the plain linear"
+    if sm in (100, 103) and n == 256:
+        return 1, "row 1: FlashInfer's router GEMM"
+    return 2, "row 2: ours in the place of dsv3_router_gemm"
+
+
+def _unsaid(facts: Facts, num_tokens: int) -> str | None:
+    """What the rule does not ask about, though the kernels of its first two rows cannot take it."""
+    if num_tokens == 0:
+        return "M = 0"
+    for name, dtype in (("hidden", facts.hidden), ("weight", facts.weight)):
+        if dtype != torch.bfloat16:
+            return f"{name} in {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def forced(backend: str) -> Callable[[Facts, int], Choice]:
+    """The fastest of one backend, whatever it promises."""
+
+    def choose(facts: Facts, num_tokens: int) -> Choice:
+        own = [candidate for candidate in CANDIDATES if candidate.backend == backend]
+        able = [candidate for candidate in own if candidate.supports(facts, num_tokens) is None]
+        if not able:
+            reasons = dict.fromkeys(f"{c.kernel_of(facts)}: {c.supports(facts, num_tokens)}" for c in own)
+            raise ValueError(
+                f"backend: got {backend!r}, which cannot route {num_tokens} tokens here ({'; '.join(reasons)}); "
+                "allowed: None, or a backend that can"
+            )
+        return Choice(_cheapest(able, facts, num_tokens), f"backend = {backend!r}")
+
+    return choose
+
+
+def _cheapest(able: list[Candidate], facts: Facts, num_tokens: int) -> Candidate:
+    """The one with the least expected time; the first, unless a time is known for each of them."""
+    if len(able) == 1:
+        return able[0]
+    known = [costs.expected(facts, candidate.key(facts), num_tokens) for candidate in able]
+    times = [math.inf if cost is None else cost.us for cost in known]
+    return able[0] if math.inf in times else able[times.index(min(times))]

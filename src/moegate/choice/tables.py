@@ -1,0 +1,216 @@
+"""Cost tables: files of measured times, one a GPU, in the package and in the user's cache folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from platformdirs import user_cache_path
+
+from moegate import __version__
+from moegate.choice.facts import Facts, Machine
+from moegate.spec import RouterSpec
+
+SCHEMA = 1
+_MADE = ("date", "command", "moegate", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
+
+
+class Shape(NamedTuple):
+    """What decides the time of a routing, beside the number of tokens."""
+
+    hidden_size: int
+    gate_rows: int
+    top_k: int
+    weight_dtype: str
+    router: str
+    """The kind of selection; see `router_kind`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The times of one shape at one number of tokens."""
+
+    model: str
+    """A model of the catalog that has the shape, for people."""
+    shape: Shape
+    tokens: int
+    us: dict[str, float]
+    """By candidate, microseconds in a CUDA graph behind a predecessor, without it."""
+    left_out: dict[str, str]
+    """By candidate, why there is no time: it cannot run, or its result was wrong."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The measurements of one GPU."""
+
+    gpu: Machine
+    made: dict[str, Any]
+    """When, by which command, with which versions and commit."""
+    rows: tuple[Row, ...]
+    is_own: bool = False
+    """Made on this machine by `moegate tune`, and not the package's."""
+
+
+def router_kind(spec: RouterSpec) -> str:
+    """What of a spec, beside its sizes, changes the work: fields that are not at their default, less mere factors."""
+    default = RouterSpec(hidden_size=8, num_experts=8, top_k=1)
+    names = (
+        "scoring_func correction_bias n_group topk_group group_score weights_from renormalize logits_dtype linear_bias "
+        "topk_weights_dtype per_expert_scale num_zero_experts num_shared_gates global_scale hash_routing"
+    )
+    found = [f"{name}={getattr(spec, name)}" for name in names.split() if getattr(spec, name) != getattr(default, name)]
+    return " ".join(found + ["input_norm"] * (spec.input_norm_eps is not None)) or "softmax"
+
+
+def shape_of(facts: Facts) -> Shape:
+    """The shape of a problem."""
+    spec, dtype = facts.spec, str(facts.weight).removeprefix("torch.")
+    return Shape(spec.hidden_size, spec.num_gate_rows, spec.top_k, dtype, router_kind(spec))
+
+
+def user_file(gpu: str) -> Path:
+    """Where `moegate tune` keeps the table of a GPU; XDG_CACHE_HOME moves it."""
+    return user_cache_path("moegate") / "costs" / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+
+
+def write(path: Path, table: Table) -> None:
+    """Writes the whole file at once, so that nobody ever sees a half."""
+    gpu, capability = table.gpu, table.gpu.capability
+    assert capability is not None
+    content = {
+        "schema": SCHEMA,
+        "gpu": {
+            "name": gpu.name,
+            "capability": f"{capability[0]}.{capability[1]}",
+            "num_sms": gpu.num_sms,
+            "bandwidth": gpu.bandwidth,
+        },
+        "made": table.made,
+        "rows": [{"model": row.model, **row.shape._asdict(), **_times(row)} for row in table.rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read(path: Any) -> Table:
+    """The table of a file.
+
+    Raises:
+        ValueError: No JSON, another schema, or a field that is not what it should be; the message has the path.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            found = content.get("schema") if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"schema {found!r}, where this version reads {SCHEMA}")
+        gpu, made = content["gpu"], content["made"]
+        major, minor = map(int, gpu["capability"].split("."))
+        machine = Machine(str(gpu["name"]), (major, minor), gpu["num_sms"], gpu["bandwidth"])
+        rows = tuple(_row(row) for row in content["rows"])
+        absent = [name for name in _MADE if name not in made]
+        if absent:
+            raise ValueError(f"made has no {', '.join(absent)}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"the cost table {path} cannot be used: {reason}") from None
+    return Table(machine, dict(made), rows)
+
+
+def stale(table: Table, machine: Machine) -> str | None:
+    """None, or why a table in the user's folder says nothing about the machine as it is now."""
+    if (table.gpu.name, table.gpu.num_sms) != (machine.name, machine.num_sms):
+        return f"it is of {table.gpu.name} with {table.gpu.num_sms} multiprocessors"
+    if table.made["moegate"] != __version__:
+        return f"moegate {table.made['moegate']} made it, this is {__version__}"
+    return None
+
+
+class Found(NamedTuple):
+    """The table for a machine, and what is to be said about it."""
+
+    table: Table | None
+    is_inferred: bool
+    """It is of another GPU, the nearest relative."""
+    problems: tuple[str, ...]
+    """Tables that were ignored, and why."""
+
+
+@cache
+def table_for(machine: Machine) -> Found:
+    """The user's table of this GPU, the package's, or the package's of the nearest relative, in this order."""
+    problems: list[str] = []
+    path = user_file(machine.name)
+    if machine.device is not None and path.is_file():
+        own = _checked(lambda: _own(path, machine), problems)
+        if own is not None:
+            return Found(own, False, ())
+    shipped = [_checked(lambda file=file: read(file), problems) for file in _shipped()]  # type: ignore[misc]
+    usable = [table for table in shipped if table is not None]
+    for problem in problems:
+        warnings.warn(f"moegate: {problem}; it is ignored", RuntimeWarning, stacklevel=2)
+    if machine.capability is None or not usable:
+        return Found(None, False, tuple(problems))
+    nearest = min(usable, key=lambda table: _distance(table.gpu, machine))
+    return Found(nearest, nearest.gpu.name != machine.name, tuple(problems))
+
+
+def _own(path: Path, machine: Machine) -> Table:
+    table = read(path)
+    reason = stale(table, machine)
+    if reason is not None:
+        raise ValueError(f"the cost table {path} is stale: {reason}; `moegate tune` makes a new one")
+    return Table(table.gpu, table.made, table.rows, is_own=True)
+
+
+def _checked(load: Callable[[], Table], problems: list[str]) -> Table | None:
+    try:
+        return load()
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+
+
+def _shipped() -> Iterable[Any]:
+    folder = resources.files("moegate.choice") / "measured"
+    return sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
+
+
+def _distance(of: Machine, to: Machine) -> tuple[bool, int, int, float]:
+    """How far a measured GPU is from another: by name, generation, version of it, and memory bandwidth."""
+    assert of.capability is not None
+    assert to.capability is not None
+    known = of.bandwidth is not None and to.bandwidth is not None
+    apart = abs((of.bandwidth or 0.0) - (to.bandwidth or 0.0)) if known else 0.0
+    generations = zip(of.capability, to.capability, strict=True)
+    major, minor = (abs(one - other) for one, other in generations)
+    return of.name != to.name, major, minor, apart
+
+
+def _row(row: dict[str, Any]) -> Row:
+    shape = Shape(**{name: _typed(row, name) for name in Shape._fields})
+    us = {str(name): float(value) for name, value in row["us"].items()}
+    if not isinstance(row["tokens"], int) or row["tokens"] < 1 or not all(value > 0 for value in us.values()):
+        raise ValueError(f"a row of {row['model']} has {row['tokens']!r} tokens or a time that is none")
+    return Row(str(row["model"]), shape, row["tokens"], us, dict(row["left_out"]))
+
+
+def _typed(row: dict[str, Any], name: str) -> Any:
+    expected = str if name in ("weight_dtype", "router") else int
+    if not isinstance(row[name], expected):
+        raise ValueError(f"{name} = {row[name]!r}")
+    return row[name]
+
+
+def _times(row: Row) -> dict[str, Any]:
+    return {"tokens": row.tokens, "us": row.us, "left_out": row.left_out}

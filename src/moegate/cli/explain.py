@@ -1,0 +1,158 @@
+"""`moegate explain`: which kernels run, the time to expect, on what evidence, and why no others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from moegate.cli.output import console, errors_in_one_line, new_table, print_json
+
+if TYPE_CHECKING:
+    from moegate.choice.facts import Machine
+    from moegate.choice.plan import Explanation, Plan
+    from moegate.spec import RouterSpec
+
+_TOKENS = "1,4,16,64,4096"
+
+
+def explain(
+    source: Annotated[
+        str, typer.Argument(help="A name of `moegate models`, or a folder with a config.json.", metavar="SOURCE")
+    ],
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens.", metavar="M,M,...")] = _TOKENS,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda, cuda:1, ..., or a GPU that need not be here, such as sm_103; unless given, the GPU if "
+            "there is one.",
+            metavar="D",
+        ),
+    ] = None,
+    installed: Annotated[
+        str | None,
+        typer.Option(
+            help="As if this were installed: flashinfer==0.6.8. A GPU that is not here has none otherwise.",
+            metavar="PACKAGE==VERSION",
+        ),
+    ] = None,
+    policy: Annotated[str, typer.Option(help="measured or sglang.", metavar="P")] = "measured",
+    backend: Annotated[
+        str | None, typer.Option(help="Only this one: torch, cuda or flashinfer.", metavar="BACKEND")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list, one object a number of tokens.")] = False,
+) -> None:
+    """Show which kernels run for a model's router, the time to expect, and why no others.
+
+    A machine without a GPU can be asked about one. Nothing is routed, but where a plan for this machine would run
+    FlashInfer, that is tried. Times are microseconds in a CUDA graph behind another kernel.
+    """
+    with errors_in_one_line():
+        from moegate.cli.inputs import load_spec
+
+        counts = numbers("--tokens", tokens)
+        title, spec = load_spec(source)
+        machine = _machine(device, installed)
+        is_pretended = machine.device is None or installed is not None
+        plan = _plan(spec, machine, policy, backend, is_pretended=is_pretended)
+        found = [plan.explain(count) for count in counts]
+    if as_json:
+        print_json([explanation.as_dict() for explanation in found])
+    else:
+        _print(title, plan, found, console())
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The whole numbers of a list such as "1,4,16".
+
+    Raises:
+        ValueError: It is none.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise ValueError(f"{option}: got {text!r}; allowed: numbers with commas between them, as in {_TOKENS}")
+    return [int(word) for word in words]
+
+
+def _machine(device: str | None, installed: str | None) -> Machine:
+    from moegate.choice.facts import described_machine, machine_of, with_installed
+    from moegate.cli.machine import pick_device
+
+    machine = None if device is None else described_machine(device)
+    if machine is None:
+        try:
+            machine = machine_of(pick_device(device))
+        except ValueError as error:
+            raise ValueError(f"{error}, or a GPU that is not, such as sm_103") from None
+    return machine if installed is None else with_installed(machine, installed)
+
+
+def _plan(spec: RouterSpec, machine: Machine, policy: str, backend: str | None, *, is_pretended: bool) -> Plan:
+    from moegate.choice.facts import default_weight_dtype, facts_of
+    from moegate.choice.plan import Plan
+    from moegate.choice.router import proven_plan
+
+    facts = facts_of(machine, spec, default_weight_dtype(spec))
+    return Plan(facts, policy, backend) if is_pretended else proven_plan(facts, policy, backend)
+
+
+def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> None:
+    spec, machine = plan.facts.spec, plan.facts.machine
+    shape = f"  {spec.hidden_size} → {spec.num_gate_rows}, top {spec.top_k}"
+    out.print(Text(title, style="bold cyan").append(shape, style="not bold default"), soft_wrap=True)
+    facts = f", compute capability {machine.capability[0]}.{machine.capability[1]}" if machine.capability else ""
+    out.print(f"device    {machine.name}{facts}", soft_wrap=True)
+    if machine.capability is not None:
+        out.print(f"installed FlashInfer {machine.flashinfer or 'not'}", soft_wrap=True)
+    out.print(f"policy    {plan.policy if plan.backend is None else f'backend {plan.backend}'}")
+    out.print()
+    table = new_table()
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("backend", no_wrap=True)
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("µs", justify="right", no_wrap=True)
+    table.add_column("evidence")
+    table.add_column("why")
+    for row in found:
+        table.add_row(str(row.tokens), row.backend, row.kernel, _time(row.expected_us), row.evidence, row.why)
+    out.print(table)
+    out.print()
+    _print_rejected(found, out)
+    for note, counts in _by_tokens(found, lambda row: row.notes).items():
+        out.print(Text(f"note      M = {counts}: ", style="yellow").append(str(note)), soft_wrap=True)
+
+
+def _print_rejected(found: list[Explanation], out: Console) -> None:
+    """Every candidate that does not run, each reason once, with the numbers of tokens that it holds for."""
+    table = new_table()
+    table.add_column("not these", overflow="fold")
+    table.add_column("tokens")
+    table.add_column("µs", no_wrap=True)
+    table.add_column("because")
+    rows = _by_tokens(found, lambda row: [(r.backend, r.kernel, r.reason) for r in row.rejected])
+    times = {
+        (row.tokens, rejected.backend, rejected.kernel): rejected.expected_us
+        for row in found
+        for rejected in row.rejected
+    }
+    for (backend, kernel, reason), counts in sorted(rows.items()):
+        us = [times.get((int(count), backend, kernel)) for count in counts.split(", ")]
+        shown = ", ".join(_time(value) for value in us) if any(value is not None for value in us) else ""
+        table.add_row(f"{backend} {kernel}", counts, shown, reason)
+    out.print(table)
+    out.print()
+
+
+def _by_tokens(found: list[Explanation], items: Any) -> dict[Any, str]:
+    """Each item, once, with the numbers of tokens at which it is there."""
+    counts: dict[Any, list[str]] = {}
+    for row in found:
+        for item in items(row):
+            counts.setdefault(item, []).append(str(row.tokens))
+    return {item: ", ".join(where) for item, where in counts.items()}
+
+
+def _time(us: float | None) -> str:
+    return "-" if us is None else f"{us:.2f}"

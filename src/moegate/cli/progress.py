@@ -1,0 +1,41 @@
+"""A progress bar for measurements, and the one thing they need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from moegate.cli.output import console, fail
+
+
+def need_gpu(what: str) -> None:
+    """Ends with a line that says what is missing, unless PyTorch has an NVIDIA GPU that the kernels run on."""
+    import torch
+
+    from moegate.backends.cuda import CudaBackend
+
+    if torch.version.cuda is None:
+        fail(f"{what} needs an NVIDIA GPU and a PyTorch built for CUDA; this is PyTorch {torch.__version__}")
+    if not torch.cuda.is_available():
+        fail(f"{what} needs an NVIDIA GPU; PyTorch {torch.__version__} finds none")
+    reason = CudaBackend().unsupported(torch.device("cuda", torch.cuda.current_device()))
+    if reason is not None:
+        fail(f"{what} needs the kernels for NVIDIA GPUs, which cannot run: {reason}")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr with the time gone and the time left; on no terminal, lines that are printed on it."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    out = console(stderr=True)
+    with Progress(*columns, console=out, speed_estimate_period=120, disable=not out.is_terminal) as bar:
+        yield bar

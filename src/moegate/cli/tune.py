@@ -1,0 +1,76 @@
+"""`moegate tune`: a cost table of this machine."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moegate.cli.output import complain, console, errors_in_one_line
+from moegate.cli.progress import need_gpu, progress_bar
+
+if TYPE_CHECKING:
+    from moegate.choice.tables import Row
+    from moegate.measure.tune import Measure, Tuning
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def tune(
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Another file than the one in the cache folder, which gates read.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Measure this GPU: the cost table by which plans choose, and which `moegate explain` cites.
+
+    Takes a few minutes, in CUDA graphs behind another kernel. Can be stopped at any time (Ctrl-C, kill); the same
+    command goes on. Exit status: 130 if it was stopped, 2 where there is no GPU for it.
+    """
+    need_gpu("moegate tune")
+    with errors_in_one_line():
+        from moegate import catalog
+        from moegate.choice.tables import user_file
+        from moegate.measure.session import Session
+        from moegate.measure.tune import WAY, Tuning, made_by
+
+        session = Session()
+        machine = session.machine
+        command = shlex.join(["moegate", "tune", *([] if out is None else ["--out", str(out)])])
+        tuning = Tuning(out or user_file(machine.name), machine, made_by(command, machine.flashinfer))
+    run(tuning, lambda model, tokens: session.measure(catalog.get_spec(model), tokens, WAY))
+
+
+def run(tuning: Tuning, measure: Measure) -> None:
+    """Measures what is missing, with a bar; a stop is no failure, and says how to go on."""
+    import torch
+
+    from moegate.measure.tune import all_cases
+
+    every, missing = all_cases(), tuning.missing()
+    out = console(stderr=True)
+    if len(missing) < len(every):
+        out.print(
+            f"going on after {len(every) - len(missing)} of {len(every)} rows in {tuning.partial}", soft_wrap=True
+        )
+    with progress_bar() as bar:
+        task = bar.add_task("compiling", total=len(every), completed=len(every) - len(missing))
+        try:
+            with torch.no_grad():
+                for row in tuning.run(measure):
+                    bar.update(task, advance=1, description=f"{row.model} M={row.tokens}")
+                    if bar.disable:
+                        out.print(_line(row), soft_wrap=True)
+        except KeyboardInterrupt:
+            left = len(tuning.missing())
+            complain(f"stopped with {len(every) - left} of {len(every)} rows measured; the same command goes on")
+            raise typer.Exit(_INTERRUPTED) from None
+    out.print(f"written   {tuning.path}", soft_wrap=True)
+
+
+def _line(row: Row) -> str:
+    """A row, for a log."""
+    times = ", ".join(f"{key} {us:.2f}" for key, us in row.us.items())
+    return f"{row.model} M={row.tokens}: {times}"

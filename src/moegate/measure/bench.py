@@ -1,0 +1,85 @@
+"""The measurements of `moegate bench`: the default plan, every candidate and every peer, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moegate.backends.flashinfer import limits
+from moegate.choice.candidates import CANDIDATES
+from moegate.choice.facts import default_weight_dtype, facts_of
+from moegate.choice.plan import Plan
+from moegate.measure import timing
+from moegate.measure.checks import check_choice
+from moegate.measure.layers import Stage
+from moegate.measure.names import DEFAULT, SAFE, TRANSFORMERS
+from moegate.measure.record import Record
+from moegate.measure.session import Session
+from moegate.measure.transformers_router import transformers_router
+from moegate.spec import RouterSpec
+
+SOURCES = ("deepseek-v3", "kimi-k2", "qwen3-30b-a3b", "gpt-oss-120b")
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+WAYS = ("trigger", "cold", "hot")
+PART = "bench"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to be measured."""
+
+    title: str
+    spec: RouterSpec
+    config: dict[str, Any]
+    """The part of its config.json that Transformers' router is built from."""
+
+
+Case = tuple[Source, int, str]
+
+
+def cases(sources: Sequence[Source], tokens: Sequence[int], ways: Sequence[str]) -> list[Case]:
+    """All cases, those that share their set-up one behind the other."""
+    return [(source, count, way) for source in sources for count in tokens for way in ways]
+
+
+def record_in(folder: Path, run: dict[str, Any]) -> Record:
+    """FOLDER/bench.json, in which an earlier run's rows stay."""
+    return Record(folder, PART, run)
+
+
+def measure_case(session: Session, source: Source, tokens: int, way: str) -> dict[str, Any]:
+    """The content of a row: what every candidate did, the plan's choice and who else keeps the contract."""
+    spec = source.spec
+    facts = facts_of(session.machine, spec, default_weight_dtype(spec))
+    found = session.measure(spec, tokens, way, lambda stage: _peers(stage, source))
+    explanation = Plan(facts).explain(tokens)
+    return {
+        "hidden_size": spec.hidden_size,
+        "gate_rows": spec.num_gate_rows,
+        "top_k": spec.top_k,
+        "plan": f"{explanation.backend}:{explanation.kernel}",
+        "expected_us": explanation.expected_us,
+        "evidence": explanation.evidence,
+        "keeps_contract": [each.key(facts) for each in CANDIDATES if each.breaks(facts, tokens) is None],
+        "candidates": found,
+    }
+
+
+def _peers(stage: Stage, source: Source) -> list[timing.Candidate]:
+    found = [stage.ours(DEFAULT, frozen=True), stage.ours(SAFE, frozen=False), stage.compiled()]
+    if limits.top_k_refuses(source.spec) is not None:  # otherwise FlashInfer's top-k behind cuBLAS is a candidate
+        found.append(stage.cublas(may_compile=True))
+    return [*found, _transformers(stage, source), stage.floor()]
+
+
+def _transformers(stage: Stage, source: Source) -> timing.Candidate:
+    weights, made = stage.layers.weights, list[Callable[..., Any]]()
+
+    def call(layer: int, hidden: Any) -> Any:
+        if not made:
+            made.append(transformers_router(source.config, stage.layers.tensors, stage.layers.device))
+        return made[0](hidden, weights[layer])
+
+    return timing.Candidate(TRANSFORMERS, call, check_choice(stage.expected), slow=True)

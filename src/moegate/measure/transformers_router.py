@@ -1,0 +1,51 @@
+"""The router class of the installed Transformers, as a peer: what a model there runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moegate.catalog.model_types import model_types
+from moegate.measure.plain import Chosen
+from moegate.routing import RouterTensors
+
+_KNOWN = {"weight", "bias", "e_score_correction_bias"}
+
+
+def transformers_router(
+    config: dict[str, Any], tensors: RouterTensors, device: torch.device
+) -> Callable[[Tensor, Tensor], Chosen]:
+    """(hidden [M, K], weight [R, K]) -> ids and weights, by the class of the config's model type.
+
+    Raises:
+        NotImplementedError: There is no class, or one with other tensors or another result than most have.
+        Whatever importing Transformers or building a config raises passes through.
+    """
+    model_type = str(config["model_type"])
+    name = model_types()[model_type].router
+    if name is None or tensors.tid2eid is not None:
+        raise NotImplementedError(f"Transformers has no class for this router of {model_type!r}")
+    mapping = import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
+    if model_type not in mapping:
+        raise NotImplementedError(f"this Transformers does not know {model_type!r}")
+    built = mapping[model_type](**{key: value for key, value in config.items() if key != "model_type"})
+    module = import_module(type(built).__module__.replace(".configuration_", ".modeling_"))
+    router = getattr(module, name)(built).to(device=device, dtype=torch.bfloat16).eval().requires_grad_(False)
+    held = dict([*router.named_parameters(), *router.named_buffers()])
+    if "weight" not in held or not set(held) <= _KNOWN:
+        raise NotImplementedError(f"{name} holds {', '.join(held)}")
+    for key in held.keys() - {"weight"}:
+        held[key].data = getattr(tensors, key)
+
+    def route(hidden: Tensor, weight: Tensor) -> Chosen:
+        held["weight"].data = weight
+        found = router(hidden)
+        if not isinstance(found, tuple) or len(found) != 3 or found[2].is_floating_point():
+            raise NotImplementedError(f"{name} does not return (logits, weights, ids)")
+        return found[2], found[1]
+
+    return route

@@ -1,0 +1,97 @@
+"""The measurements of `moegate tune`: a cost table of this machine, row by row, stopped and resumed at any row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moegate import __version__, catalog
+from moegate.choice.facts import Machine, default_weight_dtype, facts_of
+from moegate.choice.tables import Row, Table, read, shape_of, write
+from moegate.measure.record import describe_run
+
+# A spread of the catalog: each size of a gate from small to large, each kind of selection, both dtypes of a weight.
+MODELS = (
+    "deepseek-v3",
+    "kimi-k2",
+    "glm-5",
+    "deepseek-v4-flash",
+    "glm-4.5-air",
+    "qwen3-30b-a3b",
+    "qwen3-next-80b-a3b",
+    "gpt-oss-120b",
+    "mixtral-8x7b",
+    "minimax-m2",
+    "longcat-flash",
+)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+WAY = "trigger"
+_SAME = ("moegate", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
+
+Case = tuple[str, int]
+"""A model of the catalog and a number of tokens."""
+Measure = Callable[[str, int], "dict[str, dict[str, Any]]"]
+"""A case -> by candidate's key, what `timing.measure` found."""
+
+
+def all_cases() -> list[Case]:
+    """What a whole table holds, the cases of a model one behind the other."""
+    return [(model, tokens) for model in MODELS for tokens in TOKENS]
+
+
+def made_by(command: str, flashinfer: str | None) -> dict[str, Any]:
+    """The table's account of itself."""
+    run = describe_run(command, flashinfer or "absent")
+    names = ("date", "command", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
+    return {**{name: run.get(name) for name in names}, "moegate": __version__}
+
+
+class Tuning:
+    """A table in the making, in `FILE.partial` until every case is there.
+
+    Args:
+        path: Where the whole table goes.
+        gpu: The machine that is measured.
+        made: See `made_by`.
+
+    Raises:
+        ValueError: The unfinished table of an earlier run cannot be used; the message has its path.
+    """
+
+    def __init__(self, path: Path, gpu: Machine, made: dict[str, Any]) -> None:
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self._table = Table(gpu, made, ())
+        if self.partial.exists():
+            before = read(self.partial)
+            different = [name for name in _SAME if before.made[name] != made[name]]
+            if different or before.gpu.name != gpu.name:
+                what = ", ".join(different) or "GPU"
+                raise ValueError(f"the unfinished table {self.partial} was begun with another {what}; remove it")
+            self._table = replace(self._table, rows=before.rows)
+
+    def missing(self) -> list[Case]:
+        """The cases that no row has yet."""
+        done = {(row.model, row.tokens) for row in self._table.rows}
+        return [case for case in all_cases() if case not in done]
+
+    def run(self, measure: Measure) -> Iterator[Row]:
+        """Measures what is missing; each row is on the disk when it comes. The last one finishes the table."""
+        for model, tokens in self.missing():
+            row = _row(self._table.gpu, model, tokens, measure(model, tokens))
+            self._table = replace(self._table, rows=(*self._table.rows, row))
+            write(self.partial, self._table)
+            if not self.missing():
+                os.replace(self.partial, self.path)
+            yield row
+
+
+def _row(gpu: Machine, model: str, tokens: int, found: dict[str, dict[str, Any]]) -> Row:
+    spec = catalog.get_spec(model)
+    shape = shape_of(facts_of(gpu, spec, default_weight_dtype(spec)))
+    own = {key: entry for key, entry in found.items() if ":" in key}
+    times = {key: round(entry["us"], 3) for key, entry in own.items() if entry.get("us", 0) > 0}
+    left_out = {key: entry.get("absent") or "its result was wrong" for key, entry in own.items() if key not in times}
+    return Row(model, shape, tokens, times, left_out)

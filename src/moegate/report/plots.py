@@ -1,0 +1,136 @@
+"""The plots of the report, by plotly: without a background and a colour of text, which the page gives by its theme."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import plotly.graph_objects as go
+
+from moegate.measure.names import DEFAULT, FLOOR, SAFE
+from moegate.report.numbers import Row, is_peer, label, models, share_of_floor, speed_up, time_of
+
+_GRID = "rgba(128,128,128,0.25)"
+# Okabe and Ito's colours, told apart by all eyes and on light and dark; moegate's is the first.
+_COLOURS = ("#d55e00", "#3a93d0", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#b07d4f")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
+_TIMES = [digit * 10.0**power for power in range(-1, 5) for digit in (1, 2, 5)]
+_MARGIN = {"l": 56, "r": 12, "t": 16, "b": 48}
+
+
+def time_by_tokens(rows: list[Row], names: list[str]) -> go.Figure:
+    """Lines of one model in one way: microseconds by number of tokens, both on logarithmic axes.
+
+    Args:
+        rows: Of one model and way, by number of tokens.
+        names: All candidates of the page, so that what has one name for people has one colour on it.
+    """
+    figure = go.Figure()
+    labels = list(dict.fromkeys(label(name) for name in names))
+    for name in names:
+        points = [(int(row["tokens"]), time) for row in rows if (time := time_of(row, name)) is not None]
+        if not points:
+            continue
+        place = labels.index(label(name))
+        colour = "#999999" if name == FLOOR else _COLOURS[place % len(_COLOURS)]
+        dash = "dot" if name == FLOOR else "dash" if name == SAFE else "solid"
+        figure.add_scatter(
+            x=[tokens for tokens, _ in points],
+            y=[time for _, time in points],
+            name=label(name),
+            mode="lines+markers",
+            line={"color": colour, "width": 3 if name == DEFAULT else 1.5, "dash": dash},
+            marker={"symbol": _SYMBOLS[place % len(_SYMBOLS)], "size": 8 if name == DEFAULT else 6},
+            hovertemplate="%{y:.2f} µs at M = %{x}<extra>" + label(name) + "</extra>",
+        )
+    _plain(figure, "tokens", "µs a call")
+    tokens = sorted({int(row["tokens"]) for row in rows})
+    figure.update_xaxes(type="log", tickvals=tokens, ticktext=[str(count) for count in tokens])
+    figure.update_yaxes(type="log", tickvals=_TIMES, ticktext=[f"{time:g}" for time in _TIMES])
+    figure.update_layout(height=480, legend={"orientation": "h", "yanchor": "top", "y": -0.24, "x": 0})
+    return figure
+
+
+def speed_ups(rows: list[Row]) -> go.Figure:
+    """A map of models and numbers of tokens: how many times as fast as the best peer moegate is."""
+    shapes, tokens = models(rows), sorted({int(row["tokens"]) for row in rows})
+    found: dict[tuple[str, int], tuple[str, float]] = {}
+    for row in rows:
+        ratio = speed_up(row)
+        if ratio is not None:
+            found[row["model"], int(row["tokens"])] = ratio
+    grid: list[list[Any]] = [[found.get((model, count)) for count in tokens] for model in shapes]
+    most = max((abs(math.log2(ratio)) for _, ratio in found.values()), default=1.0)
+    figure = go.Figure(
+        go.Heatmap(
+            x=[str(count) for count in tokens],
+            y=[_shape(rows, model) for model in shapes],
+            z=[[None if each is None else math.log2(each[1]) for each in line] for line in grid],
+            text=[["" if each is None else f"{each[1]:.2f}" for each in line] for line in grid],
+            customdata=[["" if each is None else label(each[0]) for each in line] for line in grid],
+            texttemplate="%{text}",
+            textfont={"color": "#111111"},
+            hovertemplate="%{text} times as fast as %{customdata}, M = %{x}<extra>%{y}</extra>",
+            colorscale=[[0.0, "#f4a582"], [0.5, "#f0f0f0"], [1.0, "#7fc8a9"]],  # all light enough for dark figures
+            zmin=-most,
+            zmax=most,
+            showscale=False,
+            xgap=2,
+            ygap=2,
+        )
+    )
+    _plain(figure, "tokens", "")
+    figure.update_xaxes(type="category", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
+    figure.update_layout(height=110 + 44 * len(shapes))
+    return figure
+
+
+def floor_shares(rows: list[Row]) -> go.Figure:
+    """Lines, a model each: the part of the time that reading the weight and the hidden states takes by itself."""
+    figure = go.Figure()
+    for place, model in enumerate(models(rows)):
+        own = sorted((row for row in rows if row["model"] == model), key=lambda row: int(row["tokens"]))
+        points = [(int(row["tokens"]), share) for row in own if (share := share_of_floor(row)) is not None]
+        if points:
+            figure.add_scatter(
+                x=[tokens for tokens, _ in points],
+                y=[share for _, share in points],
+                name=model,
+                mode="lines+markers",
+                line={"color": _COLOURS[place % len(_COLOURS)], "width": 2},
+                marker={"symbol": _SYMBOLS[place % len(_SYMBOLS)], "size": 7},
+                hovertemplate="%{y:.0%} at M = %{x}<extra>" + model + "</extra>",
+            )
+    _plain(figure, "tokens", "floor / moegate")
+    tokens = sorted({int(row["tokens"]) for row in rows})
+    figure.update_xaxes(type="log", tickvals=tokens, ticktext=[str(count) for count in tokens])
+    figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
+    legend = {"orientation": "h", "yanchor": "top", "y": -0.24, "x": 0}
+    figure.update_layout(height=400, showlegend=True, legend=legend)
+    return figure
+
+
+def plotted(rows: list[Row]) -> list[str]:
+    """The candidates that the lines show: moegate, its peers and the floor, moegate first."""
+    names = dict.fromkeys(name for row in rows for name in row["candidates"])
+    shown = [name for name in names if is_peer(name) or name in (SAFE, FLOOR)]
+    return [DEFAULT, *shown]
+
+
+def _shape(rows: list[Row], model: str) -> str:
+    row = next(row for row in rows if row["model"] == model)
+    return f"{model}<br><sub>{row['hidden_size']} → {row['gate_rows']}, top {row['top_k']}</sub>"
+
+
+def _plain(figure: go.Figure, x: str, y: str) -> None:
+    figure.update_layout(
+        template="none",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin=_MARGIN,
+        font={"family": "system-ui, sans-serif", "size": 13},
+        xaxis={"title": x, "gridcolor": _GRID, "zeroline": False},
+        yaxis={"title": y, "gridcolor": _GRID, "zeroline": False},
+        hovermode="closest",
+    )

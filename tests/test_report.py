@@ -1,0 +1,155 @@
+"""The report of `moegate bench`, from committed measurements: numbers, page, and what it never shows."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import refused, run
+
+from moegate.report import numbers
+
+DATA = Path(__file__).parent / "data"
+CONTENT: dict[str, Any] = json.loads((DATA / "bench.json").read_text())
+PAIR = "flashinfer:mm_M1_16_K7168_N256+fused_topk_deepseek"
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    return copy.deepcopy(CONTENT)
+
+
+def row_of(content: dict[str, Any], tokens: int, way: str = "trigger") -> dict[str, Any]:
+    (row,) = [row for row in content["rows"] if (row["tokens"], row["way"]) == (tokens, way)]
+    assert isinstance(row, dict)
+    return row
+
+
+def test_numbers_of_a_row(content: dict[str, Any]) -> None:
+    row = row_of(content, 1)
+    times = {name: found["us"] for name, found in row["candidates"].items() if "us" in found}
+    assert numbers.best_peer(row) == (PAIR, times[PAIR])
+    assert numbers.speed_up(row) == (PAIR, times[PAIR] / times["moegate"])
+    assert numbers.share_of_floor(row) == times["floor"] / times["moegate"]
+    assert numbers.plan_ratio(row) == 1.0
+    row["candidates"]["cuda:router_gemm+select"]["us"] = times["moegate"] / 1.08
+    assert numbers.plan_ratio(row) == pytest.approx(1.08)
+    assert "The default plan MISSES the aim" in numbers.verdicts(content["rows"])[0]
+
+
+def test_a_wrong_result_has_no_time_anywhere(content: dict[str, Any]) -> None:
+    from moegate.report.page import page
+
+    row = row_of(content, 1)
+    row["candidates"][PAIR].update(ok=False, us=0.1234)
+    assert numbers.time_of(row, PAIR) is None
+    best = numbers.best_peer(row)
+    assert best is not None
+    assert best[0] != PAIR
+    text = page(content)
+    assert "<td class='wrong'>wrong</td>" in text
+    assert "0.1234" not in text
+    assert ">0.12<" not in text
+    assert "Wrong results, which have no time: FlashInfer GEMM + FlashInfer top-k." in text
+
+
+class Outline(HTMLParser):
+    """The tags of a page that must be closed, and whatever it would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.figures: list[dict[str, Any]] = []
+        self._is_figure = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.fetched += [str(given[name]) for name in ("src", "href") if name in given]
+        self._is_figure = given.get("type") == "application/json"
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._is_figure:
+            self.figures.append(json.loads(data))
+            self._is_figure = False
+
+
+def test_the_page_is_whole_and_needs_nothing_else() -> None:
+    from moegate.report.page import page
+
+    text = page(CONTENT)
+    outline = Outline()
+    outline.feed(text)
+    assert outline.open == []
+    assert outline.fetched == []
+    assert "NVIDIA H200" in text
+    assert "prefers-color-scheme: dark" in text
+    titles = re.findall(r"<h2>(.*?)</h2>", text)
+    assert titles[:4] == ["Speed-up by shape", "Time by number of tokens", "Share of the floor", "All times"]
+    assert len(outline.figures) == 1 + 3 + 3
+    line = next(trace for trace in outline.figures[1]["data"] if trace["name"] == "moegate")
+    assert line["x"] == [1, 4, 16, 64]
+    assert line["y"] == [row_of(CONTENT, tokens)["candidates"]["moegate"]["us"] for tokens in (1, 4, 16, 64)]
+
+
+def test_names_of_models_cannot_become_tags(content: dict[str, Any]) -> None:
+    from moegate.report.page import page
+
+    for row in content["rows"]:
+        row["model"] = "</script><b>x"
+    outline = Outline()
+    outline.feed(page(content))
+    assert "b" not in outline.open
+
+
+def test_render_makes_the_page_without_a_gpu(tmp_path: Path) -> None:
+    shutil.copy(DATA / "bench.json", tmp_path)
+    result = run("bench", "--render", tmp_path, columns=120)
+    assert result.exit_code == 0
+    assert (tmp_path / "bench.html").stat().st_size > 1_000_000
+    ours = row_of(CONTENT, 16)["candidates"]["moegate"]["us"]
+    assert re.search(rf"^moegate .*{ours:.2f}.*all", result.stdout, flags=re.MULTILINE)
+    assert "The default plan keeps the aim" in " ".join(result.stdout.split())
+    printed = json.loads(run("bench", "--render", tmp_path, "--json").stdout)
+    assert printed == CONTENT
+
+
+def test_without_plotly_the_way_to_the_page_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    shutil.copy(DATA / "bench.json", tmp_path)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    for name in ("moegate.report.page", "moegate.report.plots"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    result = run("bench", "--render", tmp_path)
+    assert result.exit_code == 0
+    assert "pip install moegate[bench]" in result.stderr
+    assert not (tmp_path / "bench.html").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"runs": []}'])
+def test_a_file_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bench.json").write_text(text)
+    assert str(tmp_path / "bench.json") in refused("bench", "--render", tmp_path)
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    assert "No such file" in refused("bench", "--render", tmp_path)
+    assert "--render: allowed without" in refused("bench", "deepseek-v3", "--render", tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_a_line_says_what_is_missing() -> None:
+    assert "moegate bench needs an NVIDIA GPU" in refused("bench", "deepseek-v3")

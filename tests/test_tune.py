@@ -1,0 +1,143 @@
+"""`moegate tune`, with a stand-in for what measures: stopped, killed, resumed, and finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from command_line import refused
+from machines import forget
+
+from moegate import __version__, get_spec
+from moegate.choice import costs
+from moegate.choice.facts import Machine, facts_of
+from moegate.choice.tables import read, user_file
+from moegate.cli.tune import run
+from moegate.measure.tune import MODELS, TOKENS, Tuning, all_cases
+
+GPU = Machine("GPU X", (9, 0), 100, 3000.0)
+MADE = {name: "x" for name in ("date", "command", "moegate_commit", "torch", "cuda", "flashinfer", "driver")}
+MADE["moegate"] = __version__
+
+
+def measured(model: str, tokens: int) -> dict[str, dict[str, Any]]:
+    return {
+        "predecessor alone": {"us": 2.2},
+        "cuda:router_gemm+select": {"us": 3.0 + tokens / 8, "ok": True},
+        "torch:mm+ops": {"ok": False, "problems": ["ids"]},
+        "flashinfer:cublas+fused_topk_deepseek": {"absent": "FlashInfer is not installed"},
+    }
+
+
+class Stopping:
+    """Measures so many cases, then is interrupted."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.seen: list[tuple[str, int]] = []
+
+    def __call__(self, model: str, tokens: int) -> dict[str, dict[str, Any]]:
+        if len(self.seen) == self.after:
+            raise KeyboardInterrupt
+        self.seen.append((model, tokens))
+        return measured(model, tokens)
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget()
+    yield tmp_path
+    forget()
+
+
+def test_the_models_are_in_the_catalog_and_differ() -> None:
+    assert len({get_spec(model) for model in MODELS}) == len(MODELS)
+    assert len(all_cases()) == len(set(all_cases())) == len(MODELS) * len(TOKENS)
+
+
+def test_stopped_resumed_and_finished(capsys: pytest.CaptureFixture[str]) -> None:
+    path = user_file("GPU X")
+    first = Stopping(after=5)
+    with pytest.raises(typer.Exit) as stopped:
+        run(Tuning(path, GPU, MADE), first)
+    assert stopped.value.exit_code == 130
+    said = capsys.readouterr().err
+    assert f"stopped with 5 of {len(all_cases())} rows measured; the same command goes on" in said
+    assert not path.exists(), "gates would read an unfinished table"
+
+    second = Stopping(after=10**6)
+    run(Tuning(path, GPU, MADE), second)
+    assert "going on after 5 of" in capsys.readouterr().err
+    assert first.seen + second.seen == all_cases()
+    assert [file.name for file in path.parent.iterdir()] == ["gpu-x.json"]
+    table = read(path)
+    assert [(row.model, row.tokens) for row in table.rows] == all_cases()
+    assert table.rows[0].us == {"cuda:router_gemm+select": 3.125}
+    assert table.rows[0].left_out == {
+        "torch:mm+ops": "its result was wrong",
+        "flashinfer:cublas+fused_topk_deepseek": "FlashInfer is not installed",
+    }
+    here = dataclasses.replace(GPU, device=torch.device("cpu"))
+    facts = facts_of(here, get_spec(MODELS[1]), torch.bfloat16)
+    cost = costs.expected(facts, "cuda:router_gemm+select", 16)
+    assert cost == (5.0, "measured on this GPU X")
+
+
+def test_a_whole_table_is_measured_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    path = user_file("GPU X")
+    for _ in range(2):
+        everything = Stopping(after=10**6)
+        run(Tuning(path, GPU, MADE), everything)
+        assert everything.seen == all_cases()
+
+
+@pytest.mark.parametrize(("name", "value"), [("torch", "3.0"), ("moegate_commit", "y")])
+def test_an_unfinished_table_of_other_versions_is_named(name: str, value: str) -> None:
+    path = user_file("GPU X")
+    with pytest.raises(typer.Exit):
+        run(Tuning(path, GPU, MADE), Stopping(after=2))
+    with pytest.raises(ValueError, match=rf"{path}\.partial was begun with another {name}; remove it"):
+        Tuning(path, GPU, {**MADE, name: value})
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import test_tune
+from moegate.measure.tune import Tuning
+def measure(model, tokens):
+    print(model, tokens, flush=True)
+    time.sleep(0.01)
+    return test_tune.measured(model, tokens)
+for row in Tuning(Path(sys.argv[1]), test_tune.GPU, test_tune.MADE).run(measure):
+    pass
+"""
+
+
+def test_killed_at_any_time_it_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    code = f"import sys; sys.path[:0] = {sys.path!r}\n" + KILLED
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(7):
+            process.stdout.readline()
+        process.kill()
+    tuning = Tuning(path, GPU, MADE)
+    assert len(all_cases()) - len(tuning.missing()) >= 6
+    rest = Stopping(after=10**6)
+    run(tuning, rest)
+    assert len(rest.seen) < len(all_cases())
+    assert [(row.model, row.tokens) for row in read(path).rows] == all_cases()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_a_line_says_what_is_missing() -> None:
+    assert "moegate tune needs an NVIDIA GPU" in refused("tune")

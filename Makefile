@@ -20,7 +20,7 @@ GPU_TESTS := PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) $(PYTHON) -m pytest -q -n 12
 test-gpu:
 	mkdir -p $(RESULTS)
 	set -o pipefail; { \
-	  PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH):$(CURDIR) $(PYTHON) -m benchmarks.gpu.record && \
+	  PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH):$(CURDIR) $(PYTHON) -m moegate.measure.record && \
 	  $(GPU_TESTS) --device cuda tests/test_contract_*.py tests/test_gate.py tests/test_properties.py \
 	    tests/test_arguments.py tests/test_ops.py && \
 	  $(GPU_TESTS) -m gpu tests/test_cuda_[bgs]*.py tests/test_gate.py && \

@@ -87,7 +87,13 @@ class Bench:
         stage = self._stage_of(model, tokens)
         work = self._workload(stage.sources, len(stage.layers.weights), stage.calls)
         found = measure(work, way, candidates)
-        return {"calls": stage.calls, "rotation_mb": round(stage.layers.rotation_bytes / 1e6, 1), "candidates": found}
+        rotation_mb = round(stage.layers.rotation_bytes / 1e6, 1)
+        content: dict[str, Any] = {"calls": stage.calls, "rotation_mb": rotation_mb, "candidates": found}
+        gates = stage.layers.gates(FROZEN, frozen=True) if part in ("route", "catalog", "prefill") else ""
+        if not isinstance(gates, str):
+            plan = gates[0].explain(tokens)
+            content["kernel"] = f"{plan.backend} {plan.kernel}"
+        return content
 
     def _workload(self, sources: list[Tensor], layers: int, calls: int) -> Workload:
         work = Workload(sources, layers, calls)
@@ -133,7 +139,7 @@ class Bench:
     def _catalog(self, model: str, tokens: int) -> list[Candidate]:
         stage = self._stage_of(model, tokens)
         found = [stage.ours(FROZEN, frozen=True), stage.ours(SAFE, frozen=False), stage.flashinfer_pair()]
-        found += [stage.cublas(may_compile=self._options.compile_catalog), stage.eager(), stage.floor()]
+        found += [stage.cublas(may_compile=self._options.compile_catalog), stage.floor()]
         if peers.is_transformers_softmax(stage.layers.spec):
             found.append(stage.transformers())
         return found + [stage.compiled()] * self._options.compile_catalog

@@ -186,11 +186,13 @@ def _catalog(rows: list[Row]) -> Iterator[str]:
     yield "In a chain behind a kernel that triggers. moegate frozen in µs, the ratio to the **best** peer of the case"
     yield "(the fastest with a right result) and, behind the slash, of the safe gate by the frozen one."
     yield ""
-    yield f"| router | {' | '.join(f'{m}' for m in tokens)} |"
-    yield "|---" * (len(tokens) + 1) + "|"
+    yield f"| router | {' | '.join(f'{m}' for m in tokens)} | kernels |"
+    yield "|---" * (len(tokens) + 2) + "|"
     for model in dict.fromkeys(row["model"] for row in rows):
-        cells = {int(row["tokens"]): _catalog_cell(row) for row in rows if row["model"] == model}
-        yield f"| {model} | {' | '.join(cells.get(m, '') for m in tokens)} |"
+        own = [row for row in rows if row["model"] == model]
+        cells = {int(row["tokens"]): _catalog_cell(row) for row in own}
+        kernels = ", ".join(dict.fromkeys(row.get("kernel", "") for row in own))
+        yield f"| {model} | {' | '.join(cells.get(m, '') for m in tokens)} | {kernels} |"
     yield ""
     floors = [row["candidates"].get("floor", {}) for row in rows]
     shares = [found["ratio"][0] for found in floors if "ratio" in found]

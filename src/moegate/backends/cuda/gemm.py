@@ -55,7 +55,7 @@ class GemmKernels:
                 _FIELDS,
                 32 * plan.warps,
                 cluster=plan.split,
-                shared_bytes=max(shared_bytes(plan.split, plan.warps, tiles), alone_bytes(chip)),
+                shared_bytes=max(shared_bytes(plan.split, plan.warps, tiles), alone_bytes(chip, tiles)),
                 pdl=pdl,
             )
             for tiles in plan.ahead

@@ -95,13 +95,14 @@ def shared_bytes(split: int, warps: int, token_tiles: int) -> int:
     return 4 * (warps * (tokens * _TOKEN_PITCH + 8) + split * tokens * _TOKEN_PITCH) + 8
 
 
-def alone_bytes(chip: Chip) -> int:
-    """So much shared memory keeps a block alone on its multiprocessor, where kernels start early.
+def alone_bytes(chip: Chip, token_tiles: int) -> int:
+    """So much shared memory keeps a block of several tiles alone on its multiprocessor, where kernels start early.
 
-    Otherwise the product of a layer further on starts beside this one, and its loads of the weight are in the way of
-    the selection's of the logits: 3.4 instead of 2.8 us for a route of DeepSeek-V3's, one token, on an H100.
+    Otherwise the product of the next layer starts beside this one as far as there is room, and its loads are in the way
+    of this layer's selection. For one tile the selection itself keeps the next layer back (see `run` in select.cuh):
+    being alone was the fastest on one H100, and on another now the fastest and now the slowest.
     """
-    return chip.shared_bytes // 2 + 1024 if chip.has_clusters else 0
+    return chip.shared_bytes // 2 + 1024 if chip.has_clusters and token_tiles > 1 else 0
 
 
 def token_tiles(num_tokens: int, plan: GemmPlan) -> int:

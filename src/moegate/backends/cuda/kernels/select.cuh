@@ -24,6 +24,8 @@ struct SelectArguments {
   int32 num_tokens;
 };
 
+constexpr int32 kTokensOfShortProduct = 8;  // one tile of router_gemm.cuh
+
 template <class Config>
 struct Select {
   static constexpr int E = Config::kSelectable, R = Config::kRows, k = Config::kTopK;
@@ -244,10 +246,13 @@ struct Select {
 
   __forceinline__ void run() {
     float values[kPerLane], bias[kPerLane];
-    trigger_dependents();
+    // Behind a short product the next layer's kernels wait until the logits are there: what they load early would be in
+    // the way of the logits, or not, as the chip happens to place their blocks.
+    if (arguments.num_tokens > kTokensOfShortProduct) trigger_dependents();
     // A bias that nobody changes need not wait; another may be the predecessor's output.
     if constexpr (Config::kFrozen) load_bias(bias);
     wait_for_predecessor();
+    trigger_dependents();
     if (token >= arguments.num_tokens) return;
     if constexpr (not Config::kFrozen) load_bias(bias);
     bool is_nan = load(values);

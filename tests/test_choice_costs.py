@@ -58,8 +58,10 @@ def shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
 
 def test_every_table_of_the_package_can_be_read() -> None:
     found = [read(file) for file in tables._shipped()]
-    assert "NVIDIA H200" in [table.gpu.name for table in found]
-    assert all(table.rows for table in found)
+    assert found
+    for table in found:
+        assert table.rows
+        assert table.gpu.bandwidth  # by which another GPU finds its nearest relative
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:

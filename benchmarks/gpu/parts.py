@@ -12,6 +12,8 @@ from torch import Tensor
 
 import moegate
 from moegate import catalog
+from moegate.backends.cuda.gemm import gemm_kernels
+from moegate.backends.cuda.sources import GemmDtypes
 from moegate.measure import peers
 from moegate.measure.checks import Reference, check_choice, check_logits, check_nothing, check_routings
 from moegate.measure.layers import FLOOR, FROZEN, NO_PDL, SAFE, Layers, Stage
@@ -165,8 +167,20 @@ class Bench:
         def ours(layer: int, hidden: Tensor) -> Tensor:
             return moegate.router_gemm(hidden, weights[layer])
 
+        dtypes = GemmDtypes(torch.bfloat16, weights[0].dtype, None, None, torch.float32)
+        kernels = gemm_kernels(*weights[0].shape[::-1], dtypes, None, stage.layers.device, frozen=True, pdl=True)
+
+        def frozen(layer: int, hidden: Tensor) -> Tensor:
+            logits = torch.empty(len(hidden), spec.num_gate_rows, device=hidden.device)
+            kernels.launch(hidden, weights[layer], None, None, logits, torch.cuda.current_stream().cuda_stream)
+            return logits
+
         peer = "F.linear float32" if is_float32 else "torch.mm(out_dtype=float32)"
-        candidates = [Candidate("moegate.router_gemm", ours, check), Candidate(peer, cublas, check)]
+        candidates = [
+            Candidate("moegate, frozen gate's", frozen, check),
+            Candidate("moegate.router_gemm", ours, check),
+            Candidate(peer, cublas, check),
+        ]
         if not is_float32:
             candidates.append(Candidate("FlashInfer GEMM", flashinfer, check))
         return [*candidates, replace(stage.floor(), name=FLOOR, check=check_nothing)]

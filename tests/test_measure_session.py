@@ -41,7 +41,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[session.Session]:
     for module in (session, layers):
         monkeypatch.setattr(module, "gpu", lambda: CPU)
     monkeypatch.setattr(session, "machine_of", lambda device: MACHINE)
-    monkeypatch.setattr(session.Session, "_calibrated", lambda self: 1)
+    monkeypatch.setattr(session, "calibrate", lambda work: 1.0)
     monkeypatch.setattr(timing, "measure", without_a_clock)
     monkeypatch.setattr(layers, "layer_count", lambda size: 3)
     monkeypatch.setattr(layers, "compiled", lambda function: function)

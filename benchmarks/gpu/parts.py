@@ -16,8 +16,9 @@ from moegate.backends.cuda.gemm import gemm_kernels
 from moegate.backends.cuda.sources import GemmDtypes
 from moegate.measure import peers
 from moegate.measure.checks import Reference, check_choice, check_logits, check_nothing, check_routings
-from moegate.measure.layers import FLOOR, FROZEN, NO_PDL, SAFE, Layers, Stage
-from moegate.measure.timing import Candidate, Workload, calibrate, measure
+from moegate.measure.layers import FLOOR, FROZEN, NO_PDL, SAFE, Stage
+from moegate.measure.session import Stages
+from moegate.measure.timing import Candidate, measure
 from moegate.spec import RouterSpec
 
 Key = tuple[str, int, str]
@@ -65,13 +66,11 @@ class Options:
 
 
 class Bench:
-    """Measures cases, and keeps the layers and the inputs of the last one for the next."""
+    """Measures cases; those that share a spec belong one behind the other."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._layers: tuple[str, Layers] | None = None
-        self._stage: tuple[str, int, Stage] | None = None
-        self._cycles: int | None = None
+        self._stages = Stages()
 
     def measure(self, part: str, key: Key) -> dict[str, Any]:
         """The content of one row."""
@@ -87,7 +86,7 @@ class Bench:
             return self._measure_select(model, tokens, way)
         candidates = makers[part](model, tokens)
         stage = self._stage_of(model, tokens)
-        work = self._workload(stage.sources, len(stage.layers.weights), stage.calls)
+        work = self._stages.workload(stage.sources, len(stage.layers.weights), stage.calls)
         found = measure(work, way, candidates)
         rotation_mb = round(stage.layers.rotation_bytes / 1e6, 1)
         content: dict[str, Any] = {"calls": stage.calls, "rotation_mb": rotation_mb, "candidates": found}
@@ -97,28 +96,8 @@ class Bench:
             content["kernel"] = f"{plan.backend} {plan.kernel}"
         return content
 
-    def _workload(self, sources: list[Tensor], layers: int, calls: int) -> Workload:
-        work = Workload(sources, layers, calls)
-        if self._cycles is None:  # once a process, on this GPU at its clock
-            small = Workload([torch.zeros(1, 7168, dtype=torch.bfloat16, device=sources[0].device)] * 2, 1, 58)
-            calibrate(small)
-            self._cycles = small.predecessors.cycles
-        work.predecessors.cycles = self._cycles
-        return work
-
-    def _layers_of(self, model: str) -> Layers:
-        if self._layers is None or self._layers[0] != model:
-            self._stage = self._layers = None  # frees the memory first
-            torch._dynamo.reset()
-            self._layers = model, Layers(_spec(model))
-        return self._layers[1]
-
     def _stage_of(self, model: str, tokens: int) -> Stage:
-        if self._stage is None or self._stage[:2] != (model, tokens):
-            self._stage = None
-            torch.cuda.empty_cache()  # the pools of the last stage's graphs
-            self._stage = model, tokens, Stage.of(self._layers_of(model), tokens)
-        return self._stage[2]
+        return self._stages.stage(_spec(model), tokens)
 
     def _route(self, model: str, tokens: int) -> list[Candidate]:
         stage = self._stage_of(model, tokens)
@@ -188,7 +167,7 @@ class Bench:
     def _measure_select(self, model: str, tokens: int, way: str) -> dict[str, Any]:
         """The selection alone, on float32 logits that every call takes exactly."""
         spec = _spec(model)
-        layers = self._layers_of(model)
+        layers = self._stages.layers(spec)
         tensors, device = layers.tensors, layers.device
         generator = torch.Generator(device).manual_seed(tokens)
         shape = (tokens, spec.num_gate_rows)
@@ -211,7 +190,7 @@ class Bench:
             Candidate("moegate.select", ours, check_routings(expected)),
             Candidate("FlashInfer fused_topk_deepseek", flashinfer, check_choice(expected)),
         ]
-        found = measure(self._workload(sources, 1, calls), way, candidates)
+        found = measure(self._stages.workload(sources, 1, calls), way, candidates)
         return {"calls": calls, "what": _SELECT[model], "candidates": found}
 
 

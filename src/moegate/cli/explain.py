@@ -105,9 +105,8 @@ def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> No
     facts = f", compute capability {machine.capability[0]}.{machine.capability[1]}" if machine.capability else ""
     out.print(f"device    {machine.name}{facts}", soft_wrap=True)
     if machine.capability is not None:
-        out.print(
-            f"installed {f'FlashInfer {machine.flashinfer}' if machine.flashinfer else 'no FlashInfer'}", soft_wrap=True
-        )
+        flashinfer = "no FlashInfer" if machine.flashinfer is None else f"FlashInfer {machine.flashinfer}"
+        out.print(f"installed {flashinfer}", soft_wrap=True)
     out.print(f"policy    {plan.policy if plan.backend is None else f'backend {plan.backend}'}")
     out.print()
     table = new_table()

@@ -20,14 +20,48 @@ from moegate.spec import RouterSpec
 Peers = Callable[[Stage], "list[timing.Candidate]"]
 
 
+class Stages:
+    """What cases are measured on: the layers and the inputs of the last one, and how long a predecessor spins."""
+
+    def __init__(self) -> None:
+        self._layers: Layers | None = None
+        self._stage: tuple[int, Stage] | None = None
+        self._cycles: int | None = None
+
+    def layers(self, spec: RouterSpec) -> Layers:
+        """Weights for the spec."""
+        if self._layers is None or self._layers.spec != spec:
+            self._stage = self._layers = None  # frees the memory first
+            torch._dynamo.reset()
+            self._layers = Layers(spec)
+        return self._layers
+
+    def stage(self, spec: RouterSpec, tokens: int) -> Stage:
+        """The layers with M tokens."""
+        layers = self.layers(spec)
+        if self._stage is None or self._stage[0] != tokens:
+            self._stage = None
+            torch.cuda.empty_cache()  # the pools of the last stage's graphs
+            self._stage = tokens, Stage.of(layers, tokens)
+        return self._stage[1]
+
+    def workload(self, sources: list[torch.Tensor], layers: int, calls: int) -> Workload:
+        """So many calls on these inputs, behind predecessors that are calibrated once a process."""
+        if self._cycles is None:  # on this GPU at its clock
+            small = Workload([torch.zeros(1, 7168, dtype=torch.bfloat16, device=gpu())] * 2, 1, timing.LAYERS)
+            calibrate(small)
+            self._cycles = small.predecessors.cycles
+        work = Workload(sources, layers, calls)
+        work.predecessors.cycles = self._cycles
+        return work
+
+
 class Session:
     """Measures cases on the current GPU; those that share a spec belong one behind the other."""
 
     def __init__(self) -> None:
         self.machine = machine_of(gpu())
-        self._layers: Layers | None = None
-        self._stage: tuple[int, Stage] | None = None
-        self._cycles: int | None = None
+        self._stages = Stages()
 
     def measure(self, spec: RouterSpec, tokens: int, way: str, more: Peers | None = None) -> dict[str, dict[str, Any]]:
         """By candidate's key, what `timing.measure` found; `absent` for those of `CANDIDATES` that cannot run.
@@ -38,7 +72,7 @@ class Session:
             way: "cold", "hot", or in a chain behind the predecessor "trigger" or "norm".
             more: Further candidates for a stage; the first of them is what ratios are to. None: no others.
         """
-        stage = self._stage_of(spec, tokens)
+        stage = self._stages.stage(spec, tokens)
         facts = facts_of(self.machine, spec, default_weight_dtype(spec))
         candidates = [] if more is None else more(stage)
         absent: dict[str, dict[str, Any]] = {}
@@ -48,31 +82,12 @@ class Session:
                 candidates.append(_timed(candidate, facts, stage))
             else:
                 absent[candidate.key(facts)] = {"absent": reason}
-        work = Workload(stage.sources, len(stage.layers.weights), stage.calls)
-        work.predecessors.cycles = self._calibrated()
+        work = self._stages.workload(stage.sources, len(stage.layers.weights), stage.calls)
         return timing.measure(work, way, candidates) | absent
 
     def _fails(self, candidate: Candidate, facts: Facts) -> str | None:
         router = router_of(candidate, facts)
         return router.try_out(facts.spec, gpu()) if isinstance(router, FlashInferRouter) else None
-
-    def _calibrated(self) -> int:
-        if self._cycles is None:  # once a process, on this GPU at its clock
-            small = Workload([torch.zeros(1, 7168, dtype=torch.bfloat16, device=gpu())] * 2, 1, timing.LAYERS)
-            calibrate(small)
-            self._cycles = small.predecessors.cycles
-        return self._cycles
-
-    def _stage_of(self, spec: RouterSpec, tokens: int) -> Stage:
-        if self._layers is None or self._layers.spec != spec:
-            self._stage = self._layers = None  # frees the memory first
-            torch._dynamo.reset()
-            self._layers = Layers(spec)
-        if self._stage is None or self._stage[0] != tokens:
-            self._stage = None
-            torch.cuda.empty_cache()  # the pools of the last stage's graphs
-            self._stage = tokens, Stage.of(self._layers, tokens)
-        return self._stage[1]
 
 
 def _timed(candidate: Candidate, facts: Facts, stage: Stage) -> timing.Candidate:

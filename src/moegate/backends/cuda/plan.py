@@ -99,7 +99,7 @@ def alone_bytes(chip: Chip, token_tiles: int) -> int:
     """So much shared memory keeps a block of several tiles alone on its multiprocessor, where kernels start early.
 
     Otherwise the product of the next layer starts beside this one as far as there is room, and its loads are in the way
-    of this layer's selection. For one tile the selection itself keeps the next layer back (see `run` in select.cuh):
+    of this layer's selection. For one tile the selection itself keeps the next layer back (`CudaRouter.route`):
     being alone was the fastest on one H100, and on another now the fastest and now the slowest.
     """
     return chip.shared_bytes // 2 + 1024 if chip.has_clusters and token_tiles > 1 else 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moegate.backends.cuda import gemm, selection
-from moegate.backends.cuda.plan import MAX_DECODE_TOKENS
+from moegate.backends.cuda.plan import MAX_DECODE_TOKENS, TOKENS_OF_TILE
 from moegate.backends.cuda.sources import GemmDtypes, SelectDtypes
 from moegate.backends.torch import gemm as torch_gemm
 from moegate.routing import RouterTensors, Routing
@@ -105,6 +105,7 @@ class CudaRouter:
         if num_tokens == 0:
             return select.outputs(torch.empty((0, rows), dtype=self._logits_dtype, device=self._device))
         stream = torch._C._cuda_getCurrentRawStream(self._index)  # no object is made of it
+        is_short = False
         if gemm_kernels is None or num_tokens > MAX_DECODE_TOKENS:
             routing = select.outputs(torch_gemm.logits(hidden, weight, self._spec, tensors, None))
         else:
@@ -112,7 +113,10 @@ class CudaRouter:
             logits = torch.empty((num_tokens, rows), dtype=self._logits_dtype, device=self._device)
             routing = select.outputs(logits)
             gemm_kernels.launch(hidden, weight, tensors.bias, tensors.input_scale, logits, stream)
-        select.launch(routing, tensors, input_ids, stream)
+            is_short = num_tokens <= TOKENS_OF_TILE
+        # Behind a short product the next layer's kernels wait for the logits: what they load early would be in the way
+        # of these, or not, as the chip happens to place their blocks.
+        select.launch(routing, tensors, input_ids, stream, holds_dependents=is_short)
         return routing
 
 

@@ -12,7 +12,7 @@ from moegate.backends.cuda.sources import SelectDtypes, select_source
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
-_FIELDS = "PPPPPPPPPPqqqi0q"  # SelectArguments of select.cuh, with the padding at its end
+_FIELDS = "PPPPPPPPPPqqqii"  # SelectArguments of select.cuh
 # A token is a warp. Few tokens are spread over the multiprocessors; many are cheaper to start in blocks of 8.
 _FEW_TOKENS = 1024
 _WARPS_FEW = 1
@@ -54,8 +54,19 @@ class SelectKernels:
             torch.empty(num_tokens, dtype=dtype, device=device) if spec.num_zero_experts else None,
         )
 
-    def launch(self, routing: Routing, tensors: RouterTensors, input_ids: Tensor | None, stream: int) -> None:
-        """Fills the routing from its logits [M, R], whose rows may be apart, on the stream; M is at least 1."""
+    def launch(
+        self,
+        routing: Routing,
+        tensors: RouterTensors,
+        input_ids: Tensor | None,
+        stream: int,
+        *,
+        holds_dependents: bool = False,
+    ) -> None:
+        """Fills the routing from its logits [M, R], whose rows may be apart, on the stream; M is at least 1.
+
+        `holds_dependents`: what is launched after it starts only when the kernel before it has ended.
+        """
         logits, table = routing.logits, tensors.tid2eid
         assert logits is not None
         num_tokens = logits.shape[0]
@@ -77,6 +88,7 @@ class SelectKernels:
             0 if table is None else table.stride(0),
             0 if table is None else table.shape[0],
             num_tokens,
+            holds_dependents,
         )
 
 

@@ -13,6 +13,7 @@
 // A frozen weight is loaded before the wait for the predecessor, hidden after it. Another weight may just be
 // being written by the predecessor: it is prefetched to L2 before the wait and loaded after it.
 #pragma once
+#include "cluster.cuh"
 #include "pieces.cuh"
 
 struct GemmArguments {
@@ -194,47 +195,8 @@ struct RouterGemm {
     return (high ? second : first) + __shfl_xor_sync(~0u, high ? first : second, 2);
   }
 
-  // The first block's shared memory by_rank[kSplit][kTokens * kSums] gets what the others have, and its barrier counts
-  // the bytes that come: waiting for these is shorter than for the other blocks.
-  __forceinline__ void send_to_first_block(float* by_rank, uint64* arrived, int index, float value) const {
-#if MOEGATE_HAS_CLUSTERS
-    float* target = by_rank + rank * kTokens * kSums + index;
-    uint32 remote, barrier;
-    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(remote) : "r"(uint32(__cvta_generic_to_shared(target))));
-    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(barrier) : "r"(uint32(__cvta_generic_to_shared(arrived))));
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote),
-                 "r"(__float_as_uint(value)), "r"(barrier)
-                 : "memory");
-#endif
-  }
-
-  __forceinline__ void expect_other_blocks(uint64* arrived) const {
-#if MOEGATE_HAS_CLUSTERS
-    const uint32 barrier = uint32(__cvta_generic_to_shared(arrived));
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier));
-    asm volatile("fence.mbarrier_init.release.cluster;");
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier),
-                 "r"((kSplit - 1) * count_sums() * 4)
-                 : "memory");
-#endif
-  }
-
   // Of the tokens that there are.
   __forceinline__ int count_sums() const { return min(kTokens, arguments.num_tokens - first_token) * kSums; }
-
-  __forceinline__ void wait_for_other_blocks(uint64* arrived) const {
-#if MOEGATE_HAS_CLUSTERS
-    const uint32 barrier = uint32(__cvta_generic_to_shared(arrived));
-    uint32 done = 0;
-    while (not done) {
-      asm volatile(
-          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
-          : "=r"(done)
-          : "r"(barrier)
-          : "memory");
-    }
-#endif
-  }
 
   // The first block's own sum and, in the order of their ranks, those of the others.
   __forceinline__ float sum_over_ranks(float own, const float* by_rank, int index) const {
@@ -256,6 +218,7 @@ struct RouterGemm {
     static_cast<Logits*>(arguments.logits)[int64(first_token + token) * R + first_row + r] = narrow<Logits>(logit);
   }
 
+  // by_rank[kSplit][kTokens * kSums] is in the shared memory of the cluster's first block, which adds up and stores.
   __forceinline__ void reduce_and_store(float* partial, float* by_rank, uint64* arrived) const {
     constexpr int kThreads = kWarps * 32, kRounds = ceil_div(kTokens * kSums, kThreads);
     const int count = count_sums();  // a multiple of 4, so that the four neighbours of a sum go together
@@ -265,10 +228,10 @@ struct RouterGemm {
       const int index = i * kThreads + threadIdx.x;
       if (i * kThreads + int(threadIdx.x) / 32 * 32 >= count) break;  // whole warps
       own[i] = sum_over_warps(partial, index);
-      if (rank != 0 and index < count) send_to_first_block(by_rank, arrived, index, own[i]);
+      if (rank != 0 and index < count) send_to_first_block(by_rank + rank * kTokens * kSums + index, own[i], arrived);
     }
     if (rank != 0 or (not kNorm and int(threadIdx.x) >= count)) return;
-    if (kSplit > 1) wait_for_other_blocks(arrived);
+    if (kSplit > 1) wait_for_bytes(arrived);
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       const int index = i * kThreads + threadIdx.x;
@@ -300,26 +263,15 @@ struct RouterGemm {
     } else {
       prefetch_weight();
     }
-    if (kSplit > 1 and threadIdx.x == 0 and rank == 0) expect_other_blocks(arrived);
-    cluster_arrive();
-    cluster_wait();  // the first block and its barrier must be there before anyone sends to it
+    if constexpr (kSplit > 1) {
+      if (threadIdx.x == 0 and rank == 0) expect_bytes(arrived, (kSplit - 1) * count_sums() * 4);
+      sync_cluster();  // the first block and its barrier must be there before anyone sends to it
+    }
     wait_for_predecessor();
     if constexpr (not Config::kFrozen) load_weight<false>(0);
     multiply_share(partial);
     __syncthreads();
     reduce_and_store(partial, by_rank, arrived);
-  }
-
-  static __forceinline__ void cluster_arrive() {
-#if MOEGATE_HAS_CLUSTERS
-    if constexpr (kSplit > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-  }
-
-  static __forceinline__ void cluster_wait() {
-#if MOEGATE_HAS_CLUSTERS
-    if constexpr (kSplit > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
   }
 };
 

@@ -22,9 +22,8 @@ struct SelectArguments {
   int64 table_stride;
   int64 table_rows;
   int32 num_tokens;
+  int32 holds_dependents;  // they start only when the wait is over
 };
-
-constexpr int32 kTokensOfShortProduct = 8;  // one tile of router_gemm.cuh
 
 template <class Config>
 struct Select {
@@ -246,9 +245,7 @@ struct Select {
 
   __forceinline__ void run() {
     float values[kPerLane], bias[kPerLane];
-    // Behind a short product the next layer's kernels wait until the logits are there: what they load early would be in
-    // the way of the logits, or not, as the chip happens to place their blocks.
-    if (arguments.num_tokens > kTokensOfShortProduct) trigger_dependents();
+    if (not arguments.holds_dependents) trigger_dependents();
     // A bias that nobody changes need not wait; another may be the predecessor's output.
     if constexpr (Config::kFrozen) load_bias(bias);
     wait_for_predecessor();

@@ -18,7 +18,7 @@ import moegate
 from moegate import Gate
 from moegate.backends.torch import TorchBackend
 from moegate.contract.verify import verify_logits, verify_routing
-from moegate.routing import RouterTensors
+from moegate.routing import RouterTensors, Routing
 
 SPEC = SPECS["sigmoid with bias in groups"]
 
@@ -53,6 +53,44 @@ def test_gate_and_route_keep_the_contract(name: str, dtype: torch.dtype, rows: i
         assert routing.logits is not None
         assert verify_logits(routing.logits, hidden, weight, spec, tensors).problems == []
         assert verify_routing(routing, routing.logits, spec, tensors, input_ids=input_ids).problems == []
+
+
+@pytest.mark.parametrize("rows", [0, 1, 40, 70])
+@pytest.mark.parametrize("name", ["sigmoid with bias in groups", "sigmoid with shared gates", "hash", "identity"])
+def test_given_outputs_are_filled(name: str, rows: int) -> None:
+    spec, tensors = SPECS[name], tensors_of(SPECS[name])
+    arguments = {key: there(value) for key, value in route_arguments(spec, tensors, rows).items()}
+    ids = arguments.pop("input_ids", None)
+    gate = gate_there(spec, torch.randn(spec.num_gate_rows, 64, generator=generator(3)), **arguments, frozen=True)
+    hidden = there(torch.randn(rows, 64, generator=generator(4)))
+    expected = gate(hidden, input_ids=ids, return_logits=True)
+    for has_logits in (True, False):
+        parts = (None if part is None else torch.full_like(part, 77) for part in expected)
+        out = Routing(*parts)  # type: ignore[arg-type]
+        out = out if has_logits else out.without_logits()
+        got = gate(hidden, input_ids=ids, return_logits=True, out=out)
+        for mine, given, wanted in zip(got, out, expected, strict=True):
+            assert (mine is None) == (wanted is None)
+            assert mine is None or mine.equal(wanted)
+            assert given is None or mine is given
+        assert gate(hidden, input_ids=ids, out=out).logits is None
+
+
+def test_given_outputs_must_fit() -> None:
+    gate = a_gate(frozen=False)
+    out = gate(HIDDEN, return_logits=True)
+    with pytest.raises(TypeError, match=r"out: got tuple; allowed: None, or a moegate\.Routing"):
+        gate(HIDDEN, out=tuple(out))
+    with pytest.raises(ValueError, match=r"out\.topk_ids: got shape \[40, 8\]; allowed: \[39, 8\]"):
+        gate(HIDDEN[:39], out=out)
+    with pytest.raises(TypeError, match=r"out\.topk_ids: got dtype int64; allowed: int32"):
+        gate(HIDDEN, out=out._replace(topk_ids=out.topk_ids.long()))
+    with pytest.raises(ValueError, match=r"out\.topk_weights: got strides"):
+        gate(HIDDEN, out=out._replace(topk_weights=out.topk_weights.repeat(1, 2)[:, :8]))
+    with pytest.raises(ValueError, match=r"out\.shared_weights: got a tensor; allowed: None, for this spec"):
+        gate(HIDDEN, out=out._replace(shared_weights=out.topk_weights))
+    with pytest.raises(TypeError, match=r"out\.topk_weights: got NoneType"):
+        gate(HIDDEN, out=out._replace(topk_weights=None))
 
 
 def test_logits_come_only_when_asked_for() -> None:

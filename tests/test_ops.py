@@ -8,7 +8,7 @@ from on_device import DEVICE, back, gate_there, there
 from routers import SPECS, generator, route_arguments, tensors_of
 
 from moegate import Gate, ops
-from moegate.routing import RouterTensors
+from moegate.routing import RouterTensors, Routing
 
 COMPILED = ["sigmoid with bias in groups", "sigmoid with shared gates", "softmax with bias and zero experts", "hash"]
 
@@ -35,6 +35,18 @@ def test_compiled_in_one_graph_for_any_number_of_tokens(name: str, frozen: bool)
             assert (mine is None) == (theirs is None)
             if mine is not None and theirs is not None:
                 torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)  # a CPU's frozen product differs
+
+
+def test_compiled_into_given_outputs() -> None:
+    torch.compiler.reset()
+    gate = a_gate("sigmoid with bias in groups", frozen=False)
+    hidden = there(torch.randn(5, gate.spec.hidden_size, generator=generator(5)))
+    expected = gate(hidden)
+    out = Routing(torch.full_like(expected.topk_ids, 77), torch.full_like(expected.topk_weights, 77))
+    got = torch.compile(gate, fullgraph=True, backend="aot_eager")(hidden, out=out)
+    assert got.topk_ids.equal(expected.topk_ids)
+    assert out.topk_ids.equal(expected.topk_ids)
+    assert out.topk_weights.equal(got.topk_weights)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -55,9 +55,11 @@ def measure_host(model: str, tokens: int) -> dict[str, Any]:
     hidden = random_hidden(spec, tokens, device="cuda")
     given = {key: value for key, value in tensors._asdict().items() if value is not None}
     frozen, safe = (Gate(spec, weight, **given, frozen=frozen) for frozen in (True, False))
+    out = frozen(hidden, return_logits=True)
     calls: dict[str, Callable[[], Any]] = {
         "moegate frozen": lambda: frozen(hidden),
         "moegate safe": lambda: safe(hidden),
+        "moegate frozen, out=": lambda: frozen(hidden, out=out),
         "moegate.route": lambda: moegate.route(hidden, weight, spec, **given),
         "F.linear": lambda: F.linear(hidden, weight),
         "torch.mm(out_dtype=float32)": lambda: torch.mm(hidden, weight.t(), out_dtype=torch.float32),

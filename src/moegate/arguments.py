@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moegate.routing import RouterTensors
+from moegate.routing import RouterTensors, Routing
 from moegate.spec import MAX_GATE_ROWS, RouterSpec
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -136,6 +136,27 @@ def check_input_ids(
             got = low if low < 0 else high
             raise ValueError(f"input_ids: got {got}; allowed: 0 to {size - 1}, the rows of tid2eid")
     return ids
+
+
+def check_out(out: object, spec: RouterSpec, num_tokens: int, device: torch.device) -> None:
+    """Checks the routing that a gate is to fill: contiguous tensors, those that the spec gives; logits may be None."""
+    if not isinstance(out, Routing):
+        raise TypeError(f"out: got {type(out).__name__}; allowed: None, or a moegate.Routing")
+    weights = (getattr(torch, spec.topk_weights_dtype),)
+    wanted: tuple[tuple[str, bool, Sequence[torch.dtype], tuple[int, ...]], ...] = (
+        ("topk_ids", True, (torch.int32,), (num_tokens, spec.top_k)),
+        ("topk_weights", True, weights, (num_tokens, spec.top_k)),
+        ("logits", out.logits is not None, (getattr(torch, spec.logits_dtype),), (num_tokens, spec.num_gate_rows)),
+        ("shared_weights", spec.num_shared_gates > 0, weights, (num_tokens, spec.num_shared_gates)),
+        ("identity_weight", spec.num_zero_experts > 0, weights, (num_tokens,)),
+    )
+    for (name, needed, dtypes, shape), value in zip(wanted, out, strict=True):
+        if not needed and value is not None:
+            raise ValueError(f"out.{name}: got a tensor; allowed: None, for this spec")
+        if needed:
+            tensor = check_tensor(f"out.{name}", value, dtypes, shape, device)
+            if not tensor.is_contiguous():
+                raise ValueError(f"out.{name}: got strides {list(tensor.stride())}; allowed: a contiguous tensor")
 
 
 def check_table(tid2eid: Tensor, spec: RouterSpec) -> None:

@@ -135,13 +135,22 @@ class Gate(nn.Module):
         weight = there.pop("weight")
         return cls(spec, weight, **there, frozen=frozen, backend=backend, policy=policy)  # type: ignore[arg-type]
 
-    def forward(self, hidden: Tensor, *, input_ids: Tensor | None = None, return_logits: bool = False) -> Routing:
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        input_ids: Tensor | None = None,
+        return_logits: bool = False,
+        out: Routing | None = None,
+    ) -> Routing:
         """Routes M tokens.
 
         Args:
             hidden: [M, K] bfloat16, float16 or float32, on the gate's device; M may be 0.
             input_ids: [M] int32 or int64, the token ids, just for hash routing.
             return_logits: Also return the logits [M, R] in the spec's `logits_dtype`.
+            out: Contiguous tensors to be filled and returned, such as an earlier call with as many tokens gave. With
+                logits among them, a call of the `cuda` backend with up to 64 tokens allocates nothing.
 
         Returns:
             A `Routing`. No gradient flows through it.
@@ -155,6 +164,8 @@ class Gate(nn.Module):
         arguments.check_hidden(hidden, self.spec, weight.device)
         if input_ids is not None or self.spec.hash_routing:
             arguments.check_input_ids(input_ids, self.spec, tensors, hidden.shape[0], weight.device)
+        if out is not None:
+            arguments.check_out(out, self.spec, hidden.shape[0], weight.device)
         if torch.compiler.is_compiling():
             routing = ops.route(
                 hidden.detach(),
@@ -167,12 +178,12 @@ class Gate(nn.Module):
                 pdl=self.pdl,
                 backend=self.backend,
                 policy=self.policy,
-            )
+            ).into(out)
         elif torch.is_grad_enabled():
             with torch.no_grad():
-                routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared)
+                routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared, out)
         else:
-            routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared)
+            routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared, out)
         return routing if return_logits else routing.without_logits()
 
     def warmup(self, *hidden_dtypes: torch.dtype) -> None:

@@ -48,3 +48,12 @@ class Routing(NamedTuple):
     def without_logits(self) -> Routing:
         """The same, less the logits."""
         return Routing(self.topk_ids, self.topk_weights, None, self.shared_weights, self.identity_weight)
+
+    def into(self, out: Routing | None) -> Routing:
+        """The same in the tensors of `out`, which has all that this has but perhaps the logits; None: as it is."""
+        if out is None:
+            return self
+        for mine, theirs in zip(self, out, strict=True):
+            if mine is not None and theirs is not None:
+                theirs.copy_(mine)
+        return out if out.logits is not None else out._replace(logits=self.logits)

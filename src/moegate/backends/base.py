@@ -37,8 +37,9 @@ class Router(Protocol):
         tensors: RouterTensors,
         input_ids: Tensor | None,
         prepared: object | None,
+        out: Routing | None = None,
     ) -> Routing:
-        """Hidden states [M, K] -> routing, with its logits where they exist as a tensor."""
+        """Hidden states [M, K] -> routing, with its logits where they exist as a tensor; in `out`, if that is given."""
         ...
 
 

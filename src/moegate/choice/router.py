@@ -110,6 +110,7 @@ class PlannedRouter:
         tensors: RouterTensors,
         input_ids: Tensor | None,
         prepared: object | None,
+        out: Routing | None = None,
     ) -> Routing:
         """See `moegate.route`."""
         call = hidden.shape[0], hidden.dtype
@@ -118,4 +119,4 @@ class PlannedRouter:
             candidate = self._by_call[call] = self._plan.choice(*call).candidate
         assert prepared is None or isinstance(prepared, dict)
         own = None if prepared is None else prepared[candidate]
-        return self._routers[candidate].route(hidden, weight, spec, tensors, input_ids, own)
+        return self._routers[candidate].route(hidden, weight, spec, tensors, input_ids, own, out)

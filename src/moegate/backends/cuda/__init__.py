@@ -90,13 +90,14 @@ class CudaBackend:
         tensors: RouterTensors,
         input_ids: Tensor | None,
         prepared: object | None,
+        out: Routing | None = None,
     ) -> Routing:
         """See `moegate.route`."""
         if prepared is None:
             # Nothing is known of who else writes to the tensors of a call without a gate: not frozen.
             prepared = _router(spec, weight.dtype, TensorDtypes.of(tensors), weight.device, False, True)
         assert isinstance(prepared, CudaRouter)
-        return prepared.route(hidden, weight, tensors, input_ids)
+        return prepared.route(hidden, weight, tensors, input_ids, out)
 
 
 @cache

@@ -87,11 +87,18 @@ class CudaRouter:
                 self._spec, select_dtypes, self._device, aligned=aligned, frozen=self._frozen, pdl=self._pdl
             )
 
-    def route(self, hidden: Tensor, weight: Tensor, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
-        """[M, K] -> the routing, with its logits; see `moegate.route`."""
+    def route(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        tensors: RouterTensors,
+        input_ids: Tensor | None,
+        out: Routing | None = None,
+    ) -> Routing:
+        """[M, K] -> the routing, with its logits, in `out` if that is given; see `moegate.route`."""
         if torch.cuda.current_device() != self._index:
             with torch.cuda.device(self._index):
-                return self.route(hidden, weight, tensors, input_ids)
+                return self.route(hidden, weight, tensors, input_ids, out)
         ids_dtype = None if input_ids is None else input_ids.dtype
         bias = tensors.e_score_correction_bias
         aligned = bias is None or bias.data_ptr() % 16 == 0  # the logits are, being ours
@@ -99,21 +106,26 @@ class CudaRouter:
         gemm_kernels = self._gemm_by_dtype.get(hidden.dtype)
         if select is None or (gemm_kernels is None and self._has_gemm):
             self.warmup(hidden.dtype, ids_dtype, aligned=aligned)
-            return self.route(hidden, weight, tensors, input_ids)
+            return self.route(hidden, weight, tensors, input_ids, out)
 
-        num_tokens, rows = hidden.shape[0], self._spec.num_gate_rows
-        if num_tokens == 0:
-            return select.outputs(torch.empty((0, rows), dtype=self._logits_dtype, device=self._device))
+        num_tokens = hidden.shape[0]
         stream = torch._C._cuda_getCurrentRawStream(self._index)  # no object is made of it
-        is_short = False
-        if gemm_kernels is None or num_tokens > MAX_DECODE_TOKENS:
-            routing = select.outputs(torch_gemm.logits(hidden, weight, self._spec, tensors, None))
+        logits = None if out is None else out.logits
+        is_short = num_tokens <= TOKENS_OF_TILE
+        if num_tokens > 0 and (gemm_kernels is None or num_tokens > MAX_DECODE_TOKENS):
+            is_short = False
+            computed = torch_gemm.logits(hidden, weight, self._spec, tensors, None)
+            routing = select.outputs(computed if logits is None else logits.copy_(computed), out)
         else:
+            if logits is None:
+                shape = num_tokens, self._spec.num_gate_rows
+                logits = torch.empty(shape, dtype=self._logits_dtype, device=self._device)
+            routing = select.outputs(logits, out)
+            if num_tokens == 0:
+                return routing
+            assert gemm_kernels is not None
             assert weight.dtype == self._weight_dtype, "Gate.refresh() was not called after a change of dtype"
-            logits = torch.empty((num_tokens, rows), dtype=self._logits_dtype, device=self._device)
-            routing = select.outputs(logits)
             gemm_kernels.launch(hidden, weight, tensors.bias, tensors.input_scale, logits, stream)
-            is_short = num_tokens <= TOKENS_OF_TILE
         # Behind a short product the next layer's kernels wait for the logits: what they load early would be in the way
         # of these, or not, as the chip happens to place their blocks.
         select.launch(routing, tensors, input_ids, stream, holds_dependents=is_short)

@@ -42,8 +42,10 @@ class SelectKernels:
             for warps in (_WARPS_FEW, _WARPS_FOR_MANY)
         )
 
-    def outputs(self, logits: Tensor) -> Routing:
-        """The tensors for the routing of these logits, to be filled."""
+    def outputs(self, logits: Tensor, out: Routing | None = None) -> Routing:
+        """The tensors for the routing of these logits, to be filled: those of `out`, if that is given."""
+        if out is not None:
+            return out._replace(logits=logits)
         spec, num_tokens, device = self._spec, logits.shape[0], logits.device
         dtype, shared = self._weights_dtype, spec.num_shared_gates
         return Routing(

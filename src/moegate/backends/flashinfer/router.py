@@ -91,12 +91,13 @@ class FlashInferRouter:
         tensors: RouterTensors,
         input_ids: Tensor | None,
         prepared: object | None,
+        out: Routing | None = None,
     ) -> Routing:
         """See `moegate.route`; `prepared` is of `prepare`."""
         prepared = prepared or self.prepare(weight, spec, tensors, frozen=False, pdl=True)
         assert isinstance(prepared, _Prepared)
         if not hidden.shape[0]:
-            return self._own.route(hidden, weight, spec, tensors, input_ids, None)
+            return self._own.route(hidden, weight, spec, tensors, input_ids, None, out)
         # What needs a gradient cannot be handed over.
         hidden, weight, tensors = hidden.detach(), weight.detach(), tensors.detach()
         with torch.cuda.device_of(hidden):
@@ -105,9 +106,9 @@ class FlashInferRouter:
             else:
                 logits = prepared.product(_dense(hidden, "hidden"), _dense(weight, "weight"), tensors.bias)
             if prepared.top_k is None:
-                return self._own.select(logits, spec, tensors, input_ids)
+                return self._own.select(logits, spec, tensors, input_ids).into(out)
             ids, weights = prepared.top_k(logits, tensors.e_score_correction_bias)
-        return Routing(ids, weights, logits)
+        return Routing(ids, weights, logits).into(out)
 
 
 def _find(function: Function, device: torch.device) -> Callable[..., Any]:

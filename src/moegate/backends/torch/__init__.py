@@ -48,7 +48,8 @@ class TorchBackend:
         tensors: RouterTensors,
         input_ids: Tensor | None,
         prepared: object | None,
+        out: Routing | None = None,
     ) -> Routing:
         """See `moegate.route`."""
         assert prepared is None or isinstance(prepared, PreparedWeight)
-        return select(gemm.logits(hidden, weight, spec, tensors, prepared), spec, tensors, input_ids)
+        return select(gemm.logits(hidden, weight, spec, tensors, prepared), spec, tensors, input_ids).into(out)

@@ -9,7 +9,7 @@ from routers import generator, tensors_of, token_ids
 from torch import Tensor
 
 from moegate import Gate, RouterSpec, Routing
-from moegate.backends.cuda import plan, sources
+from moegate.backends.cuda import sources, tiling
 from moegate.contract.verify import verify_logits, verify_routing
 from moegate.routing import RouterTensors
 
@@ -30,10 +30,10 @@ def gemm_text(
     arch: str, hidden_size: int, rows: int, dtypes: sources.GemmDtypes, norm_eps: float | None, *, frozen: bool
 ) -> str:
     """The text of a router GEMM, as it is planned for a chip of that architecture with as many SMs as an H200."""
-    operand_parts = plan.parts(dtypes.hidden, dtypes.weight, norm_eps is not None)[:2]
+    operand_parts = tiling.parts(dtypes.hidden, dtypes.weight, norm_eps is not None)[:2]
     number = number_of(arch)
-    chip = plan.Chip(H200_SMS, number >= 90, SHARED_BYTES.get(number, 227 << 10))
-    of_chip = plan.plan_gemm(hidden_size, rows, operand_parts, chip)
+    chip = tiling.Chip(H200_SMS, number >= 90, SHARED_BYTES.get(number, 227 << 10))
+    of_chip = tiling.plan_gemm(hidden_size, rows, operand_parts, chip)
     return sources.gemm_source(hidden_size, rows, dtypes, norm_eps, of_chip, frozen=frozen)
 
 

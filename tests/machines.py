@@ -9,7 +9,7 @@ from moegate import backends
 from moegate.backends.flashinfer import limits
 from moegate.backends.flashinfer import router as flashinfer_router
 from moegate.backends.torch import TorchBackend
-from moegate.choice import costs, router, tables
+from moegate.choice import costs, planned, tables
 from moegate.choice.facts import Machine, described_machine
 
 CPU = torch.device("cpu")
@@ -37,8 +37,8 @@ def pretended(
 def forget() -> None:
     """Empties everything that is kept for the process."""
     for known in (
-        router.planned,
-        router.router_of,
+        planned.planned,
+        planned.router_of,
         backends.choose,
         tables.table_for,
         costs.expected,
@@ -53,5 +53,5 @@ def forget() -> None:
 def pretend(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     """Gates are made on this machine from now on, with PyTorch in the place of the cuda kernels."""
     forget()
-    monkeypatch.setattr(router, "machine_of", lambda device: machine)
-    monkeypatch.setattr(router, "BACKENDS", (StandIn(), TorchBackend()))
+    monkeypatch.setattr(planned, "machine_of", lambda device: machine)
+    monkeypatch.setattr(planned, "BACKENDS", (StandIn(), TorchBackend()))

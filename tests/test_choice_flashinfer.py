@@ -183,7 +183,7 @@ def test_by_default_it_is_compared_and_never_imported(monkeypatch: pytest.Monkey
     rejected = {entry.kernel: entry for entry in explanation.rejected}
     pair = rejected["mm_M1_16_K7168_N256+fused_topk_deepseek"]
     assert pair.expected_us is not None
-    assert pair.reason.startswith("breaks the contract")
+    assert pair.reason.startswith("breaks a promise")
 
 
 def test_the_version_is_read_from_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from command_line import run
 import moegate
 from moegate import RouterSpec, Routing, backends, catalog
 from moegate.backends.torch import TorchBackend
-from moegate.choice import router
+from moegate.choice import planned
 from moegate.cli import check
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,11 +132,11 @@ class Picky(TorchBackend):
 @pytest.fixture
 def use_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[UseBackends]:
     def forget() -> None:
-        for known in (backends.choose, router.planned, router.router_of):
+        for known in (backends.choose, planned.planned, planned.router_of):
             known.cache_clear()
 
     def use(*chosen: TorchBackend) -> None:
-        for module in (backends, router):
+        for module in (backends, planned):
             monkeypatch.setattr(module, "BACKENDS", chosen)
         monkeypatch.setattr(check, "MODELS", ("qwen3-30b-a3b", "openai-privacy-filter"))
         monkeypatch.setattr(check, "TOKENS", (1, 5))

@@ -89,6 +89,11 @@ def test_every_router_of_the_catalog_has_a_plan(name: str, chip: str) -> None:
         (("deepsek-v3",), "'deepsek-v3' is neither a name of the catalog nor a folder"),
         (("deepseek-v3", "--tokens", "1,-4"), "--tokens: got '1,-4'; allowed: numbers with commas"),
         (("deepseek-v3", "--device", "sm_7"), "device = 'sm_7'; allowed here: cpu, or a GPU that is not, such as"),
+        (("deepseek-v3", "--device", "sm_999"), "device = 'sm_999'; allowed here: cpu, or a GPU that is not, such as"),
+        (
+            ("deepseek-v3", "--installed", "flashinfer==x"),
+            "got 'flashinfer==x'; allowed: flashinfer==VERSION",
+        ),
         (("deepseek-v3", "--installed", "vllm==1"), "installed: got 'vllm==1'; allowed: flashinfer==VERSION"),
         (("deepseek-v3", "--policy", "x"), "policy: got 'x'; allowed: 'measured', 'sglang'"),
         (("deepseek-v3", "--device", "sm_75", "--backend", "cuda"), "compute capability 7.5 is below 8.0"),
@@ -118,6 +123,8 @@ def test_a_gate_explains_itself_and_is_logged_once(caplog: pytest.LogCaptureFixt
     ]
     explanation = gate.explain(3)
     assert (explanation.tokens, explanation.backend, explanation.kernel) == (3, "torch", "mm+ops")
+    with pytest.raises(TypeError, match="num_tokens: got str; allowed: an int"):
+        gate.explain("16")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_tokens: got -1; allowed: 0 or more"):
         gate.explain(-1)
 

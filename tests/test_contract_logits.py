@@ -65,6 +65,20 @@ def test_logits_are_within_the_bound(
         assert verify_logits(logits, hidden, weight, spec, RouterTensors(bias=given)).problems == []
 
 
+@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("of_hidden", "of_weight"), [(1e37, 1e-37), (1e30, 1e-36), (1e28, 1e-28), (1e-28, 1e28)])
+def test_float32_factors_at_the_ends_of_their_range(
+    of_hidden: float, of_weight: float, hidden_dtype: torch.dtype
+) -> None:
+    """Where three bfloat16 numbers are no longer the whole of a float32, the bound has a term for what is lost."""
+    hidden, weight = draw((9, 640, 33), seed=3)
+    hidden, weight = (hidden * of_hidden).to(hidden_dtype), weight * of_weight
+    logits = router_gemm(hidden, weight)
+    assert verify_logits(logits, hidden, weight, RouterSpec(640, 33, 1), RouterTensors()).problems == []
+    bound = bounds.logit_bound(hidden, weight, logits.double(), RouterSpec(640, 33, 1), RouterTensors())
+    assert bool(bound.isfinite().all())  # so that a result can be out of it
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("weight_dtype", FLOATS, ids=str)

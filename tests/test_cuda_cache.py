@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from moegate.backends.cuda import jit
 from moegate.backends.cuda.jit import cache, compiler
-from moegate.backends.cuda.plan import (
+from moegate.backends.cuda.tiling import (
     COLUMNS_OF_STEP,
     MAX_DECODE_TOKENS,
     Chip,

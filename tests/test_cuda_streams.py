@@ -106,13 +106,15 @@ def test_a_bias_written_late_by_torch(name: str, frozen: bool) -> None:
         assert_same_bits(run(gate, hidden), expected)
 
 
-def test_a_frozen_weight_written_before_refresh() -> None:
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_frozen_weight_written_before_refresh(overlaps: bool) -> None:
     gate, hidden = gate_on_gpu(SPEC, frozen=True), random_hidden(SPEC, 3)
+    write: Callable[[Tensor, Tensor], object] = late_writer() if overlaps else Tensor.copy_
     for seed in range(5, 10):
         new = random_weight(SPEC, seed=seed)
         expected = run(gate_on_gpu(SPEC, weight=new), hidden)
         torch.cuda._sleep(CYCLES)
-        gate.weight.data.copy_(new)
+        write(gate.weight.data, new)
         gate.refresh()
         assert_same_bits(run(gate, hidden), expected)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+_SHAPE = re.compile(r"K x N = \d+ x \d+|K=\d+ N=\d+ M=\d+")
 
 TITLES = {
     "route": "The whole route, DeepSeek-V3",
@@ -229,7 +231,7 @@ def _absent(parts: dict[str, Any]) -> Iterator[str]:
         for row in part["rows"]:
             for name, found in row["candidates"].items():
                 if "absent" in found:
-                    key = name, found["absent"]
+                    key = name, _SHAPE.sub("the shape", found["absent"])  # one line for all shapes
                     reasons[key] = reasons.get(key, 0) + 1
     if reasons:
         yield ""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moegate import arguments
 from moegate.backends import choose
-from moegate.choice.router import planned
+from moegate.choice.planned import planned
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 

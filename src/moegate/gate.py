@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moegate import arguments, ops
 from moegate.choice.plan import Explanation, tell
-from moegate.choice.router import planned
+from moegate.choice.planned import planned
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
@@ -222,6 +222,10 @@ class Gate(nn.Module):
         )
         if self._plan is not before:
             tell(self._plan)
+        if self.frozen and weight.is_cuda:
+            # Calls load a frozen weight without a wait for the kernel in front. What is enqueued here starts when all
+            # before it has ended, whoever wrote the weight among it, and ends before a call starts.
+            torch.zeros(1, device=weight.device)
         self._prepared = self._backend.prepare(weight.detach(), self.spec, tensors, frozen=self.frozen, pdl=self.pdl)
 
     def explain(self, num_tokens: int) -> Explanation:
@@ -231,6 +235,7 @@ class Gate(nn.Module):
             num_tokens: M, 0 or more; with hidden states of the weight's dtype (bfloat16 for a float32 weight).
 
         Raises:
+            TypeError: Not an int.
             ValueError: A negative number; or the gate's `backend` cannot route so many.
         """
         return self._plan.explain(num_tokens)

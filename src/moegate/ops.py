@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moegate.choice.router import planned
+from moegate.choice.planned import planned
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moegate.backends import cuda
 from moegate.backends.cuda import gemm as cuda_gemm
-from moegate.backends.cuda.plan import MAX_DECODE_TOKENS
+from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS
 from moegate.backends.flashinfer import known_failure, limits
 from moegate.choice.facts import Facts
 

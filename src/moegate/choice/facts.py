@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from packaging.version import InvalidVersion, Version
 
 from moegate.backends.cuda import jit
 from moegate.backends.flashinfer import limits
 from moegate.spec import RouterSpec
 
 _DESCRIBED = re.compile(r"sm_(\d{1,2})(\d)[af]?")
+_CHIPS = {70, 72, 75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121}  # that exist, as of CUDA 13
 _INSTALLED = re.compile(r"flashinfer(?:-python)?==(\S+)")
 
 
@@ -75,9 +77,11 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def described_machine(text: str) -> Machine | None:
-    """A GPU by its architecture, such as "sm_103", with everything compiled that is installed; None: no such text."""
+    """A GPU by its architecture, such as "sm_103", with everything compiled that is installed; None: no such GPU."""
     found = _DESCRIBED.fullmatch(text.strip().lower())
-    return None if found is None else Machine(text.strip().lower(), (int(found[1]), int(found[2])))
+    if found is None or int(found[1] + found[2]) not in _CHIPS:
+        return None
+    return Machine(text.strip().lower(), (int(found[1]), int(found[2])))
 
 
 def with_installed(machine: Machine, text: str) -> Machine:
@@ -87,7 +91,11 @@ def with_installed(machine: Machine, text: str) -> Machine:
         ValueError: Another text.
     """
     found = _INSTALLED.fullmatch(text.strip())
-    if found is None:
+    try:
+        version = Version(found[1]) if found is not None else None
+    except InvalidVersion:
+        version = None
+    if found is None or version is None:
         raise ValueError(f"installed: got {text!r}; allowed: flashinfer==VERSION")
     return replace(machine, flashinfer=found[1])
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moegate.backends import BACKENDS
-from moegate.backends.cuda.plan import MAX_DECODE_TOKENS
+from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS
 from moegate.choice import costs
 from moegate.choice.candidates import CANDIDATES, DECODE, Candidate
 from moegate.choice.facts import Facts
@@ -110,8 +110,11 @@ class Plan:
         """Which kernels run, their expected time, and every other candidate with its time or the reason.
 
         Raises:
+            TypeError: Not an int.
             ValueError: The backend is forced, and cannot; or a negative number.
         """
+        if not isinstance(num_tokens, int):
+            raise TypeError(f"num_tokens: got {type(num_tokens).__name__}; allowed: an int")
         if num_tokens < 0:
             raise ValueError(f"num_tokens: got {num_tokens}; allowed: 0 or more")
         choice = self.choice(num_tokens)
@@ -140,7 +143,7 @@ class Plan:
             elif self.backend not in (None, candidate.backend):
                 reason = f"backend = {self.backend!r}"
             elif broken is not None and self.backend is None:
-                reason = f"breaks the contract: {broken}"
+                reason = f"breaks a promise: {broken}"
             else:
                 reason = "no time is known that would be less" if cost is None or chosen is None else "slower"
         times = (None, None) if cost is None else cost

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from platformdirs import user_cache_path
 
 from moegate import __version__
+from moegate.backends.cuda import jit
 from moegate.choice.facts import Facts, Machine
 from moegate.spec import RouterSpec
 
@@ -156,7 +157,8 @@ def table_for(machine: Machine) -> Found:
         if own is not None:
             return Found(own, False, ())
     shipped = [_checked(lambda file=file: read(file), problems) for file in _shipped()]  # type: ignore[misc]
-    usable = [table for table in shipped if table is not None]
+    # No time of a chip with early starts says anything about one without, nor the other way round.
+    usable = [table for table in shipped if table is not None and _starts_early(table.gpu) == _starts_early(machine)]
     for problem in problems:
         warnings.warn(f"moegate: {problem}; it is ignored", RuntimeWarning, stacklevel=2)
     if machine.capability is None or not usable:
@@ -184,6 +186,10 @@ def _checked(load: Callable[[], Table], problems: list[str]) -> Table | None:
 def _shipped() -> Iterable[Any]:
     folder = resources.files("moegate.choice") / "measured"
     return sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
+
+
+def _starts_early(machine: Machine) -> bool:
+    return jit.has_clusters_and_pdl(f"sm_{machine.sm}")
 
 
 def _distance(of: Machine, to: Machine) -> tuple[bool, int, int, float]:

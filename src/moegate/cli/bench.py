@@ -129,7 +129,7 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         rows = content["rows"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--render: {file} is not what `moegate bench --out` writes: {error}") from None
     if not rows:
         raise ValueError(f"--render: {file} has no rows")

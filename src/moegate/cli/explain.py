@@ -92,7 +92,7 @@ def _machine(device: str | None, installed: str | None) -> Machine:
 def _plan(spec: RouterSpec, machine: Machine, policy: str, backend: str | None, *, is_pretended: bool) -> Plan:
     from moegate.choice.facts import default_weight_dtype, facts_of
     from moegate.choice.plan import Plan
-    from moegate.choice.router import proven_plan
+    from moegate.choice.planned import proven_plan
 
     facts = facts_of(machine, spec, default_weight_dtype(spec))
     return Plan(facts, policy, backend) if is_pretended else proven_plan(facts, policy, backend)

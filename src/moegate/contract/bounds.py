@@ -50,14 +50,30 @@ def logit_bound(hidden: Tensor, weight: Tensor, exact: Tensor, spec: RouterSpec,
     # Beyond this range, which no model comes near, float32 products may underflow or overflow.
     magnitude = magnitude.clamp(min=2.0**-60)
     magnitude = magnitude.masked_fill(magnitude > 2.0**60, torch.inf)
-    bound: Tensor = 4 * spec.hidden_size**0.5 * U * magnitude
+    bound: Tensor = 4 * spec.hidden_size**0.5 * U * magnitude + _lost_parts(hidden, weight)
     if spec.input_norm_eps is not None:
         bound = bound + _NORM_ERROR * magnitude
+        bound = bound.masked_fill(hidden.double().abs().amax(dim=-1, keepdim=True) > 2.0**60, torch.inf)
     if tensors.bias is not None:
         bound = bound + 4 * U * tensors.bias.double().abs()
     if spec.logits_dtype == "bfloat16":
         bound = bound + BFLOAT16_U * (exact.abs() + bound)
     return bound
+
+
+def _lost_parts(hidden: Tensor, weight: Tensor) -> Tensor:
+    """What products may lose [M, R] if float32 elements are taken as sums of bfloat16 numbers: all below 2**-126.
+
+    An element that no bfloat16 number comes near has no bound.
+    """
+    lost = torch.zeros(len(hidden), len(weight), dtype=torch.float64, device=hidden.device)
+    for split, other in ((hidden, weight.T), (weight, hidden.T)):
+        if split.dtype == torch.float32:
+            of_one = SMALLEST_NORMAL * other.double().abs().sum(dim=0)
+            of_pair = of_one + torch.zeros(len(split), 1, dtype=torch.float64, device=split.device)
+            of_pair = of_pair.masked_fill(split.double().abs().amax(dim=-1, keepdim=True) > 2.0**127, torch.inf)
+            lost = lost + (of_pair if split is hidden else of_pair.T)
+    return lost
 
 
 def score_interval(logits: Tensor, spec: RouterSpec, logit_error: Tensor) -> Interval:

@@ -10,7 +10,7 @@ import torch
 from moegate.backends.flashinfer import FlashInferRouter
 from moegate.choice.candidates import CANDIDATES, Candidate
 from moegate.choice.facts import Facts, default_weight_dtype, facts_of, machine_of
-from moegate.choice.router import router_of
+from moegate.choice.planned import router_of
 from moegate.measure import timing
 from moegate.measure.checks import check_choice, check_routings
 from moegate.measure.layers import Layers, Stage, gpu

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from moegate.backends.cuda import gemm, jit, selection
 from moegate.backends.cuda.alignment import is_aligned
-from moegate.backends.cuda.plan import MAX_DECODE_TOKENS
 from moegate.backends.cuda.router import CudaRouter, TensorDtypes
 from moegate.backends.cuda.sources import GemmDtypes
+from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS
 from moegate.backends.torch import gemm as torch_gemm
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec

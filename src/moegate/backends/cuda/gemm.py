@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moegate.backends.cuda import jit
 from moegate.backends.cuda.alignment import aligned_rows
-from moegate.backends.cuda.plan import (
+from moegate.backends.cuda.sources import GemmDtypes, gemm_source
+from moegate.backends.cuda.tiling import (
     ROWS_OF_TILE,
     TOKENS_OF_TILE,
     Chip,
@@ -19,7 +20,6 @@ from moegate.backends.cuda.plan import (
     shared_bytes,
     token_tiles,
 )
-from moegate.backends.cuda.sources import GemmDtypes, gemm_source
 
 _FIELDS = "PPPPPqqi0q"  # GemmArguments of router_gemm.cuh, with the padding at its end
 

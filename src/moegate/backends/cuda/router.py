@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moegate.backends.cuda import gemm, selection
-from moegate.backends.cuda.plan import MAX_DECODE_TOKENS, TOKENS_OF_TILE
 from moegate.backends.cuda.sources import GemmDtypes, SelectDtypes
+from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, TOKENS_OF_TILE
 from moegate.backends.torch import gemm as torch_gemm
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec

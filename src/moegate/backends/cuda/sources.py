@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from moegate.backends.cuda.plan import GemmPlan, parts
+from moegate.backends.cuda.tiling import GemmPlan, parts
 from moegate.contract.limits import least_sum
 from moegate.spec import RouterSpec
 
@@ -130,6 +130,7 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
     return (
         '#include "select.cuh"\n'
         + _config(types, constants)
+        # Two blocks of 256: with registers for more, ptxas schedules a lane's experts one behind the other.
         + 'extern "C" __global__ void __launch_bounds__(256, 2)\n'
         + "select(const __grid_constant__ SelectArguments arguments) { select<Config>(arguments); }\n"
     )

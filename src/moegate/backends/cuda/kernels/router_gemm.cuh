@@ -6,7 +6,10 @@
 // - The weight's rows are the 16-row operand of the tensor cores and the tokens the 8-column one, so that up
 //   to 8 tokens cost what one does.
 // - Every lane loads its operands straight into registers, 16 bytes at a time: no lane needs what
-//   another has loaded, so that shared memory would only add a stop. All loads of a warp are in flight at once.
+//   another has loaded, so that shared memory would only add a stop. The weights of kAhead steps are in flight at
+//   once, which are all of a warp's unless registers forbid it; tokens follow tile by tile.
+// - A warp leaves its sums of each tile in shared memory. The block adds up its warps', and the first block of the
+//   cluster, to which the others send theirs, adds up the blocks' and stores the logits.
 // - Sums are added in a fixed order that kSplit, kWarps and kSteps decide, and these depend on K, R, the
 //   dtypes and the chip alone: the same bits in every run, and for a token at every M.
 //
@@ -52,7 +55,8 @@ struct RouterGemm {
   const int rank = blockIdx.x % kSplit;
   const int first_row = blockIdx.x / kSplit * 16;
   const int first_token = blockIdx.y * kTokens;
-  // The lane's part in a tile: row (and row + 8) of the weight, the same number of token, 8 elements of 32.
+  // The lane's part in a step of a tile: 8 of 32 elements, of two rows of the weight (row and row + 8) and of one token
+  // (row, too: the tensor core's operands have the same lanes).
   const int row = lane / 4, element = lane % 4 * 8;
 
   Raw<Weight> low[kAhead], high[kAhead];
@@ -79,9 +83,10 @@ struct RouterGemm {
     }
   }
 
-  __forceinline__ void prefetch_weight() const {
+  // From a step on, to the end of the warp's part.
+  __forceinline__ void prefetch_weight(int first) const {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int step = first; step < kSteps; ++step) {
       const int column = column_of(step);
       if (column >= K) continue;
       if (first_row + row < R) prefetch_to_l2(weight_at(row, column));
@@ -258,11 +263,8 @@ struct RouterGemm {
     float* by_rank = shared + kWarps * kWarpPitch;
     uint64* arrived = reinterpret_cast<uint64*>(by_rank + kSplit * kTokens * kSums);
     trigger_dependents();
-    if constexpr (Config::kFrozen) {
-      load_weight<true>(0);
-    } else {
-      prefetch_weight();
-    }
+    if constexpr (Config::kFrozen) load_weight<true>(0);
+    prefetch_weight(Config::kFrozen ? kAhead : 0);
     if constexpr (kSplit > 1) {
       if (threadIdx.x == 0 and rank == 0) expect_bytes(arrived, (kSplit - 1) * count_sums() * 4);
       sync_cluster();  // the first block and its barrier must be there before anyone sends to it

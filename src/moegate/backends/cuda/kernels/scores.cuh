@@ -36,8 +36,8 @@ __forceinline__ float transformed(float logit) {
   return logit;
 }
 
-// A warp that selects one token runs its code once, so that every instruction is fetched from far: the library's
-// exp, division and square root cost more there than the rest of a score. These keep the contract's bounds.
+// A warp that selects one token is one chain of instructions, and the library's exp, division and square root are most
+// of a score's. These are shorter, and keep the contract's bounds.
 
 __forceinline__ float exp2_approx(float value) {
   float power;

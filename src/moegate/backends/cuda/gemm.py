@@ -11,6 +11,7 @@ from moegate.backends.cuda import jit
 from moegate.backends.cuda.alignment import aligned_rows
 from moegate.backends.cuda.sources import GemmDtypes, gemm_source
 from moegate.backends.cuda.tiling import (
+    MAX_DECODE_TOKENS,
     ROWS_OF_TILE,
     TOKENS_OF_TILE,
     Chip,
@@ -47,9 +48,9 @@ class GemmKernels:
         assert unsupported(hidden_size) is None
         operand_parts = parts(dtypes.hidden, dtypes.weight, norm_eps is not None)[:2]
         chip = chip_of(device, arch)
-        self._plan = plan = plan_gemm(hidden_size, rows, operand_parts, chip)
+        plan = plan_gemm(hidden_size, rows, operand_parts, chip)
         module = jit.load(gemm_source(hidden_size, rows, dtypes, norm_eps, plan, frozen=frozen), device, arch)
-        self._kernels = {
+        kernels = {
             tiles: module.kernel(
                 f"gemm_{tiles}",
                 _FIELDS,
@@ -60,7 +61,13 @@ class GemmKernels:
             )
             for tiles in plan.ahead
         }
-        self._grid_x = -(-rows // ROWS_OF_TILE) * plan.split
+        blocks = -(-rows // ROWS_OF_TILE) * plan.split
+        # By number of tokens: what is asked in every call is found out once.
+        self._launches = [
+            (kernels[tiles], (blocks, -(-num_tokens // (TOKENS_OF_TILE * tiles))))
+            for num_tokens in range(MAX_DECODE_TOKENS + 1)
+            for tiles in (token_tiles(num_tokens, plan),)
+        ]
 
     def launch(
         self,
@@ -71,12 +78,12 @@ class GemmKernels:
         logits: Tensor,
         stream: int,
     ) -> None:
-        """[M, K] and [R, K] -> logits [M, R], written on the stream; M is at least 1."""
+        """[M, K] and [R, K] -> logits [M, R], written on the stream; M is from 1 to `MAX_DECODE_TOKENS`."""
         num_tokens = hidden.shape[0]
         hidden, weight = aligned_rows(hidden, "hidden"), aligned_rows(weight, "weight")
-        tiles = token_tiles(num_tokens, self._plan)
-        self._kernels[tiles].launch(
-            (self._grid_x, -(-num_tokens // (TOKENS_OF_TILE * tiles))),
+        kernel, grid = self._launches[num_tokens]
+        kernel.launch(
+            grid,
             stream,
             hidden.data_ptr(),
             weight.data_ptr(),

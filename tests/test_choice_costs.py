@@ -131,6 +131,13 @@ def test_an_unknown_gpu_is_inferred_from_its_nearest_relative(shipped: Callable[
     assert explanation.evidence.startswith("inferred from New")
 
 
+def test_nothing_is_inferred_between_chips_with_and_without_early_starts(shipped: Callable[..., None]) -> None:
+    gpu = Machine("Small", (9, 0), 114, 2000.0)
+    shipped(a_table(gpu, deepseek_v3={1: {DECODE: 3.0}}))
+    assert costs.expected(facts(machine=described("sm_89")), DECODE, 1) is None
+    assert costs.expected(facts(machine=described("sm_100")), DECODE, 1) is not None
+
+
 def test_the_fastest_that_keeps_the_contract_is_chosen(shipped: Callable[..., None]) -> None:
     pair = "flashinfer:cublas+fused_topk_deepseek"
     machine = dataclasses.replace(GPU, flashinfer="0.7.2")

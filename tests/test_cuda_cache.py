@@ -226,7 +226,7 @@ def test_plans(steps_of_lane: int, rows: int, hidden: torch.dtype, weight: torch
 
 
 def test_a_chip_with_little_shared_memory_gets_smaller_blocks() -> None:
-    large, small = (plan_gemm(7168, 256, (1, 1), Chip(132, True, kib << 10)) for kib in (227, 99))
+    large, small = (plan_gemm(8192, 256, (1, 1), Chip(132, True, kib << 10)) for kib in (227, 99))
     assert max(large.ahead) == 8
     assert max(small.ahead) == 4
     assert (small.split, small.warps, small.steps) == (large.split, large.warps, large.steps)

@@ -115,7 +115,8 @@ struct RouterGemm {
   // kAhead steps of all tokens, tile by tile. A tile's sums are stored once the warp's last step is in them, so that
   // a warp whose steps are all ahead keeps those of one tile only.
   __forceinline__ void multiply_steps(int step, float* partial) {
-    // As many loads of hidden in flight at once as registers are left for.
+    // As many loads of hidden in flight at once as registers are left for: 8 of them are 32 registers, and a thread of
+    // more than 16 warps has no more than 72 in all.
     constexpr int kMost = sizeof(Hidden) == 2 and kWarps <= 16 ? 8 : 4;
     constexpr int kAtOnce = kMost / kAhead < 1 ? 1 : kMost / kAhead < kTiles ? kMost / kAhead : kTiles;
 #pragma unroll
@@ -128,7 +129,7 @@ struct RouterGemm {
           if (first + i < kTiles) hidden[i][j] = load_hidden(step + j, first + i);
         }
       }
-      // A weight of several parts is taken apart once for all tiles.
+      // Tile by tile; but step by step where taking a weight apart into several operands is to be done once for all tiles.
 #pragma unroll
       for (int i = 0; i < kAtOnce * kAhead; ++i) {
         const int j = Config::kWeightParts > 1 ? i / kAtOnce : i % kAhead;
@@ -181,9 +182,15 @@ struct RouterGemm {
     }
   }
 
-  // The sums of a block are dealt to its threads as they lie in a token's row: thread i of kTokens * kSums has
-  // element i % 4 of vector i / 4. Its four neighbours read the vector's partial sums of every fourth warp each, add
-  // them up, and swap halves until each has its one element: (chain 0 + chain 1) + (chain 2 + chain 3).
+  // Thread i gets the sum of element i: element i % 4 of vector i / 4, where a token's sums are 4 vectors of 4 elements
+  // (and one with its sum of squares). The four threads of a vector first read all of it, each from every fourth warp,
+  // then pass on to their neighbours what these are to have:
+  //
+  //            reads and adds up      after the first swap    after the second
+  //   thread 0  x0 y0 z0 w0  (warps 0, 4, ..)  x01 z01             x0123
+  //   thread 1  x1 y1 z1 w1  (warps 1, 5, ..)  y01 w01             y0123
+  //   thread 2  x2 y2 z2 w2  (warps 2, 6, ..)  x23 z23             z0123
+  //   thread 3  x3 y3 z3 w3  (warps 3, 7, ..)  y23 w23             w0123
   __forceinline__ float sum_over_warps(const float* partial, int index) const {
     const int chain = index % 4, vector = index / 4;
     const float* source = partial + chain * kWarpPitch + vector / (kSums / 4) * kPitch + vector % (kSums / 4) * 4;

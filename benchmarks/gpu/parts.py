@@ -131,7 +131,7 @@ class Bench:
         spec, weights, check = stage.layers.spec, stage.layers.weights, check_logits(stage.expected)
         is_float32 = weights[0].dtype == torch.float32
         theirs = "FlashInfer has no float32 weights"
-        found: Any = theirs if is_float32 else peers.flashinfer_gemm(spec.hidden_size, spec.num_experts, tokens)
+        found: Any = theirs if is_float32 else peers.flashinfer_gemm(spec, stage.layers.device, tokens)
 
         def flashinfer(layer: int, hidden: Tensor) -> Tensor:
             if isinstance(found, str):

@@ -113,7 +113,7 @@ class Stage:
         refused = limits.gemm_refuses(spec, weights[0].dtype)
         gemm: Any = f"not supported: {refused}"
         if refused is None:
-            gemm = peers.flashinfer_gemm(spec.hidden_size, spec.num_gate_rows, self.sources[0].shape[0])
+            gemm = peers.flashinfer_gemm(spec, self.layers.device, self.sources[0].shape[0])
         top_k = peers.flashinfer_top_k(spec, self.layers.tensors)
 
         def call(layer: int, hidden: Tensor) -> Any:

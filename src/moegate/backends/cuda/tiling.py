@@ -45,14 +45,14 @@ def plan_gemm(hidden_size: int, rows: int, operand_parts: tuple[int, int], chip:
     """The plan for a weight [rows, hidden_size]; see `parts`.
 
     Latency wants many blocks, and in each of them many warps with little to do: reading the weight is
-    all there is, and every load of a warp is in flight at once.
+    all there is, and a warp's loads are to be in flight at once.
     """
-    tiles = -(-rows // ROWS_OF_TILE)
+    row_tiles = -(-rows // ROWS_OF_TILE)
     steps = -(-hidden_size // COLUMNS_OF_STEP)
     split = 1
     # Fewer than 128 blocks, on any chip: some multiprocessors are left to the kernels beside this one.
     most_blocks = min(127, chip.num_sms)
-    while chip.has_clusters and split < 8 and 2 * split * tiles <= most_blocks and steps >= 8 * split:
+    while chip.has_clusters and split < 8 and 2 * split * row_tiles <= most_blocks and steps >= 8 * split:
         split *= 2
     warps, steps_of_warp = _warps_and_steps(-(-steps // split), operand_parts, chip)
     ahead = {
@@ -85,8 +85,8 @@ def _steps_ahead(warps: int, steps_of_warp: int, operand_parts: tuple[int, int],
     is_loop = not chip.has_clusters or steps_of_warp > _STEPS_AT_ONCE
     is_plain = max(operand_parts) == 1
     most_tiles = (2 if operand_parts[0] == 3 else 8 if is_plain else 4) // (2 if is_loop else 1)
-    least = {1: 2, 2: 2, 4: 2 if is_plain else 1}
-    return {tiles: min(steps_of_warp, count) for tiles, count in least.items() if tiles <= most_tiles}
+    most_ahead = {1: 2, 2: 2, 4: 2 if is_plain else 1}
+    return {tiles: min(steps_of_warp, count) for tiles, count in most_ahead.items() if tiles <= most_tiles}
 
 
 def shared_bytes(split: int, warps: int, token_tiles: int) -> int:

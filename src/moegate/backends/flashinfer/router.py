@@ -68,10 +68,10 @@ class FlashInferRouter:
         if function is self._product:
             weight, hidden = (torch.zeros((m, spec.hidden_size), device=device).bfloat16() for m in (rows, 1))
             bias = torch.zeros(rows, dtype=torch.bfloat16, device=device) if spec.linear_bias else None
-            _bound_product(function, device, spec, True)(hidden, weight, bias)
+            bound_product(function, device, spec, pdl=True)(hidden, weight, bias)
         else:
             correction = torch.zeros(spec.num_selectable, device=device)
-            _bound_top_k(function, device, spec, True)(torch.zeros((1, rows), device=device), correction)
+            bound_top_k(function, device, spec, pdl=True)(torch.zeros((1, rows), device=device), correction)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
@@ -80,8 +80,8 @@ class FlashInferRouter:
     ) -> _Prepared:
         """FlashInfer's functions, found and bound to what never changes."""
         device = weight.device
-        product = None if self._product is None else _bound_product(self._product, device, spec, pdl)
-        return _Prepared(product, None if self._top_k is None else _bound_top_k(self._top_k, device, spec, pdl))
+        product = None if self._product is None else bound_product(self._product, device, spec, pdl=pdl)
+        return _Prepared(product, None if self._top_k is None else bound_top_k(self._top_k, device, spec, pdl=pdl))
 
     def route(
         self,
@@ -126,9 +126,14 @@ def _find(function: Function, device: torch.device) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _bound_product(
-    function: Function, device: torch.device, spec: RouterSpec, pdl: bool
+def bound_product(
+    function: Function, device: torch.device, spec: RouterSpec, *, pdl: bool
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """(hidden [M, K], weight [N, K], linear bias [N] or None) -> logits [M, N], by one of FlashInfer's products.
+
+    Raises:
+        Exception: Whatever importing FlashInfer raises; a RuntimeError if it has no code for the device.
+    """
     found, rows = _find(function, device), spec.num_gate_rows
     if function is TINYGEMM:
 
@@ -148,9 +153,14 @@ def _bound_product(
     return gemm
 
 
-def _bound_top_k(
-    function: Function, device: torch.device, spec: RouterSpec, pdl: bool
+def bound_top_k(
+    function: Function, device: torch.device, spec: RouterSpec, *, pdl: bool
 ) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+    """(float32 logits [M, N], correction bias [N]) -> ids int32 and weights float32 [M, k], by FlashInfer's top-k.
+
+    Raises:
+        Exception: See `bound_product`.
+    """
     found = _find(function, device)
     groups, kept, k, scale = spec.n_group, spec.topk_group, spec.top_k, spec.routed_scaling_factor
 

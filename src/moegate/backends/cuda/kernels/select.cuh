@@ -237,8 +237,8 @@ struct Select {
     }
     if constexpr (R > E) {
       for (int gate = lane; gate < R - E; gate += 32) {
-        const float shared = divide(shared_score(gate), total) * factor;
-        static_cast<Weights*>(arguments.shared_weights)[int64(token) * (R - E) + gate] = narrow<Weights>(is_nan ? nan : shared);
+        const float of_gate = divide(shared_score(gate), total) * factor;
+        static_cast<Weights*>(arguments.shared_weights)[int64(token) * (R - E) + gate] = narrow<Weights>(is_nan ? nan : of_gate);
       }
     }
   }

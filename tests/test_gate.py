@@ -87,7 +87,9 @@ def test_given_outputs_must_fit() -> None:
         gate(HIDDEN, out=out._replace(topk_ids=out.topk_ids.long()))
     with pytest.raises(ValueError, match=r"out\.topk_weights: got strides"):
         gate(HIDDEN, out=out._replace(topk_weights=out.topk_weights.repeat(1, 2)[:, :8]))
-    with pytest.raises(ValueError, match=r"out\.shared_weights: got a tensor; allowed: None, for this spec"):
+    with pytest.raises(
+        ValueError, match=r"out\.shared_weights: got a tensor; allowed: None, for the spec.s num_shared_gates = 0"
+    ):
         gate(HIDDEN, out=out._replace(shared_weights=out.topk_weights))
     with pytest.raises(TypeError, match=r"out\.topk_weights: got NoneType"):
         gate(HIDDEN, out=out._replace(topk_weights=None))

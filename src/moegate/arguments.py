@@ -80,7 +80,18 @@ def check_weight(weight: object, spec: RouterSpec) -> Tensor:
 
 def check_hidden(hidden: object, spec: RouterSpec, device: torch.device) -> Tensor:
     """Checks the hidden states."""
+    # The usual ones pass at once: this runs in every call.
+    if isinstance(hidden, Tensor) and hidden.dim() == 2 and hidden.dtype in FLOATS:
+        shape = hidden.shape[0], spec.hidden_size
+        if _is_plain(hidden, shape, device):
+            return hidden
     return check_tensor("hidden", hidden, FLOATS, ("M", spec.hidden_size), device)
+
+
+def _is_plain(tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
+    return (
+        tensor.layout == torch.strided and tensor.shape == shape and tensor.device == device and tensor.is_contiguous()
+    )
 
 
 def check_logits(logits: object, spec: RouterSpec) -> Tensor:
@@ -142,21 +153,27 @@ def check_out(out: object, spec: RouterSpec, num_tokens: int, device: torch.devi
     """Checks the routing that a gate is to fill: contiguous tensors, those that the spec gives; logits may be None."""
     if not isinstance(out, Routing):
         raise TypeError(f"out: got {type(out).__name__}; allowed: None, or a moegate.Routing")
-    weights = (getattr(torch, spec.topk_weights_dtype),)
-    wanted: tuple[tuple[str, bool, Sequence[torch.dtype], tuple[int, ...]], ...] = (
-        ("topk_ids", True, (torch.int32,), (num_tokens, spec.top_k)),
-        ("topk_weights", True, weights, (num_tokens, spec.top_k)),
-        ("logits", out.logits is not None, (getattr(torch, spec.logits_dtype),), (num_tokens, spec.num_gate_rows)),
-        ("shared_weights", spec.num_shared_gates > 0, weights, (num_tokens, spec.num_shared_gates)),
-        ("identity_weight", spec.num_zero_experts > 0, weights, (num_tokens,)),
-    )
-    for (name, needed, dtypes, shape), value in zip(wanted, out, strict=True):
-        if not needed and value is not None:
-            raise ValueError(f"out.{name}: got a tensor; allowed: None, for this spec")
-        if needed:
-            tensor = check_tensor(f"out.{name}", value, dtypes, shape, device)
-            if not tensor.is_contiguous():
-                raise ValueError(f"out.{name}: got strides {list(tensor.stride())}; allowed: a contiguous tensor")
+    weights = getattr(torch, spec.topk_weights_dtype)
+    _check_output("topk_ids", out.topk_ids, torch.int32, (num_tokens, spec.top_k), device)
+    _check_output("topk_weights", out.topk_weights, weights, (num_tokens, spec.top_k), device)
+    if out.logits is not None:
+        logits = getattr(torch, spec.logits_dtype)
+        _check_output("logits", out.logits, logits, (num_tokens, spec.num_gate_rows), device)
+    if spec.num_shared_gates:
+        _check_output("shared_weights", out.shared_weights, weights, (num_tokens, spec.num_shared_gates), device)
+    elif out.shared_weights is not None:
+        raise ValueError("out.shared_weights: got a tensor; allowed: None, for the spec's num_shared_gates = 0")
+    if spec.num_zero_experts:
+        _check_output("identity_weight", out.identity_weight, weights, (num_tokens,), device)
+    elif out.identity_weight is not None:
+        raise ValueError("out.identity_weight: got a tensor; allowed: None, for the spec's num_zero_experts = 0")
+
+
+def _check_output(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    if isinstance(value, Tensor) and value.dtype == dtype and _is_plain(value, shape, device):
+        return
+    tensor = check_tensor(f"out.{name}", value, (dtype,), shape, device)
+    raise ValueError(f"out.{name}: got strides {list(tensor.stride())}; allowed: a contiguous tensor")
 
 
 def check_table(tid2eid: Tensor, spec: RouterSpec) -> None:

@@ -10,6 +10,14 @@ from torch import Tensor
 _BYTES = 16
 
 
+def are_surely_aligned(addresses: int, strides: int) -> bool:
+    """True only if `is_aligned` is, of tensors whose addresses and whose strides, in elements, are given as one (by |).
+
+    Every call asks this of its two tensors, and it is the quicker question.
+    """
+    return addresses % _BYTES == 0 and strides % _BYTES == 0
+
+
 def is_aligned(tensor: Tensor) -> bool:
     """True if every row of `tensor` [M, K] starts at a multiple of 16 bytes."""
     rows_apart = tensor.stride(0) if tensor.shape[0] > 1 else 0

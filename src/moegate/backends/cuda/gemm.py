@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moegate.backends.cuda import jit
-from moegate.backends.cuda.alignment import aligned_rows
+from moegate.backends.cuda.alignment import aligned_rows, are_surely_aligned
 from moegate.backends.cuda.sources import GemmDtypes, gemm_source
 from moegate.backends.cuda.tiling import (
     MAX_DECODE_TOKENS,
@@ -79,19 +79,24 @@ class GemmKernels:
         stream: int,
     ) -> None:
         """[M, K] and [R, K] -> logits [M, R], written on the stream; M is from 1 to `MAX_DECODE_TOKENS`."""
+        source, stride = hidden.data_ptr(), hidden.stride(0)
+        rows, row_stride = weight.data_ptr(), weight.stride(0)
+        if not are_surely_aligned(source | rows, stride | row_stride):
+            hidden, weight = aligned_rows(hidden, "hidden"), aligned_rows(weight, "weight")
+            source, stride = hidden.data_ptr(), hidden.stride(0)
+            rows, row_stride = weight.data_ptr(), weight.stride(0)
         num_tokens = hidden.shape[0]
-        hidden, weight = aligned_rows(hidden, "hidden"), aligned_rows(weight, "weight")
         kernel, grid = self._launches[num_tokens]
         kernel.launch(
             grid,
             stream,
-            hidden.data_ptr(),
-            weight.data_ptr(),
+            source,
+            rows,
             0 if bias is None else bias.data_ptr(),
             0 if input_scale is None else input_scale.data_ptr(),
             logits.data_ptr(),
-            hidden.stride(0),
-            weight.stride(0),
+            stride,
+            row_stride,
             num_tokens,
         )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moegate.backends.cuda import gemm, selection
+from moegate.backends.cuda.memory import empty
 from moegate.backends.cuda.sources import GemmDtypes, SelectDtypes
 from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, TOKENS_OF_TILE
 from moegate.backends.torch import gemm as torch_gemm
@@ -118,8 +119,7 @@ class CudaRouter:
             routing = select.outputs(computed if logits is None else logits.copy_(computed), out)
         else:
             if logits is None:
-                shape = num_tokens, self._spec.num_gate_rows
-                logits = torch.empty(shape, dtype=self._logits_dtype, device=self._device)
+                logits = empty((num_tokens, self._spec.num_gate_rows), self._logits_dtype)
             routing = select.outputs(logits, out)
             if num_tokens == 0:
                 return routing

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from moegate.backends.cuda import jit
+from moegate.backends.cuda.memory import empty
 from moegate.backends.cuda.sources import SelectDtypes, select_source
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
 _FIELDS = "PPPPPPPPPPqqqii"  # SelectArguments of select.cuh
-# A token is a warp. Few tokens are spread over the multiprocessors; many are cheaper to start in blocks of 8.
-_FEW_TOKENS = 1024
-_WARPS_FEW = 1
+# A token is a warp. Few tokens are spread over the multiprocessors; many are cheaper to start in larger blocks.
+_WARPS_FOR_FEW = 2
 _WARPS_FOR_MANY = 8
 
 
@@ -36,24 +36,32 @@ class SelectKernels:
         self._spec = spec
         self._weights_dtype = getattr(torch, spec.topk_weights_dtype)
         module = jit.load(select_source(spec, dtypes, aligned=aligned, frozen=frozen), device, arch)
-        words = spec.top_k + 2 * spec.num_selectable + spec.n_group + 6  # Select::kWords of select.cuh, or more
+        # Select::kWords of select.cuh, or more.
+        words = spec.top_k + (2 if spec.n_group > 1 else 1) * spec.num_selectable + spec.n_group + 6
+        # A multiprocessor that is to have another share of its cache as shared memory must be empty first. The few want
+        # no more of it than a block has, as most kernels in front do, so that they start beside these.
         self._few, self._many = (
-            module.kernel("select", _FIELDS, 32 * warps, shared_bytes=4 * words * warps, pdl=pdl)
-            for warps in (_WARPS_FEW, _WARPS_FOR_MANY)
+            module.kernel(name, _FIELDS, 32 * warps, shared_bytes=4 * words * warps, least_shared=least, pdl=pdl)
+            for name, warps, least in (("select_few", _WARPS_FOR_FEW, True), ("select_many", _WARPS_FOR_MANY, False))
         )
+        # A block for each multiprocessor, which has room for one where it gives up so little of its cache.
+        self._most_few = _WARPS_FOR_FEW * torch.cuda.get_device_properties(device).multi_processor_count
 
     def outputs(self, logits: Tensor, out: Routing | None = None) -> Routing:
-        """The tensors for the routing of these logits, to be filled: those of `out`, if that is given."""
+        """The tensors for the routing of these logits, to be filled: those of `out`, if that is given.
+
+        New ones are on the current device.
+        """
         if out is not None:
-            return out._replace(logits=logits)
-        spec, num_tokens, device = self._spec, logits.shape[0], logits.device
+            return out if out.logits is logits else out._replace(logits=logits)
+        spec, num_tokens = self._spec, logits.shape[0]
         dtype, shared = self._weights_dtype, spec.num_shared_gates
         return Routing(
-            torch.empty((num_tokens, spec.top_k), dtype=torch.int32, device=device),
-            torch.empty((num_tokens, spec.top_k), dtype=dtype, device=device),
+            empty((num_tokens, spec.top_k), torch.int32),
+            empty((num_tokens, spec.top_k), dtype),
             logits,
-            torch.empty((num_tokens, shared), dtype=dtype, device=device) if shared else None,
-            torch.empty(num_tokens, dtype=dtype, device=device) if spec.num_zero_experts else None,
+            empty((num_tokens, shared), dtype) if shared else None,
+            empty((num_tokens,), dtype) if spec.num_zero_experts else None,
         )
 
     def launch(
@@ -72,9 +80,9 @@ class SelectKernels:
         logits, table = routing.logits, tensors.tid2eid
         assert logits is not None
         num_tokens = logits.shape[0]
-        few = num_tokens <= _FEW_TOKENS
+        few = num_tokens <= self._most_few
         (self._few if few else self._many).launch(
-            (-(-num_tokens // (_WARPS_FEW if few else _WARPS_FOR_MANY)), 1),
+            (-(-num_tokens // (_WARPS_FOR_FEW if few else _WARPS_FOR_MANY)), 1),
             stream,
             logits.data_ptr(),
             _address(tensors.e_score_correction_bias),

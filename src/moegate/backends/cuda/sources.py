@@ -88,7 +88,10 @@ def gemm_source(
 
 
 def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, frozen: bool) -> str:
-    """select.cuh for one spec: a kernel `select`. `aligned`: 4 logits or biases can be read at once, if E allows."""
+    """select.cuh for one spec. `aligned`: 4 logits or biases can be read at once, if E allows.
+
+    Two kernels that are alike, `select_few` and `select_many`: the driver is told of each how it is to be run.
+    """
     constants = {
         "int kExperts": spec.num_experts,
         "int kSelectable": spec.num_selectable,
@@ -131,8 +134,11 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
         '#include "select.cuh"\n'
         + _config(types, constants)
         # Two blocks of 256: with registers for more, ptxas schedules a lane's experts one behind the other.
-        + 'extern "C" __global__ void __launch_bounds__(256, 2)\n'
-        + "select(const __grid_constant__ SelectArguments arguments) { select<Config>(arguments); }\n"
+        + "".join(
+            'extern "C" __global__ void __launch_bounds__(256, 2)\n'
+            f"{name}(const __grid_constant__ SelectArguments arguments) {{ select<Config>(arguments); }}\n"
+            for name in ("select_few", "select_many")
+        )
     )
 
 

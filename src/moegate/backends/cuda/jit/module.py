@@ -104,15 +104,22 @@ class Module:
         *,
         cluster: int = 1,
         shared_bytes: int = 0,
+        least_shared: bool = False,
         pdl: bool = True,
     ) -> Kernel:
-        """A kernel by name; see `Kernel`. Code for chips without `pdl` does not wait, and so never starts early."""
+        """A kernel by name; see `Kernel`. Code for chips without `pdl` does not wait, and so never starts early.
+
+        `least_shared`: a multiprocessor is to set no more of its cache apart as shared memory than a block needs.
+        """
         driver = _driver()
         handle = checked(driver.cuLibraryGetKernel, self._library, name.encode())
-        device = torch.cuda.current_device()
+        device, attributes = torch.cuda.current_device(), driver.CUfunction_attribute
         if shared_bytes > _MAX_PLAIN_SHARED_BYTES:
-            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             checked(driver.cuKernelSetAttribute, most, shared_bytes, handle, device)
+        if least_shared:
+            percent = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            checked(driver.cuKernelSetAttribute, percent, 0, handle, device)
         pdl = pdl and self._waits_for_predecessor
         function = driver.CUfunction(int(handle))  # the launch takes either kind of handle
         return Kernel(function, fields, threads, cluster, shared_bytes, pdl)

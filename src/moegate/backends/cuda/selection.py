@@ -14,9 +14,8 @@ from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
 _FIELDS = "PPPPPPPPPPqqqii"  # SelectArguments of select.cuh
-# A token is a warp. Few tokens are spread over the multiprocessors; many are cheaper to start in larger blocks.
-_WARPS_FOR_FEW = 2
-_WARPS_FOR_MANY = 8
+# A token is a warp. Up to so many, blocks of one warp spread them best; more are cheaper to start in larger blocks.
+_MOST_SPREAD = 1024
 
 
 class SelectKernels:
@@ -38,14 +37,19 @@ class SelectKernels:
         module = jit.load(select_source(spec, dtypes, aligned=aligned, frozen=frozen), device, arch)
         # Select::kWords of select.cuh, or more.
         words = spec.top_k + (2 if spec.n_group > 1 else 1) * spec.num_selectable + spec.n_group + 6
+
+        def in_blocks_of(warps: int, name: str, *, least_shared: bool = False) -> tuple[int, jit.Kernel]:
+            size = 4 * words * warps
+            kernel = module.kernel(name, _FIELDS, 32 * warps, shared_bytes=size, least_shared=least_shared, pdl=pdl)
+            return warps, kernel
+
         # A multiprocessor that is to have another share of its cache as shared memory must be empty first. The few want
-        # no more of it than a block has, as most kernels in front do, so that they start beside these.
-        self._few, self._many = (
-            module.kernel(name, _FIELDS, 32 * warps, shared_bytes=4 * words * warps, least_shared=least, pdl=pdl)
-            for name, warps, least in (("select_few", _WARPS_FOR_FEW, True), ("select_many", _WARPS_FOR_MANY, False))
-        )
-        # A block for each multiprocessor, which has room for one where it gives up so little of its cache.
-        self._most_few = _WARPS_FOR_FEW * torch.cuda.get_device_properties(device).multi_processor_count
+        # no more of it than a block has, as most kernels in front do, so that they start beside these. One with so
+        # little shared memory has room for one block.
+        self._few = in_blocks_of(2, "select_few", least_shared=True)
+        self._most_few = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        self._some = in_blocks_of(1, "select_many")
+        self._many = in_blocks_of(8, "select_many")
 
     def outputs(self, logits: Tensor, out: Routing | None = None) -> Routing:
         """The tensors for the routing of these logits, to be filled: those of `out`, if that is given.
@@ -80,9 +84,12 @@ class SelectKernels:
         logits, table = routing.logits, tensors.tid2eid
         assert logits is not None
         num_tokens = logits.shape[0]
-        few = num_tokens <= self._most_few
-        (self._few if few else self._many).launch(
-            (-(-num_tokens // (_WARPS_FOR_FEW if few else _WARPS_FOR_MANY)), 1),
+        if num_tokens <= self._most_few:
+            warps, kernel = self._few
+        else:
+            warps, kernel = self._some if num_tokens <= _MOST_SPREAD else self._many
+        kernel.launch(
+            (-(-num_tokens // warps), 1),
             stream,
             logits.data_ptr(),
             _address(tensors.e_score_correction_bias),

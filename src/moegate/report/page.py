@@ -24,7 +24,7 @@ h1 { font-size: 1.7rem; margin: 0 0 4px; } h2 { margin: 44px 0 4px; font-size: 1
   font-size: 1rem; }
 p { margin: 6px 0; max-width: 75ch; } .soft, small { color: var(--soft); } small { font-weight: 400; }
 .grid { display: grid; gap: 16px; margin-top: 12px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 12px; min-width: 0; }
 .wide { overflow-x: auto; margin-top: 12px; }
 table { border-collapse: collapse; font-size: 0.88rem; white-space: nowrap; font-variant-numeric: tabular-nums; }

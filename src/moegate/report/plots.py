@@ -11,8 +11,10 @@ from moegate.measure.names import DEFAULT, FLOOR, SAFE
 from moegate.report.numbers import Row, is_peer, label, models, share_of_floor, speed_up, time_of
 
 _GRID = "rgba(128,128,128,0.25)"
-# Okabe and Ito's colours, told apart by all eyes and on light and dark; moegate's is the first.
-_COLOURS = ("#d55e00", "#3a93d0", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#b07d4f")
+# Okabe and Ito's colours, told apart by all eyes and on light and dark. There is one symbol more than colours, so that
+# candidates of one colour have different symbols.
+_OURS, _NO_ROUTER = "#d55e00", "#999999"
+_COLOURS = ("#3a93d0", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#b07d4f")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
 _TIMES = [digit * 10.0**power for power in range(-1, 5) for digit in (1, 2, 5)]
 _MARGIN = {"l": 56, "r": 12, "t": 16, "b": 48}
@@ -32,7 +34,7 @@ def time_by_tokens(rows: list[Row], names: list[str]) -> go.Figure:
         if not points:
             continue
         place = labels.index(label(name))
-        colour = "#999999" if name == FLOOR else _COLOURS[place % len(_COLOURS)]
+        colour = {DEFAULT: _OURS, FLOOR: _NO_ROUTER}.get(name, _COLOURS[place % len(_COLOURS)])
         dash = "dot" if name == FLOOR else "dash" if name == SAFE else "solid"
         figure.add_scatter(
             x=[tokens for tokens, _ in points],

@@ -88,8 +88,14 @@ def test_every_router_of_the_catalog_has_a_plan(name: str, chip: str) -> None:
     [
         (("deepsek-v3",), "'deepsek-v3' is neither a name of the catalog nor a folder"),
         (("deepseek-v3", "--tokens", "1,-4"), "--tokens: got '1,-4'; allowed: numbers with commas"),
-        (("deepseek-v3", "--device", "sm_7"), "device = 'sm_7'; allowed here: cpu, or a GPU that is not, such as"),
-        (("deepseek-v3", "--device", "sm_999"), "device = 'sm_999'; allowed here: cpu, or a GPU that is not, such as"),
+        (
+            ("deepseek-v3", "--device", "sm_7"),
+            "device = 'sm_7'; allowed here: cpu (PyTorch finds no GPU); or a GPU not here, such as",
+        ),
+        (
+            ("deepseek-v3", "--device", "sm_999"),
+            "device = 'sm_999'; allowed here: cpu (PyTorch finds no GPU); or a GPU not here, such as",
+        ),
         (
             ("deepseek-v3", "--installed", "flashinfer==x"),
             "got 'flashinfer==x'; allowed: flashinfer==VERSION",

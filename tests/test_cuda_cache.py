@@ -6,7 +6,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moegate.backends.cuda import jit
-from moegate.backends.cuda.jit import cache, compiler
+from moegate.backends.cuda.jit import cache, compiler, module
 from moegate.backends.cuda.tiling import (
     COLUMNS_OF_STEP,
     MAX_DECODE_TOKENS,
@@ -29,6 +31,7 @@ from moegate.backends.cuda.tiling import (
 pytestmark = pytest.mark.cpu
 needs_nvrtc = pytest.mark.skipif(jit.missing_compiler() is not None, reason=str(jit.missing_compiler()))
 
+MANY_BYTES = 100 * 1024  # more shared memory than a block has without asking
 TEXT = 'extern "C" __global__ void nothing() {}\n'
 ARCH = "sm_90a"
 
@@ -230,3 +233,29 @@ def test_a_chip_with_little_shared_memory_gets_smaller_blocks() -> None:
     assert max(large.ahead) == 8
     assert max(small.ahead) == 4
     assert (small.split, small.warps, small.steps) == (large.split, large.warps, large.steps)
+
+
+@needs_nvrtc  # comes with the driver's binding
+def test_a_kernel_asks_its_own_gpu_for_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = import_module("cuda.bindings.driver")
+    asked: list[tuple[str, int, int]] = []
+
+    def set_attribute(attribute: Any, value: int, _kernel: Any, index: int) -> tuple[Any]:
+        asked.append((attribute.name, value, index))
+        return (driver.CUresult.CUDA_SUCCESS,)
+
+    takes_all = SimpleNamespace(
+        CUfunction_attribute=driver.CUfunction_attribute,
+        CUfunction=int,
+        cuLibraryLoadData=lambda *_: (driver.CUresult.CUDA_SUCCESS, 7),
+        cuLibraryGetKernel=lambda *_: (driver.CUresult.CUDA_SUCCESS, 7),
+        cuKernelSetAttribute=set_attribute,
+    )
+    monkeypatch.setattr(module, "_driver", lambda: takes_all)
+    of_second = module.Module(b"", ARCH, 1)
+    of_second.kernel("many", "P", 32, shared_bytes=MANY_BYTES)
+    of_second.kernel("few", "P", 32, shared_bytes=512, least_shared=True)
+    assert asked == [
+        ("CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", MANY_BYTES, 1),
+        ("CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT", 0, 1),
+    ]

@@ -160,6 +160,16 @@ def test_aligned_rows_apart_are_read_in_place(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 9])
+def test_given_logits_may_start_anywhere(rows: int) -> None:
+    gate, hidden = gate_on_gpu(SPEC), random_hidden(SPEC, rows)
+    expected = run(gate, hidden)
+    assert expected.logits is not None
+    buffer = torch.full((expected.logits.numel() + 1,), torch.nan, device="cuda")
+    out = expected._replace(logits=buffer[1:].view_as(expected.logits))
+    assert_same_bits(gate(hidden, return_logits=True, out=out), run(gate, hidden))
+
+
+@pytest.mark.parametrize("rows", [1, 9])
 def test_a_failed_launch_leaves_the_next_call_right(rows: int) -> None:
     gate, hidden = gate_on_gpu(SPEC), random_hidden(SPEC, rows)
     expected = run(gate, hidden)
@@ -191,9 +201,10 @@ def test_a_compilation_inside_a_capture_is_refused() -> None:
 
 def routing_on(index: int) -> tuple[Routing, Gate]:
     with torch.cuda.device(index):
-        gate = gate_on_gpu(SPEC)
-        hidden = random_hidden(SPEC, 5)
-    return run(gate, hidden), gate  # with the first device current again
+        given, weight = on_gpu(tensors_of(DEEPSEEK_V3))._asdict(), random_weight(DEEPSEEK_V3)
+        hidden = random_hidden(DEEPSEEK_V3, 33)  # of a kernel that asks for more shared memory than all have
+    gate = Gate(DEEPSEEK_V3, weight, **given)  # with the first device current again
+    return run(gate, hidden), gate
 
 
 def test_on_another_device() -> None:

@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # called by path, as the other benchmarks are
+
+from benchmarks.gpu.parts import keys
+from benchmarks.gpu.run import GRAPH_PARTS
+
 Row = dict[str, Any]
 _SHAPE = re.compile(r"K x N = \d+ x \d+|K=\d+ N=\d+ M=\d+")
 
@@ -103,10 +108,35 @@ def _verdicts(rows: list[Row]) -> Iterator[str]:
     yield f"**Misses**: {len(lost)} comparisons in which moegate is slower than the peer beyond the noise."
     for ratio, name, row in sorted(lost, key=lambda item: item[0][0]):
         yield f"- {_case(row)}: {name} is {1 / ratio[0]:.2f} times as fast {_brackets(ratio)}"
-    for title, items in (("Wrong results", wrong), ("Not measured", failed)):
+    yield ""
+    yield from _losses_of_others(rows)
+    missing = [f"{part}: {', '.join(names)}" for part in GRAPH_PARTS if (names := _missing(rows, part))]
+    for title, items in (("Wrong results", wrong), ("Failed", failed), ("Parts with models not measured yet", missing)):
         yield ""
         yield f"**{title}**: {len(items)}."
         yield from (f"- {item}" for item in items)
+
+
+def _losses_of_others(rows: list[Row]) -> Iterator[str]:
+    """Where what is not in the first column (a gate that is not frozen) is slower than a peer, by the medians."""
+    count, lost = 0, []
+    for row in rows:
+        times = {name: found["us"] for name, found in row["candidates"].items() if "us" in found}
+        peers = {name: us for name, us in times.items() if not name.startswith(_NOT_PEERS)}
+        others = [name for name in times if name.startswith("moegate") and not name.endswith("pdl=False")][1:]
+        for name, (peer, us) in ((name, pair) for name in others for pair in peers.items()):
+            count += 1
+            if times[name] > us:
+                lost.append(
+                    (times[name] / us, f"{_case(row)}: {peer} is {times[name] / us:.2f} times as fast as {name}")
+                )
+    yield f"**Misses where the weight may change**: {len(lost)} of {count} comparisons, by the medians."
+    yield from (f"- {text}" for _, text in sorted(lost, reverse=True))
+
+
+def _missing(rows: list[Row], part: str) -> list[str]:
+    done = {(row["model"], row["tokens"], row["way"]) for row in rows if row["part"] == part}
+    return sorted({key[0] for key in keys(part) if key not in done}) if done else []
 
 
 def _wins(ratio: list[float]) -> bool:

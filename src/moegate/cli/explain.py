@@ -85,7 +85,7 @@ def _machine(device: str | None, installed: str | None) -> Machine:
         try:
             machine = machine_of(pick_device(device))
         except ValueError as error:
-            raise ValueError(f"{error}, or a GPU that is not, such as sm_103") from None
+            raise ValueError(f"{error}; or a GPU not here, such as sm_103") from None
     return machine if installed is None else with_installed(machine, installed)
 
 

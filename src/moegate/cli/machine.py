@@ -22,7 +22,8 @@ def pick_device(name: str | None) -> torch.device:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError):  # PyTorch built without CUDA asserts
         allowed = ", ".join(str(device) for device in devices())
-        raise ValueError(f"device = {name!r}; allowed here: {allowed}") from None
+        gpus = "" if torch.cuda.is_available() else " (PyTorch finds no GPU)"
+        raise ValueError(f"device = {name!r}; allowed here: {allowed}{gpus}") from None
     return device
 
 

@@ -101,8 +101,10 @@ class CudaRouter:
             with torch.cuda.device(self._index):
                 return self.route(hidden, weight, tensors, input_ids, out)
         ids_dtype = None if input_ids is None else input_ids.dtype
-        bias = tensors.e_score_correction_bias
-        aligned = bias is None or bias.data_ptr() % 16 == 0  # the logits are, being ours
+        bias, logits = tensors.e_score_correction_bias, None if out is None else out.logits
+        # New logits are aligned; the caller's may not be.
+        places = (0 if bias is None else bias.data_ptr()) | (0 if logits is None else logits.data_ptr())
+        aligned = places % 16 == 0
         select = self._select_by_inputs.get((ids_dtype, aligned))
         gemm_kernels = self._gemm_by_dtype.get(hidden.dtype)
         if select is None or (gemm_kernels is None and self._has_gemm):
@@ -111,7 +113,6 @@ class CudaRouter:
 
         num_tokens = hidden.shape[0]
         stream = torch._C._cuda_getCurrentRawStream(self._index)  # no object is made of it
-        logits = None if out is None else out.logits
         is_short = num_tokens <= TOKENS_OF_TILE
         if num_tokens > 0 and (gemm_kernels is None or num_tokens > MAX_DECODE_TOKENS):
             is_short = False

@@ -14,7 +14,7 @@ from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
 _FIELDS = "PPPPPPPPPPqqqii"  # SelectArguments of select.cuh
-# A token is a warp. Up to so many, blocks of one warp spread them best; more are cheaper to start in larger blocks.
+# A token is a warp. Few are in blocks of two, up to so many in blocks of one; more are cheaper to start in larger ones.
 _MOST_SPREAD = 1024
 
 

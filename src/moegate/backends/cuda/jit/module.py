@@ -89,10 +89,11 @@ class Kernel:
 
 
 class Module:
-    """The kernels of one text, on the GPUs of one architecture."""
+    """The kernels of one text, on one GPU."""
 
-    def __init__(self, code: bytes, arch: str) -> None:
+    def __init__(self, code: bytes, arch: str, index: int) -> None:
         self._code = code  # the driver may read it later than it says
+        self._device = index
         self._waits_for_predecessor = has_clusters_and_pdl(arch)
         self._library = checked(_driver().cuLibraryLoadData, code, [], [], 0, [], [], 0)
 
@@ -113,13 +114,13 @@ class Module:
         """
         driver = _driver()
         handle = checked(driver.cuLibraryGetKernel, self._library, name.encode())
-        device, attributes = torch.cuda.current_device(), driver.CUfunction_attribute
+        attributes = driver.CUfunction_attribute
         if shared_bytes > _MAX_PLAIN_SHARED_BYTES:
             most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            checked(driver.cuKernelSetAttribute, most, shared_bytes, handle, device)
+            checked(driver.cuKernelSetAttribute, most, shared_bytes, handle, self._device)
         if least_shared:
             percent = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-            checked(driver.cuKernelSetAttribute, percent, 0, handle, device)
+            checked(driver.cuKernelSetAttribute, percent, 0, handle, self._device)
         pdl = pdl and self._waits_for_predecessor
         function = driver.CUfunction(int(handle))  # the launch takes either kind of handle
         return Kernel(function, fields, threads, cluster, shared_bytes, pdl)
@@ -165,7 +166,7 @@ def _load_once(source: str, arch: str, index: int) -> Module:
         )
     with torch.cuda.device(index):
         torch.cuda.current_stream().synchronize()  # makes sure of a context
-        return Module(compile_binary(source, arch).code, arch)
+        return Module(compile_binary(source, arch).code, arch, index)
 
 
 def _make_context_current() -> None:

@@ -11,7 +11,7 @@
 // - A warp leaves its sums of each tile in shared memory. The block adds up its warps', and the first block of the
 //   cluster, to which the others send theirs, adds up the blocks' and stores the logits.
 // - Sums are added in a fixed order that kSplit, kWarps and kSteps decide, and these depend on K, R, the
-//   dtypes and the chip alone: the same bits in every run, and for a token at every M.
+//   dtypes and the chip alone: the same bits in every run, and for a token at every M that this kernel takes.
 //
 // A frozen weight is loaded before the wait for the predecessor, hidden after it. Another weight may just be
 // being written by the predecessor: it is prefetched to L2 before the wait and loaded after it.
@@ -115,8 +115,8 @@ struct RouterGemm {
   // kAhead steps of all tokens, tile by tile. A tile's sums are stored once the warp's last step is in them, so that
   // a warp whose steps are all ahead keeps those of one tile only.
   __forceinline__ void multiply_steps(int step, float* partial) {
-    // As many loads of hidden in flight at once as registers are left for: 8 of them are 32 registers, and a thread of
-    // more than 16 warps has no more than 72 in all.
+    // As many loads of hidden in flight at once as registers are left for: 8 of them are 32 registers, and a thread
+    // among 28 warps has no more than 72 in all.
     constexpr int kMost = sizeof(Hidden) == 2 and kWarps <= 16 ? 8 : 4;
     constexpr int kAtOnce = kMost / kAhead < 1 ? 1 : kMost / kAhead < kTiles ? kMost / kAhead : kTiles;
 #pragma unroll

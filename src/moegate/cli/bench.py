@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moegate.cli.explain import numbers
-from moegate.cli.output import complain, console, errors_in_one_line, fail, new_table, print_json
+from moegate.cli.output import breakable, complain, console, errors_in_one_line, fail, new_table, print_json
 from moegate.cli.progress import need_gpu, progress_bar
 
 if TYPE_CHECKING:
@@ -156,14 +156,16 @@ def _print(content: dict[str, Any], out: Console) -> None:
     for model, way, rows in columns(content["rows"]):
         out.print(Text(model, style="bold cyan").append(f"  {WAYS[way]}", style="not bold default"))
         table = new_table()
-        table.add_column("candidate, µs a call", overflow="fold")
+        table.add_column("candidate, µs a call", min_width=13)
         for row in rows:
             table.add_column(f"M={row['tokens']}", justify="right", no_wrap=True)
-        table.add_column("same experts", justify="right", no_wrap=True)
+        table.add_column("same experts", justify="right", min_width=7)
         for name in dict.fromkeys(name for row in rows for name in row["candidates"]):
             cells = [cell(row["candidates"].get(name, {})) for row in rows]
             if set(cells) != {""}:
-                table.add_row(label(name), *cells, agreement([row["candidates"].get(name, {}) for row in rows]))
+                table.add_row(
+                    breakable(label(name)), *cells, agreement([row["candidates"].get(name, {}) for row in rows])
+                )
         out.print(table)
         out.print()
     for line in verdicts(content["rows"]):

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from moegate.cli.output import console, errors_in_one_line, new_table, print_json
+from moegate.cli.output import breakable, console, errors_in_one_line, new_table, print_json
 
 if TYPE_CHECKING:
     from moegate.choice.facts import Machine
@@ -128,7 +128,7 @@ def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> No
 def _print_rejected(found: list[Explanation], out: Console) -> None:
     """Every candidate that does not run, each reason once, with the numbers of tokens that it holds for."""
     table = new_table()
-    table.add_column("not these", overflow="fold")
+    table.add_column("not these", min_width=20)
     table.add_column("tokens")
     table.add_column("µs", no_wrap=True)
     table.add_column("because")
@@ -141,7 +141,7 @@ def _print_rejected(found: list[Explanation], out: Console) -> None:
     for (backend, kernel, reason), counts in sorted(rows.items()):
         us = [times.get((int(count), backend, kernel)) for count in counts.split(", ")]
         shown = ", ".join(_time(value) for value in us) if any(value is not None for value in us) else ""
-        table.add_row(f"{backend} {kernel}", counts, shown, reason)
+        table.add_row(breakable(f"{backend} {kernel}"), counts, shown, reason)
     out.print(table)
     out.print()
 

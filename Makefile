@@ -39,7 +39,7 @@ sanitize-gpu:
 # Also on a GPU host: goes on from where it was when it is called again.
 bench-gpu:
 	PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) $(PYTHON) benchmarks/gpu/run.py --out $(RESULTS)
-	PYTHONPATH=$(CURDIR)/src $(PYTHON) benchmarks/gpu/report.py $(RESULTS) > docs/performance.md
+	PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) $(PYTHON) benchmarks/gpu/report.py $(RESULTS) > docs/performance.md
 
 lint: env
 	$(RUN)/ruff check .

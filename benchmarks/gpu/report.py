@@ -13,7 +13,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # called by path, as the other benchmarks are
 
 from benchmarks.gpu.parts import keys
-from benchmarks.gpu.run import GRAPH_PARTS
 
 Row = dict[str, Any]
 _SHAPE = re.compile(r"K x N = \d+ x \d+|K=\d+ N=\d+ M=\d+")
@@ -110,7 +109,8 @@ def _verdicts(rows: list[Row]) -> Iterator[str]:
         yield f"- {_case(row)}: {name} is {1 / ratio[0]:.2f} times as fast {_brackets(ratio)}"
     yield ""
     yield from _losses_of_others(rows)
-    missing = [f"{part}: {', '.join(names)}" for part in GRAPH_PARTS if (names := _missing(rows, part))]
+    parts = dict.fromkeys(row["part"] for row in rows)
+    missing = [f"{part}: {', '.join(names)}" for part in parts if (names := _missing(rows, part))]
     for title, items in (("Wrong results", wrong), ("Failed", failed), ("Parts with models not measured yet", missing)):
         yield ""
         yield f"**{title}**: {len(items)}."
@@ -118,12 +118,13 @@ def _verdicts(rows: list[Row]) -> Iterator[str]:
 
 
 def _losses_of_others(rows: list[Row]) -> Iterator[str]:
-    """Where what is not in the first column (a gate that is not frozen) is slower than a peer, by the medians."""
+    """Where another column of ours than the first (a gate that is not frozen) is slower than a peer, by the medians."""
     count, lost = 0, []
     for row in rows:
         times = {name: found["us"] for name, found in row["candidates"].items() if "us" in found}
         peers = {name: us for name, us in times.items() if not name.startswith(_NOT_PEERS)}
-        others = [name for name in times if name.startswith("moegate") and not name.endswith("pdl=False")][1:]
+        ours = [name for name in row["candidates"] if name.startswith("moegate") and not name.endswith("pdl=False")]
+        others = [name for name in ours[1:] if name in times]
         for name, (peer, us) in ((name, pair) for name in others for pair in peers.items()):
             count += 1
             if times[name] > us:
@@ -136,7 +137,7 @@ def _losses_of_others(rows: list[Row]) -> Iterator[str]:
 
 def _missing(rows: list[Row], part: str) -> list[str]:
     done = {(row["model"], row["tokens"], row["way"]) for row in rows if row["part"] == part}
-    return sorted({key[0] for key in keys(part) if key not in done}) if done else []
+    return sorted({key[0] for key in keys(part) if key not in done})
 
 
 def _wins(ratio: list[float]) -> bool:

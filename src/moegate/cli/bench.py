@@ -13,13 +13,11 @@ from rich.text import Text
 
 from moegate.cli.explain import numbers
 from moegate.cli.output import breakable, complain, console, errors_in_one_line, fail, new_table, print_json
-from moegate.cli.progress import need_gpu, progress_bar
+from moegate.cli.progress import INTERRUPTED, need_gpu, progress_bar
 
 if TYPE_CHECKING:
     from moegate.measure.bench import Case, Source
     from moegate.measure.record import Record
-
-_INTERRUPTED = 130
 
 
 def bench(
@@ -107,7 +105,7 @@ def _run(record: Record, todo: list[Case]) -> None:
                     out.print(f"{done + 1} of {len(todo)}: {what}", soft_wrap=True)
         except KeyboardInterrupt:
             complain("stopped; with --out the same command goes on")
-            raise typer.Exit(_INTERRUPTED) from None
+            raise typer.Exit(INTERRUPTED) from None
 
 
 def _source(name: str) -> Source:

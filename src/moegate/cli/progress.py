@@ -9,6 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moegate.cli.output import console, fail
 
+INTERRUPTED = 130
+"""The exit status of a measurement that was stopped: 128 + SIGINT, as shells have it."""
+
 
 def need_gpu(what: str) -> None:
     """Ends with a line that says what is missing, unless PyTorch has an NVIDIA GPU that the kernels run on."""

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moegate.cli.output import complain, console, errors_in_one_line
-from moegate.cli.progress import need_gpu, progress_bar
+from moegate.cli.progress import INTERRUPTED, need_gpu, progress_bar
 
 if TYPE_CHECKING:
     from moegate.choice.tables import Row
     from moegate.measure.tune import Measure, Tuning
-
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def tune(
@@ -66,7 +64,7 @@ def run(tuning: Tuning, measure: Measure) -> None:
         except KeyboardInterrupt:
             left = len(tuning.missing())
             complain(f"stopped with {len(every) - left} of {len(every)} rows measured; the same command goes on")
-            raise typer.Exit(_INTERRUPTED) from None
+            raise typer.Exit(INTERRUPTED) from None
     out.print(f"written   {tuning.path}", soft_wrap=True)
 
 

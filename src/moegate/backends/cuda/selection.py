@@ -19,7 +19,7 @@ _MOST_SPREAD = 1024
 
 
 class SelectKernels:
-    """The kernel for one spec and set of dtypes, loaded for a device; `select_kernels` makes them."""
+    """The kernels for one spec and set of dtypes, loaded for a device; `select_kernels` makes them."""
 
     def __init__(
         self,
@@ -44,10 +44,10 @@ class SelectKernels:
             return warps, kernel
 
         # A multiprocessor that is to have another share of its cache as shared memory must be empty first. The few want
-        # no more of it than a block has, as most kernels in front do, so that they start beside these. One with so
-        # little shared memory has room for one block.
+        # no more of it than a block has, as most kernels in front do, so that they start beside these. With so little,
+        # a multiprocessor has room for one block: few are what fills one on each.
         self._few = in_blocks_of(2, "select_few", least_shared=True)
-        self._most_few = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        self._most_few = self._few[0] * torch.cuda.get_device_properties(device).multi_processor_count
         self._some = in_blocks_of(1, "select_many")
         self._many = in_blocks_of(8, "select_many")
 

@@ -9,7 +9,7 @@ from moegate import backends
 from moegate.backends.flashinfer import limits
 from moegate.backends.flashinfer import router as flashinfer_router
 from moegate.backends.torch import TorchBackend
-from moegate.choice import costs, planned, tables
+from moegate.choice import costs, planned, policies, tables
 from moegate.choice.facts import Machine, described_machine
 
 CPU = torch.device("cpu")
@@ -19,6 +19,9 @@ class StandIn(TorchBackend):
     """Takes the place of the cuda backend on a machine without a GPU."""
 
     name = "cuda"
+
+    def __init__(self, gemm_tokens: int) -> None:
+        self.gemm_tokens = gemm_tokens
 
 
 def described(text: str, flashinfer: str | None = None) -> Machine:
@@ -43,6 +46,7 @@ def forget() -> None:
         tables.table_for,
         costs.expected,
         costs._curves,
+        policies.gemm_tokens,
         limits.installed_version,
         limits.cannot_compile,
     ):
@@ -54,4 +58,4 @@ def pretend(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     """Gates are made on this machine from now on, with PyTorch in the place of the cuda kernels."""
     forget()
     monkeypatch.setattr(planned, "machine_of", lambda device: machine)
-    monkeypatch.setattr(planned, "BACKENDS", (StandIn(), TorchBackend()))
+    monkeypatch.setattr(planned, "CudaBackend", StandIn)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from machines import CPU, described, forget, pretended
+from machines import CPU, StandIn, described, forget, pretend, pretended
 
 from moegate import __version__, get_spec
-from moegate.choice import costs, tables
+from moegate.choice import costs, planned, policies, tables
 from moegate.choice.facts import Facts, Machine, facts_of
 from moegate.choice.plan import Plan
 from moegate.choice.tables import Row, Table, read, shape_of, write
@@ -155,6 +155,31 @@ def test_the_fastest_that_keeps_the_contract_is_chosen(shipped: Callable[..., No
     assert rejected["cublas+fused_topk_deepseek"].expected_us == 1.0
     assert "breaks a promise" in rejected["cublas+fused_topk_deepseek"].reason
     assert [(first, last) for first, last, candidate in plan.spans() if candidate.backend == "torch"][-1][1] is None
+
+
+def test_router_gemm_runs_as_far_as_it_is_faster(shipped: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, fast = {DECODE: 9.0, CUBLAS: 8.0}, {DECODE: 7.0, CUBLAS: 8.0}
+    beyond = {CUBLAS: 9.0, OPS: 50.0}
+    for times, most in (
+        ({128: slow, 256: fast}, 64),
+        ({128: fast, 256: slow}, 128),  # 192, interpolated, is as fast either way
+        ({128: fast, 512: fast, 1024: slow}, 704),
+        ({128: fast, 1024: fast}, 1024),
+        ({64: {DECODE: 1.0}}, 64),  # nobody has measured how it goes on
+        ({128: fast}, 128),
+        ({128: {CUBLAS: 7.0}}, 64),
+    ):
+        shipped(a_table(deepseek_v3={**times, 4096: beyond}))
+        plan = Plan(facts())
+        assert policies.gemm_tokens(facts()) == most
+        runs = [plan.explain(tokens).kernel for tokens in (1, 64, most, most + 1, 2048)]
+        assert runs == ["router_gemm+select"] * 3 + ["cublas+select"] * 2
+        spans = [(first, candidate.key(facts())) for first, _, candidate in plan.spans()]
+        assert spans == [(1, DECODE), (most + 1, CUBLAS)]
+        pretend(monkeypatch, HERE)
+        router = planned.planned(CPU, get_spec("deepseek-v3"), torch.bfloat16)[1]
+        assert isinstance(router, StandIn)
+        assert router.gemm_tokens == most
 
 
 def test_a_time_is_compared_with_a_time_only(shipped: Callable[..., None]) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from cuda_kernels import DEEPSEEK_V3, assert_same_bits, gate_on_gpu, random_hidden, rows_of, run
 from routers import SPECS
 
 from moegate import RouterSpec
+from moegate.backends.cuda.tiling import MAX_GEMM_TOKENS
+from moegate.choice import planned
 
 pytestmark = pytest.mark.gpu
 
@@ -36,6 +40,30 @@ def test_a_token_has_the_same_bits_at_every_m(name: str, hidden_dtype: torch.dty
         for gate in (safe, frozen):
             got = run(gate, hidden[:rows])
             assert_same_bits(got, rows_of(expected, rows), f"at M = {rows}, frozen = {gate.frozen}")
+
+
+@pytest.fixture
+def router_gemm_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a table says of cuBLAS."""
+    monkeypatch.setattr(planned, "gemm_tokens", lambda facts: MAX_GEMM_TOKENS)
+    planned.planned.cache_clear()
+    yield
+    planned.planned.cache_clear()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.usefixtures("router_gemm_as_far_as_it_goes")
+def test_router_gemm_keeps_them_beyond_64(name: str, frozen: bool) -> None:
+    spec = SHAPES[name]
+    hidden = random_hidden(spec, MAX_GEMM_TOKENS)
+    gate = gate_on_gpu(spec, frozen=frozen)
+    by_64 = [run(gate, part).logits for part in hidden.split(64)]
+    expected = torch.cat([part for part in by_64 if part is not None])
+    for rows in (65, 96, 128, 129, 250, 513, MAX_GEMM_TOKENS):
+        logits = run(gate, hidden[:rows]).logits
+        assert logits is not None
+        assert logits.equal(expected[:rows]), rows
 
 
 def test_a_token_has_the_same_bits_in_every_place() -> None:

@@ -20,12 +20,15 @@ from moegate.backends.cuda import jit
 from moegate.backends.cuda.jit import cache, compiler, module
 from moegate.backends.cuda.tiling import (
     COLUMNS_OF_STEP,
-    MAX_DECODE_TOKENS,
+    MAX_GEMM_TOKENS,
+    TOKENS_OF_TILE,
     Chip,
+    Cut,
+    bytes_of_block,
+    cut_tokens,
     parts,
     plan_gemm,
     shared_bytes,
-    token_tiles,
 )
 
 pytestmark = pytest.mark.cpu
@@ -223,9 +226,43 @@ def test_plans(steps_of_lane: int, rows: int, hidden: torch.dtype, weight: torch
     assert all(shared_bytes(plan.split, plan.warps, tiles) <= chip.shared_bytes for tiles in plan.ahead)
     assert min(plan.ahead) == 1
     assert list(plan.ahead) == sorted(plan.ahead)
-    tiles = [token_tiles(tokens, plan) for tokens in range(1, MAX_DECODE_TOKENS + 1)]
-    assert set(tiles) <= set(plan.ahead)
-    assert tiles == sorted(tiles)
+
+
+@given(
+    hidden_size=st.integers(1, 2048).map(lambda pieces: 8 * pieces),
+    rows=st.integers(1, 1024),
+    weight=DTYPES,
+    chip=st.builds(Chip, st.integers(1, 200), st.booleans(), st.sampled_from([99 * 1024, 163 * 1024, 227 * 1024])),
+    tokens=st.integers(1, MAX_GEMM_TOKENS),
+)
+def test_every_token_has_a_block(hidden_size: int, rows: int, weight: torch.dtype, chip: Chip, tokens: int) -> None:
+    """Each once, in blocks that there are kernels for and that a chip can hold; all in one as long as one tile does."""
+    plan = plan_gemm(hidden_size, rows, parts(torch.bfloat16, weight, False)[:2], chip)
+    cut = cut_tokens(tokens, plan, chip)
+    assert cut.tiles in plan.ahead
+    of_block = TOKENS_OF_TILE * cut.tiles
+    assert of_block * (cut.groups - 1) < tokens <= of_block * cut.groups
+    assert bytes_of_block(cut.tiles, plan, chip, is_alone=cut.is_alone) <= chip.shared_bytes
+    assert tokens > TOKENS_OF_TILE or cut == Cut(1, 1, False)
+
+
+H100 = Chip(132, True, 227 << 10)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "rows", "tokens", "cut"),
+    [
+        (7168, 256, 16, Cut(2, 1, True)),
+        (7168, 256, 64, Cut(8, 1, True)),
+        (4096, 8, 64, Cut(2, 4, True)),  # few rows: 32 blocks of 16 tokens instead of 8 of 64
+        (5376, 64, 64, Cut(4, 2, True)),
+        (2048, 512, 64, Cut(4, 2, True)),  # clusters of two
+        (2880, 128, 128, Cut(2, 8, False)),  # light blocks side by side
+        (7168, 256, 128, Cut(8, 2, True)),
+    ],
+)
+def test_tokens_are_cut_as_was_fastest_on_an_h100(hidden_size: int, rows: int, tokens: int, cut: Cut) -> None:
+    assert cut_tokens(tokens, plan_gemm(hidden_size, rows, (1, 1), H100), H100) == cut
 
 
 def test_a_chip_with_little_shared_memory_gets_smaller_blocks() -> None:
@@ -254,6 +291,7 @@ def test_a_kernel_asks_its_own_gpu_for_shared_memory(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "_driver", lambda: takes_all)
     of_second = module.Module(b"", ARCH, 1)
     of_second.kernel("many", "P", 32, shared_bytes=MANY_BYTES)
+    of_second.kernel("many", "P", 32, shared_bytes=MANY_BYTES - 1024)  # takes nothing away from the first
     of_second.kernel("few", "P", 32, shared_bytes=512, least_shared=True)
     assert asked == [
         ("CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", MANY_BYTES, 1),

@@ -176,7 +176,7 @@ def test_a_failed_launch_leaves_the_next_call_right(rows: int) -> None:
     assert isinstance(gate._prepared, router.CudaRouter)
     of_selection = next(iter(gate._prepared._select_by_inputs.values()))
     of_gemm = next(iter(gate._prepared._gemm_by_dtype.values()))
-    for kernel in {of_selection._few[1], *(kernel for kernel, _ in of_gemm._launches)}:
+    for kernel in {of_selection._few[1], *of_gemm._kernels.values()}:
         nothing = kernel._pack.unpack(bytes(kernel._pack.size))
         with pytest.raises(RuntimeError, match="cuLaunchKernelEx: CUDA_ERROR_INVALID"):
             kernel.launch((0, 1), torch.cuda.current_stream().cuda_stream, *nothing)

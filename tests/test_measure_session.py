@@ -11,6 +11,9 @@ from machines import CPU, forget, pretend, pretended
 
 from moegate import catalog, get_spec
 from moegate.catalog.synthetic import random_hidden, random_tensors
+from moegate.choice.candidates import CUBLAS, ROUTER_GEMM
+from moegate.choice.facts import facts_of
+from moegate.choice.planned import router_of
 from moegate.contract.reference import router_logits
 from moegate.contract.reference import select as reference_select
 from moegate.measure import bench, layers, session, timing
@@ -53,13 +56,22 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[session.Session]:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_candidate_of_a_tuned_model_is_right_or_says_why_not(here: session.Session, model: str) -> None:
     spec = get_spec(model)
-    for tokens, ours in ((2, "cuda:router_gemm+select"), (65, "cuda:cublas+select")):
+    own = ["cuda:router_gemm+select", "cuda:cublas+select"]
+    for tokens, ours in ((2, own[:1]), (65, own), (1025, own[1:])):
         found = here.measure(spec, tokens, "trigger")
-        assert found[ours]["ok"] is True, found
-        assert found["torch:mm+ops"]["ok"] is True, found
-        others = [entry for key, entry in found.items() if key not in (ours, "torch:mm+ops")]
-        assert len(others) == 5
-        assert all(entry["absent"] for entry in others)
+        assert len(found) == 7
+        for key, entry in found.items():
+            if key in (*ours, "torch:mm+ops"):
+                assert entry["ok"] is True, (tokens, key, entry)
+            else:
+                assert entry["absent"], (tokens, key)
+
+
+def test_both_products_of_the_cuda_backend_are_measured_each_by_itself(here: session.Session) -> None:
+    """Whichever of them the plan would run."""
+    facts = facts_of(MACHINE, get_spec("deepseek-v3"), torch.bfloat16)
+    limits = [router_of(candidate, facts).gemm_tokens for candidate in (ROUTER_GEMM, CUBLAS)]  # type: ignore[attr-defined]
+    assert limits == [1024, 64]
 
 
 def test_a_case_of_bench(here: session.Session) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moegate.backends import cuda
 from moegate.backends.cuda import gemm as cuda_gemm
-from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS
+from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, MAX_GEMM_TOKENS
 from moegate.backends.flashinfer import known_failure, limits
 from moegate.choice.facts import Facts
 
@@ -39,20 +39,25 @@ def _cuda(facts: Facts) -> str | None:
     return cuda.unsupported_capability(machine.capability) or machine.no_nvrtc
 
 
-def _decode(facts: Facts, num_tokens: int) -> str | None:
-    if num_tokens > MAX_DECODE_TOKENS:
-        return f"its product takes up to {MAX_DECODE_TOKENS} tokens"
+def _router_gemm(facts: Facts, num_tokens: int) -> str | None:
+    if num_tokens > MAX_GEMM_TOKENS:
+        return f"its product takes up to {MAX_GEMM_TOKENS} tokens"
     return _cuda(facts) or cuda_gemm.unsupported(facts.spec.hidden_size)
 
 
-def _beyond_decode(facts: Facts, num_tokens: int) -> str | None:
-    if _decode(facts, num_tokens) is None:
+def _is_decode(facts: Facts, num_tokens: int) -> bool:
+    """True where router_gemm is promised."""
+    return num_tokens <= MAX_DECODE_TOKENS and _router_gemm(facts, num_tokens) is None
+
+
+def _cublas(facts: Facts, num_tokens: int) -> str | None:
+    if _is_decode(facts, num_tokens):
         return f"up to {MAX_DECODE_TOKENS} tokens router_gemm runs, so that a token's bits do not depend on M"
     return _cuda(facts)
 
 
 def _torch_breaks(facts: Facts, num_tokens: int) -> str | None:
-    if _decode(facts, num_tokens) is None:
+    if _is_decode(facts, num_tokens):
         return f"a token's bits would depend on M up to {MAX_DECODE_TOKENS}"
     return None
 
@@ -105,10 +110,10 @@ def _gemm_name(facts: Facts) -> str:
     return "mm_M1_16" if function is None else function.name
 
 
-DECODE = Candidate("cuda", _named("router_gemm+select"), _decode, _never)
+ROUTER_GEMM = Candidate("cuda", _named("router_gemm+select"), _router_gemm, _never)
 """The product and the selection of the cuda backend."""
-CUBLAS = Candidate("cuda", _named("cublas+select"), _beyond_decode, _never)
-"""What the cuda backend runs for more tokens: cuBLAS's product."""
+CUBLAS = Candidate("cuda", _named("cublas+select"), _cublas, _never)
+"""cuBLAS's product, for more tokens, and the selection of the cuda backend."""
 TORCH = Candidate("torch", _named("mm+ops"), _never, _torch_breaks)
 """PyTorch's matrix product, then its tensor operations."""
 FLASHINFER_GEMM = Candidate("flashinfer", _gemm_name, _gemm, _product_breaks)
@@ -123,5 +128,5 @@ FLASHINFER_TOP_K = Candidate("flashinfer", _named(f"cublas+{limits.TOP_K.name}")
 FLASHINFER_TINYGEMM = Candidate("flashinfer", _named(limits.TINYGEMM.name), _tinygemm, _product_breaks)
 """FlashInfer's product for bfloat16 logits, and our selection."""
 
-CANDIDATES = (DECODE, CUBLAS, TORCH, FLASHINFER_GEMM, FLASHINFER_PAIR, FLASHINFER_TOP_K, FLASHINFER_TINYGEMM)
+CANDIDATES = (ROUTER_GEMM, CUBLAS, TORCH, FLASHINFER_GEMM, FLASHINFER_PAIR, FLASHINFER_TOP_K, FLASHINFER_TINYGEMM)
 """In the order in which they are taken where nothing is known of their times."""

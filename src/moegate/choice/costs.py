@@ -6,7 +6,7 @@ import math
 from functools import cache
 from typing import NamedTuple
 
-from moegate.choice.facts import Facts
+from moegate.choice.facts import Facts, Machine
 from moegate.choice.tables import Shape, Table, shape_of, table_for
 
 _SAME_KIND = 0.5  # how much nearer, in steps of e of a size, a shape is that has the same kind of router
@@ -44,6 +44,12 @@ def expected(facts: Facts, key: str, num_tokens: int) -> Cost | None:
     if found.is_inferred:
         return Cost(round(us, 3), f"inferred from {gpu.name} (sm_{gpu.sm}), another GPU: {what} there")
     return Cost(round(us, 3), f"{what} on {'this ' * found.table.is_own}{gpu.name}")
+
+
+def most_tokens(machine: Machine, key: str) -> int:
+    """The most tokens at which the table for a machine has a time of a candidate; 0: at none."""
+    table = table_for(machine).table
+    return max((row.tokens for row in table.rows if key in row.us), default=0) if table is not None else 0
 
 
 _Curve = dict[int, float]

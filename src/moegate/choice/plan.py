@@ -12,16 +12,21 @@ from typing import Any
 import torch
 
 from moegate.backends import BACKENDS
-from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS
+from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, MAX_GEMM_TOKENS
 from moegate.choice import costs
-from moegate.choice.candidates import CANDIDATES, DECODE, Candidate
+from moegate.choice.candidates import CANDIDATES, ROUTER_GEMM, Candidate
 from moegate.choice.facts import Facts
-from moegate.choice.policies import POLICIES, Choice, forced, measured, sglang
+from moegate.choice.policies import POLICIES, Choice, forced, gemm_tokens, measured, sglang
 from moegate.choice.tables import table_for
 
 _log = logging.getLogger("moegate")
 # Every number of tokens that a kernel or a rule distinguishes is among these; beyond, only costs do.
-_PROBES = (*range(MAX_DECODE_TOKENS + 2), *(1 << power for power in range(7, 21)))
+_STEPS = range(2 * MAX_DECODE_TOKENS, MAX_GEMM_TOKENS + 1, MAX_DECODE_TOKENS)
+_PROBES = (
+    *range(MAX_DECODE_TOKENS + 2),
+    *(step + more for step in _STEPS for more in (0, 1)),
+    *(1 << power for power in range(11, 21)),
+)
 BACKEND_NAMES = (*(backend.name for backend in BACKENDS), "flashinfer")
 
 
@@ -144,8 +149,12 @@ class Plan:
                 reason = f"backend = {self.backend!r}"
             elif broken is not None and self.backend is None:
                 reason = f"breaks a promise: {broken}"
-            else:
-                reason = "no time is known that would be less" if cost is None or chosen is None else "slower"
+            elif cost is None or chosen is None:
+                reason = "no time is known that would be less"
+            elif cost.us >= chosen.us:
+                reason = "slower"
+            else:  # interpolated times may cross twice
+                reason = f"router_gemm runs up to one number of tokens, here {gemm_tokens(facts)}, and cuBLAS beyond"
         times = (None, None) if cost is None else cost
         return Rejected(candidate.backend, candidate.kernel_of(facts), reason, *times)
 
@@ -171,7 +180,7 @@ def tell(plan: Plan) -> None:
     if plan.backend is not None or machine.capability is None:
         return
     choice = plan.choice(1)
-    reason = DECODE.supports(facts, 1)
+    reason = ROUTER_GEMM.supports(facts, 1)
     if plan.policy == "measured" and choice.candidate.backend == "torch":
         warn_once(
             f"the cuda backend cannot run on {machine.name}: {reason}. PyTorch's operations take its place, which "

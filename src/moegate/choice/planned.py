@@ -9,16 +9,21 @@ from torch import Tensor
 
 from moegate.backends import BACKENDS, choose
 from moegate.backends.base import Router
+from moegate.backends.cuda import CudaBackend
+from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, MAX_GEMM_TOKENS
 from moegate.backends.flashinfer import FlashInferRouter, limits
 from moegate.choice.candidates import (
     FLASHINFER_GEMM,
     FLASHINFER_PAIR,
     FLASHINFER_TINYGEMM,
     FLASHINFER_TOP_K,
+    ROUTER_GEMM,
+    TORCH,
     Candidate,
 )
 from moegate.choice.facts import Facts, facts_of, machine_of
 from moegate.choice.plan import Plan
+from moegate.choice.policies import gemm_tokens
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
@@ -40,10 +45,11 @@ def planned(
     """
     facts = facts_of(machine_of(device), spec, weight, bias)
     plan = proven_plan(facts, policy, backend)
+    if {candidate.backend for candidate in plan.candidates} == {"cuda"}:
+        return plan, CudaBackend(gemm_tokens(facts))  # tells the numbers of tokens apart by itself
     routers = {candidate: router_of(candidate, facts) for candidate in plan.candidates}
-    first = next(iter(routers.values()))
-    if first in BACKENDS and all(router is first for router in routers.values()):
-        return plan, first  # takes any number of tokens by itself
+    if plan.candidates == (TORCH,):
+        return plan, routers[TORCH]
     return plan, PlannedRouter(plan, routers)
 
 
@@ -65,10 +71,12 @@ def proven_plan(facts: Facts, policy: str, backend: str | None) -> Plan:
 
 @cache
 def router_of(candidate: Candidate, facts: Facts) -> Router:
-    """What runs a candidate, on a machine that is here."""
+    """What runs a candidate, at every number of tokens that it supports, on a machine that is here."""
     spec = facts.spec
-    if candidate.backend != "flashinfer":
-        return next(backend for backend in BACKENDS if backend.name == candidate.backend)
+    if candidate.backend == "cuda":
+        return CudaBackend(MAX_GEMM_TOKENS if candidate is ROUTER_GEMM else MAX_DECODE_TOKENS)
+    if candidate is TORCH:
+        return next(backend for backend in BACKENDS if backend.name == "torch")
     gemm = limits.GEMMS.get((spec.hidden_size, spec.num_gate_rows))
     functions = {
         FLASHINFER_GEMM: (gemm, None),

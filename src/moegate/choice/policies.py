@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
+from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, MAX_GEMM_TOKENS
 from moegate.choice import costs
-from moegate.choice.candidates import CANDIDATES, DECODE, FLASHINFER_GEMM, TORCH, Candidate
+from moegate.choice.candidates import CANDIDATES, CUBLAS, FLASHINFER_GEMM, ROUTER_GEMM, TORCH, Candidate
 from moegate.choice.facts import Facts
 
 POLICIES = ("measured", "sglang")
@@ -54,9 +56,9 @@ def sglang(facts: Facts, num_tokens: int) -> Choice:
             return Choice(FLASHINFER_GEMM, why)
         passed_over = f"row 1 asks for {FLASHINFER_GEMM.kernel_of(facts)}: {reason}"
         why = "row 2, the next: ours in the place of dsv3_router_gemm"
-    reason = DECODE.supports(facts, num_tokens)
+    reason = ROUTER_GEMM.supports(facts, num_tokens)
     if reason is None:
-        return Choice(DECODE, why, passed_over)
+        return Choice(ROUTER_GEMM, why, passed_over)
     return Choice(TORCH, "row 3, the next: the plain linear", f"row 2 asks for router_gemm: {reason}")
 
 
@@ -97,8 +99,27 @@ def forced(backend: str) -> Callable[[Facts, int], Choice]:
     return choose
 
 
+@cache
+def gemm_tokens(facts: Facts) -> int:
+    """Up to how many tokens the cuda backend runs router_gemm, and cuBLAS beyond.
+
+    At least `MAX_DECODE_TOKENS`; further in steps of as many, as far as router_gemm was measured and takes less time.
+    One number, because the backend compares what each call brings with it.
+    """
+    most = MAX_DECODE_TOKENS
+    measured_to = costs.most_tokens(facts.machine, ROUTER_GEMM.key(facts))
+    for num_tokens in range(2 * most, min(MAX_GEMM_TOKENS, measured_to) + 1, most):
+        ours, other = (costs.expected(facts, each.key(facts), num_tokens) for each in (ROUTER_GEMM, CUBLAS))
+        if ours is None or other is None or ours.us >= other.us:
+            break
+        most = num_tokens
+    return most
+
+
 def _cheapest(able: list[Candidate], facts: Facts, num_tokens: int) -> Candidate:
     """The one with the least expected time; the first, unless a time is known for each of them."""
+    if ROUTER_GEMM in able and CUBLAS in able:
+        able.remove(CUBLAS if num_tokens <= gemm_tokens(facts) else ROUTER_GEMM)
     if len(able) == 1:
         return able[0]
     known = [costs.expected(facts, candidate.key(facts), num_tokens) for candidate in able]

@@ -21,7 +21,7 @@ from moegate.measure.transformers_router import transformers_router
 from moegate.spec import RouterSpec
 
 SOURCES = ("deepseek-v3", "kimi-k2", "qwen3-30b-a3b", "gpt-oss-120b")
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 WAYS = ("trigger", "cold", "hot")
 PART = "bench"
 

@@ -27,7 +27,7 @@ MODELS = (
     "minimax-m2",
     "longcat-flash",
 )
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 WAY = "trigger"
 _SAME = ("moegate", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,10 +28,13 @@ def unsupported_capability(capability: tuple[int, int]) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
 class CudaBackend:
     """Runs every spec on NVIDIA GPUs from compute capability 8.0 on."""
 
-    name = "cuda"
+    gemm_tokens: int = MAX_DECODE_TOKENS
+    """`route` takes the logits of up to so many tokens from router_gemm, those of more from cuBLAS."""
+    name: ClassVar[str] = "cuda"
 
     def unsupported(self, device: torch.device, spec: RouterSpec | None = None) -> str | None:
         """None, or what is missing: the GPU, or the compiler."""
@@ -43,7 +48,7 @@ class CudaBackend:
         """The kernels for this gate, compiled for what its model most likely sends; others are when they come."""
         # A copy that each call makes is the predecessor's output, which a frozen gate would load too early.
         frozen = frozen and is_aligned(weight)
-        router = _router(spec, weight.dtype, TensorDtypes.of(tensors), weight.device, frozen, pdl)
+        router = self._router(spec, weight, tensors, frozen=frozen, pdl=pdl)
         hidden = weight.dtype if weight.dtype != torch.float32 else torch.bfloat16
         router.warmup(hidden, torch.int64 if spec.hash_routing else None)
         return router
@@ -95,14 +100,18 @@ class CudaBackend:
         """See `moegate.route`."""
         if prepared is None:
             # Nothing is known of who else writes to the tensors of a call without a gate: not frozen.
-            prepared = _router(spec, weight.dtype, TensorDtypes.of(tensors), weight.device, False, True)
+            prepared = self._router(spec, weight, tensors, frozen=False, pdl=True)
         assert isinstance(prepared, CudaRouter)
         return prepared.route(hidden, weight, tensors, input_ids, out)
 
+    def _router(
+        self, spec: RouterSpec, weight: Tensor, tensors: RouterTensors, *, frozen: bool, pdl: bool
+    ) -> CudaRouter:
+        """One for all gates that are alike, since it holds no tensor."""
+        dtypes = TensorDtypes.of(tensors)
+        return _one_router(
+            spec, weight.dtype, dtypes, weight.device, frozen=frozen, pdl=pdl, gemm_tokens=self.gemm_tokens
+        )
 
-@cache
-def _router(
-    spec: RouterSpec, weight: torch.dtype, dtypes: TensorDtypes, device: torch.device, frozen: bool, pdl: bool
-) -> CudaRouter:
-    """One for all gates that are alike, since it holds no tensor."""
-    return CudaRouter(spec, weight, dtypes, device, frozen=frozen, pdl=pdl)
+
+_one_router = cache(CudaRouter)

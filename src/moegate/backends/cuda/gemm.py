@@ -11,15 +11,11 @@ from moegate.backends.cuda import jit
 from moegate.backends.cuda.alignment import aligned_rows, are_surely_aligned
 from moegate.backends.cuda.sources import GemmDtypes, gemm_source
 from moegate.backends.cuda.tiling import (
-    MAX_DECODE_TOKENS,
-    ROWS_OF_TILE,
-    TOKENS_OF_TILE,
     Chip,
-    alone_bytes,
+    bytes_of_block,
+    cut_tokens,
     parts,
     plan_gemm,
-    shared_bytes,
-    token_tiles,
 )
 
 _FIELDS = "PPPPPqqi0q"  # GemmArguments of router_gemm.cuh, with the padding at its end
@@ -50,24 +46,27 @@ class GemmKernels:
         chip = chip_of(device, arch)
         plan = plan_gemm(hidden_size, rows, operand_parts, chip)
         module = jit.load(gemm_source(hidden_size, rows, dtypes, norm_eps, plan, frozen=frozen), device, arch)
-        kernels = {
-            tiles: module.kernel(
+        self._chip, self._plan = chip, plan
+        self._kernels = {
+            (tiles, is_alone): module.kernel(
                 f"gemm_{tiles}",
                 _FIELDS,
                 32 * plan.warps,
                 cluster=plan.split,
-                shared_bytes=max(shared_bytes(plan.split, plan.warps, tiles), alone_bytes(chip, tiles)),
+                shared_bytes=bytes_of_block(tiles, plan, chip, is_alone=is_alone),
                 pdl=pdl,
             )
             for tiles in plan.ahead
+            for is_alone in (False, True)
         }
-        blocks = -(-rows // ROWS_OF_TILE) * plan.split
-        # By number of tokens: what is asked in every call is found out once.
-        self._launches = [
-            (kernels[tiles], (blocks, -(-num_tokens // (TOKENS_OF_TILE * tiles))))
-            for num_tokens in range(MAX_DECODE_TOKENS + 1)
-            for tiles in (token_tiles(num_tokens, plan),)
-        ]
+        self._launches: dict[int, tuple[jit.Kernel, tuple[int, int]]] = {}
+
+    def _launch_of(self, num_tokens: int) -> tuple[jit.Kernel, tuple[int, int]]:
+        """The kernel and its grid, found out once for each number of tokens."""
+        cut = cut_tokens(num_tokens, self._plan, self._chip)
+        kernel = self._kernels[cut.tiles, cut.is_alone]
+        found = self._launches[num_tokens] = kernel, (self._plan.row_blocks, cut.groups)
+        return found
 
     def launch(
         self,
@@ -78,7 +77,7 @@ class GemmKernels:
         logits: Tensor,
         stream: int,
     ) -> None:
-        """[M, K] and [R, K] -> logits [M, R], written on the stream; M is from 1 to `MAX_DECODE_TOKENS`."""
+        """[M, K] and [R, K] -> logits [M, R], written on the stream; M is at least 1."""
         source, stride = hidden.data_ptr(), hidden.stride(0)
         rows, row_stride = weight.data_ptr(), weight.stride(0)
         if not are_surely_aligned(source | rows, stride | row_stride):
@@ -86,7 +85,7 @@ class GemmKernels:
             source, stride = hidden.data_ptr(), hidden.stride(0)
             rows, row_stride = weight.data_ptr(), weight.stride(0)
         num_tokens = hidden.shape[0]
-        kernel, grid = self._launches[num_tokens]
+        kernel, grid = self._launches.get(num_tokens) or self._launch_of(num_tokens)
         kernel.launch(
             grid,
             stream,

@@ -12,7 +12,7 @@ from torch import Tensor
 from moegate.backends.cuda import gemm, selection
 from moegate.backends.cuda.memory import empty
 from moegate.backends.cuda.sources import GemmDtypes, SelectDtypes
-from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, TOKENS_OF_TILE
+from moegate.backends.cuda.tiling import TOKENS_OF_TILE
 from moegate.backends.torch import gemm as torch_gemm
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
@@ -37,7 +37,7 @@ class TensorDtypes(NamedTuple):
 class CudaRouter:
     """The kernels for one spec and the dtypes of one gate's tensors. It holds no tensor: each call brings its own.
 
-    Up to `MAX_DECODE_TOKENS` the logits come from the kernel here, beyond from cuBLAS; the selection
+    Up to `gemm_tokens` tokens the logits come from the kernel here, beyond from cuBLAS; the selection
     is always the kernel here.
     """
 
@@ -50,12 +50,14 @@ class CudaRouter:
         *,
         frozen: bool,
         pdl: bool,
+        gemm_tokens: int,
     ) -> None:
         self._spec, self._device = spec, device
         self._index = device.index or 0
         self._weight_dtype = weight
         self._dtypes = dtypes
         self._frozen, self._pdl = frozen, pdl
+        self._gemm_tokens = gemm_tokens
         self._logits_dtype: torch.dtype = getattr(torch, spec.logits_dtype)
         self._has_gemm = gemm.unsupported(spec.hidden_size) is None
         if not self._has_gemm:
@@ -114,7 +116,7 @@ class CudaRouter:
         num_tokens = hidden.shape[0]
         stream = torch._C._cuda_getCurrentRawStream(self._index)  # no object is made of it
         is_short = num_tokens <= TOKENS_OF_TILE
-        if num_tokens > 0 and (gemm_kernels is None or num_tokens > MAX_DECODE_TOKENS):
+        if num_tokens > 0 and (gemm_kernels is None or num_tokens > self._gemm_tokens):
             is_short = False
             computed = torch_gemm.logits(hidden, weight, self._spec, tensors, None)
             routing = select.outputs(computed if logits is None else logits.copy_(computed), out)

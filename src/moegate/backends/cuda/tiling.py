@@ -13,7 +13,9 @@ _FEW_WARPS = 16
 _STEPS_AT_ONCE = 4  # of a warp, for which it has registers
 _TOKEN_PITCH = 20  # RouterGemm::kPitch, and the most of kSums
 MAX_DECODE_TOKENS = 64
-"""Up to so many tokens the kernels here run, and a token's bits do not depend on their number."""
+"""Up to so many tokens router_gemm runs in any case, so that a token's bits do not depend on their number."""
+MAX_GEMM_TOKENS = 1024
+"""Up to so many tokens it can be chosen, where it is known to be faster than cuBLAS."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,16 @@ class Chip:
 class GemmPlan:
     """Who sums what. Nothing here depends on the number of tokens, so that their sums do not either."""
 
+    row_blocks: int
+    """Tiles of 16 rows of the weight times `split`: the blocks that a group of tokens takes."""
     split: int
     """Blocks, which form a cluster, share K."""
     warps: int
     """Warps share a block's part of K."""
     steps: int
     """Steps of 32 columns make a warp's part."""
+    is_light: bool
+    """A warp has one step of plain operands, so that several blocks have registers on a multiprocessor."""
     ahead: dict[int, int]
     """How many tiles of 8 tokens a block can own, a kernel each: with so many steps of a warp loaded at once, those
     of a frozen weight before the wait."""
@@ -60,7 +66,8 @@ def plan_gemm(hidden_size: int, rows: int, operand_parts: tuple[int, int], chip:
         for tiles, count in _steps_ahead(warps, steps_of_warp, operand_parts, chip).items()
         if shared_bytes(split, warps, tiles) <= chip.shared_bytes
     }
-    return GemmPlan(split, warps, steps_of_warp, ahead)
+    is_light = _is_light(operand_parts, chip) and steps_of_warp == 1
+    return GemmPlan(row_tiles * split, split, warps, steps_of_warp, is_light, ahead)
 
 
 def _is_light(operand_parts: tuple[int, int], chip: Chip) -> bool:
@@ -95,23 +102,45 @@ def shared_bytes(split: int, warps: int, token_tiles: int) -> int:
     return 4 * (warps * (tokens * _TOKEN_PITCH + 8) + split * tokens * _TOKEN_PITCH) + 8
 
 
-def alone_bytes(chip: Chip, token_tiles: int) -> int:
-    """So much shared memory keeps a block of several tiles alone on its multiprocessor, where kernels start early.
+@dataclass(frozen=True)
+class Cut:
+    """How the blocks of a launch share its tokens."""
 
-    Otherwise the product of the next layer starts beside this one as far as there is room, and its loads are in the way
-    of this layer's selection. For one tile the selection itself keeps the next layer back (`CudaRouter.route`):
-    being alone was the fastest on one H100, and on another now the fastest and now the slowest.
+    tiles: int
+    """Tiles of 8 tokens to a block."""
+    groups: int
+    """So many blocks for each of the plan's row blocks."""
+    is_alone: bool
+    """A block has a multiprocessor to itself.
+
+    Otherwise, where kernels start early, the product of the next layer starts beside this one as far as there is room,
+    and its loads are in the way of this layer's selection. For one tile the selection itself keeps the next layer back
+    (`CudaRouter.route`): being alone was the fastest on one H100, and on another now the fastest and now the slowest.
     """
-    return chip.shared_bytes // 2 + 1024 if chip.has_clusters and token_tiles > 1 else 0
 
 
-def token_tiles(num_tokens: int, plan: GemmPlan) -> int:
-    """Tiles of 8 tokens in a block: all tokens, as far as possible.
+def cut_tokens(num_tokens: int, plan: GemmPlan, chip: Chip) -> Cut:
+    """How a launch of so many tokens is cut.
 
-    Blocks of their own for further tokens would read the weight again, and no longer fit on the chip at
-    once beside the kernel in front.
+    Blocks of their own for further tokens read the weight again, but each has less to do. They pay where all of a
+    launch are on the chip at once beside the kernel in front: clusters of more than two blocks find their
+    multiprocessors there up to half of the chip, others up to all of it.
     """
-    return next((tiles for tiles in plan.ahead if num_tokens <= TOKENS_OF_TILE * tiles), max(plan.ahead))
+    tiles_in_all = -(-num_tokens // TOKENS_OF_TILE)
+    room = chip.num_sms if plan.split <= 2 else chip.num_sms // 2
+    for tiles in plan.ahead:
+        groups = -(-tiles_in_all // tiles)
+        if groups == 1 or (tiles > 1 and groups * plan.row_blocks <= room):
+            return Cut(tiles, groups, tiles > 1)
+    # More than the chip holds at once: blocks light enough to share a multiprocessor, or as few as possible.
+    tiles = min(2, max(plan.ahead)) if plan.is_light else max(plan.ahead)
+    return Cut(tiles, -(-tiles_in_all // tiles), not plan.is_light)
+
+
+def bytes_of_block(tiles: int, plan: GemmPlan, chip: Chip, *, is_alone: bool) -> int:
+    """A block's shared memory: more than it uses, where that keeps other blocks away."""
+    used = shared_bytes(plan.split, plan.warps, tiles)
+    return max(used, chip.shared_bytes // 2 + 1024) if is_alone and chip.has_clusters else used
 
 
 def parts(hidden: torch.dtype, weight: torch.dtype, norm: bool) -> tuple[int, int, bool]:

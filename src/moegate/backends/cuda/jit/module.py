@@ -96,6 +96,7 @@ class Module:
         self._device = index
         self._waits_for_predecessor = has_clusters_and_pdl(arch)
         self._library = checked(_driver().cuLibraryLoadData, code, [], [], 0, [], [], 0)
+        self._most_shared: dict[str, int] = {}
 
     def kernel(
         self,
@@ -115,9 +116,11 @@ class Module:
         driver = _driver()
         handle = checked(driver.cuLibraryGetKernel, self._library, name.encode())
         attributes = driver.CUfunction_attribute
-        if shared_bytes > _MAX_PLAIN_SHARED_BYTES:
-            most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            checked(driver.cuKernelSetAttribute, most, shared_bytes, handle, self._device)
+        with _lock:  # one function may be launched in several ways, and the most that any of them asks for counts
+            if shared_bytes > self._most_shared.get(name, _MAX_PLAIN_SHARED_BYTES):
+                most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                checked(driver.cuKernelSetAttribute, most, shared_bytes, handle, self._device)
+                self._most_shared[name] = shared_bytes
         if least_shared:
             percent = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             checked(driver.cuKernelSetAttribute, percent, 0, handle, self._device)

@@ -126,6 +126,24 @@ def test_render_makes_the_page_without_a_gpu(tmp_path: Path) -> None:
     assert printed == CONTENT
 
 
+def test_no_time_is_cut_off_on_a_narrow_console(tmp_path: Path, content: dict[str, Any]) -> None:
+    for row in [row for row in content["rows"] if row["tokens"] == 64]:
+        for more, tokens in enumerate((128, 256, 1024, 4096, 16384)):
+            candidates = {
+                name: {**each, "us": 100.0 * (more + 1) + index} if "us" in each else each
+                for index, (name, each) in enumerate(row["candidates"].items())
+            }
+            content["rows"].append({**row, "tokens": tokens, "candidates": candidates})
+    (tmp_path / "bench.json").write_text(json.dumps(content))
+    printed = run("bench", "--render", tmp_path, columns=80).stdout
+    assert "…" not in printed
+    assert max(map(len, printed.partition("The default plan")[0].splitlines())) <= 80
+    for row in content["rows"]:
+        assert f"M={row['tokens']}" in printed
+        for found in row["candidates"].values():
+            assert "us" not in found or f"{found['us']:.2f}" in printed
+
+
 def test_without_plotly_the_way_to_the_page_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -16,8 +16,12 @@ from moegate.cli.output import breakable, complain, console, errors_in_one_line,
 from moegate.cli.progress import INTERRUPTED, need_gpu, progress_bar
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from moegate.measure.bench import Case, Source
     from moegate.measure.record import Record
+
+_NAME_WIDTH, _TIME_WIDTH, _EXPERTS_WIDTH = 19, 8, 9  # of a table's columns, at least, with the blank behind each
 
 
 def bench(
@@ -148,23 +152,31 @@ def _write_page(folder: Path, content: dict[str, Any]) -> None:
 
 
 def _print(content: dict[str, Any], out: Console) -> None:
-    """A table a model and way: tokens down, candidates across."""
-    from moegate.report.numbers import WAYS, agreement, cell, columns, label, verdicts
+    """Tables for each model and way, with as many numbers of tokens across as the console has room for."""
+    from moegate.report.numbers import WAYS, columns, verdicts
 
+    at_once = max(2, (out.width - _NAME_WIDTH - _EXPERTS_WIDTH) // _TIME_WIDTH)
     for model, way, rows in columns(content["rows"]):
         out.print(Text(model, style="bold cyan").append(f"  {WAYS[way]}", style="not bold default"))
-        table = new_table()
-        table.add_column("candidate, µs a call", min_width=13)
-        for row in rows:
-            table.add_column(f"M={row['tokens']}", justify="right", no_wrap=True)
-        table.add_column("same experts", justify="right", min_width=7)
-        for name in dict.fromkeys(name for row in rows for name in row["candidates"]):
-            cells = [cell(row["candidates"].get(name, {})) for row in rows]
-            if set(cells) != {""}:
-                table.add_row(
-                    breakable(label(name)), *cells, agreement([row["candidates"].get(name, {}) for row in rows])
-                )
-        out.print(table)
-        out.print()
+        for first in range(0, len(rows), at_once):
+            out.print(_table(rows[first : first + at_once]))
+            out.print()
     for line in verdicts(content["rows"]):
         out.print(line, soft_wrap=True)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    """Candidates down, numbers of tokens across."""
+    from moegate.report.numbers import agreement, cell, label
+
+    table = new_table()
+    table.add_column("candidate, µs a call", min_width=_NAME_WIDTH - 1)
+    for row in rows:
+        table.add_column(f"M={row['tokens']}", justify="right", no_wrap=True)
+    table.add_column("same experts", justify="right", min_width=_EXPERTS_WIDTH - 1)
+    for name in dict.fromkeys(name for row in rows for name in row["candidates"]):
+        found = [row["candidates"].get(name, {}) for row in rows]
+        cells = [cell(each) for each in found]
+        if set(cells) != {""}:
+            table.add_row(breakable(label(name)), *cells, agreement(found))
+    return table

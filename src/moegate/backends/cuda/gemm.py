@@ -11,6 +11,8 @@ from moegate.backends.cuda import jit
 from moegate.backends.cuda.alignment import aligned_rows, are_surely_aligned
 from moegate.backends.cuda.sources import GemmDtypes, gemm_source
 from moegate.backends.cuda.tiling import (
+    MAX_GEMM_TOKENS,
+    TOKENS_OF_TILE,
     Chip,
     bytes_of_block,
     cut_tokens,
@@ -47,6 +49,7 @@ class GemmKernels:
         plan = plan_gemm(hidden_size, rows, operand_parts, chip)
         module = jit.load(gemm_source(hidden_size, rows, dtypes, norm_eps, plan, frozen=frozen), device, arch)
         self._chip, self._plan = chip, plan
+        cuts = (cut_tokens(tokens, plan, chip) for tokens in range(TOKENS_OF_TILE, MAX_GEMM_TOKENS + 1, TOKENS_OF_TILE))
         self._kernels = {
             (tiles, is_alone): module.kernel(
                 f"gemm_{tiles}",
@@ -56,8 +59,7 @@ class GemmKernels:
                 shared_bytes=bytes_of_block(tiles, plan, chip, is_alone=is_alone),
                 pdl=pdl,
             )
-            for tiles in plan.ahead
-            for is_alone in (False, True)
+            for tiles, is_alone in dict.fromkeys((cut.tiles, cut.is_alone) for cut in cuts)
         }
         self._launches: dict[int, tuple[jit.Kernel, tuple[int, int]]] = {}
 
@@ -77,7 +79,7 @@ class GemmKernels:
         logits: Tensor,
         stream: int,
     ) -> None:
-        """[M, K] and [R, K] -> logits [M, R], written on the stream; M is at least 1."""
+        """[M, K] and [R, K] -> logits [M, R], written on the stream; M is from 1 to `MAX_GEMM_TOKENS`."""
         source, stride = hidden.data_ptr(), hidden.stride(0)
         rows, row_stride = weight.data_ptr(), weight.stride(0)
         if not are_surely_aligned(source | rows, stride | row_stride):

@@ -46,6 +46,7 @@ def forget() -> None:
         tables.table_for,
         costs.expected,
         costs._curves,
+        costs.neighbours,
         policies.gemm_tokens,
         limits.installed_version,
         limits.cannot_compile,

@@ -21,7 +21,7 @@ from moegate.choice.tables import Row, Table, read, shape_of, write
 DECODE, CUBLAS, OPS = "cuda:router_gemm+select", "cuda:cublas+select", "torch:mm+ops"
 MADE = {name: "x" for name in ("date", "command", "moegate_commit", "torch", "cuda", "flashinfer", "driver")}
 MADE["moegate"] = __version__
-NAMES = {"laguna_xs_2_1": "laguna-xs-2.1", "qwen3_5_35b_a3b": "qwen3.5-35b-a3b"}
+NAMES = {"glm_4_5_air": "glm-4.5-air", "laguna_xs_2_1": "laguna-xs-2.1", "qwen3_5_35b_a3b": "qwen3.5-35b-a3b"}
 GPU = Machine("GPU X", (9, 0), 100, 3000.0)
 
 
@@ -180,6 +180,29 @@ def test_router_gemm_runs_as_far_as_it_is_faster(shipped: Callable[..., None], m
         router = planned.planned(CPU, get_spec("deepseek-v3"), torch.bfloat16)[1]
         assert isinstance(router, StandIn)
         assert router.gemm_tokens == most
+
+
+def test_where_router_gemm_is_not_latency_a_shape_tells_of_another_by_its_work(shipped: Callable[..., None]) -> None:
+    """qwen3-30b-a3b (2048 x 128) at 256 tokens has the work of glm-4.5-air (4096 x 128) at 128."""
+    times = {64: {DECODE: 4.0}, 128: {DECODE: 7.0, CUBLAS: 8.0}, 256: {DECODE: 11.0, CUBLAS: 8.0}}
+    shipped(a_table(glm_4_5_air=times))
+    small = facts("qwen3-30b-a3b")
+    found = [costs.expected(small, DECODE, tokens) for tokens in (64, 256)]
+    assert [cost.us for cost in found if cost is not None] == [4.0, 7.0]
+    cublas = costs.expected(small, CUBLAS, 256)
+    assert cublas is not None
+    assert cublas.us == 8.0
+    assert (policies.gemm_tokens(facts("glm-4.5-air")), policies.gemm_tokens(small)) == (128, 256)
+
+
+def test_a_shape_that_was_not_measured_needs_both_its_neighbours(shipped: Callable[..., None]) -> None:
+    large = {128: {DECODE: 6.0, CUBLAS: 9.0}, 256: {DECODE: 7.0, CUBLAS: 9.0}}
+    small = {128: {DECODE: 5.0, CUBLAS: 5.5}, 256: {DECODE: 7.0, CUBLAS: 8.0}}
+    between = facts("llama-4-maverick")  # 5120 x 128
+    shipped(a_table(glm_4_5_air=large, k_exaone_236b_a23b=large))
+    assert policies.gemm_tokens(between) > 64
+    shipped(a_table(glm_4_5_air=large, k_exaone_236b_a23b=small))  # cuBLAS may take 5.5 there
+    assert policies.gemm_tokens(between) == 64
 
 
 def test_a_time_is_compared_with_a_time_only(shipped: Callable[..., None]) -> None:

@@ -6,9 +6,11 @@ import math
 from functools import cache
 from typing import NamedTuple
 
+from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS
 from moegate.choice.facts import Facts, Machine
 from moegate.choice.tables import Shape, Table, shape_of, table_for
 
+BY_WORK = "cuda:router_gemm+select"
 _SAME_KIND = 0.5  # how much nearer, in steps of e of a size, a shape is that has the same kind of router
 
 
@@ -26,30 +28,58 @@ def expected(facts: Facts, key: str, num_tokens: int) -> Cost | None:
     """The time of a candidate, by its key; None: no table says anything about it."""
     if num_tokens == 0:
         return Cost(0.0, "nothing is launched")
-    found = table_for(facts.machine)
-    if found.table is None:
+    found, near = table_for(facts.machine), neighbours(facts, key, num_tokens)
+    if found.table is None or not near:
         return None
-    curves = _curves(found.table, key)
-    shape = shape_of(facts)
-    gpu = found.table.gpu
-    if shape in curves:
-        us, how = _at(curves[shape][1], num_tokens)
-        what = how or "measured"
-    else:
-        near = _nearest(curves, shape)
-        if not near:
-            return None
-        us = math.exp(sum(weight * math.log(_at(curves[other][1], num_tokens)[0]) for other, weight in near))
-        what = f"interpolated from {' and '.join(curves[other][0] for other, _ in near)}"
+    us, gpu = math.exp(sum(each.weight * math.log(each.us) for each in near)), found.table.gpu
+    what = near[0].how or "measured"
+    if near[0].weight < 1:
+        what = f"interpolated from {' and '.join(each.model for each in near)}"
     if found.is_inferred:
         return Cost(round(us, 3), f"inferred from {gpu.name} (sm_{gpu.sm}), another GPU: {what} there")
     return Cost(round(us, 3), f"{what} on {'this ' * found.table.is_own}{gpu.name}")
+
+
+class Neighbour(NamedTuple):
+    """A measured shape that tells the time of another, or of its own."""
+
+    model: str
+    weight: float
+    """Its part in the time; 1: it is the shape itself."""
+    us: float
+    how: str | None
+    """How the time was found; None: it was measured."""
+
+
+@cache
+def neighbours(facts: Facts, key: str, num_tokens: int) -> tuple[Neighbour, ...]:
+    """What the table has of a candidate for the shape itself, or for the two nearest ones; nothing, if it has none."""
+    table = table_for(facts.machine).table
+    if table is None:
+        return ()
+    curves, shape = _curves(table, key), shape_of(facts)
+    near = [(shape, 1.0)] if shape in curves else _nearest(curves, shape)
+    return tuple(
+        Neighbour(curves[other][0], weight, *_at(curves[other][1], _like(num_tokens, key, shape, other)))
+        for other, weight in near
+    )
 
 
 def most_tokens(machine: Machine, key: str) -> int:
     """The most tokens at which the table for a machine has a time of a candidate; 0: at none."""
     table = table_for(machine).table
     return max((row.tokens for row in table.rows if key in row.us), default=0) if table is not None else 0
+
+
+def _like(num_tokens: int, key: str, shape: Shape, other: Shape) -> float:
+    """At how many tokens another shape takes about as long.
+
+    Up to 64 tokens router_gemm is latency, as everything else is. Beyond, its blocks fill the chip, and its time goes
+    with the product's work: on an H100, of eleven shapes each predicts the others better so than at the same M.
+    """
+    if key != BY_WORK or num_tokens <= MAX_DECODE_TOKENS:
+        return num_tokens
+    return num_tokens * (shape.hidden_size * shape.gate_rows) / (other.hidden_size * other.gate_rows)
 
 
 _Curve = dict[int, float]
@@ -65,10 +95,10 @@ def _curves(table: Table, key: str) -> dict[Shape, tuple[str, _Curve]]:
     return curves
 
 
-def _at(curve: _Curve, num_tokens: int) -> tuple[float, str | None]:
+def _at(curve: _Curve, num_tokens: float) -> tuple[float, str | None]:
     """The time at a number of tokens, and how it was found if it was not measured: in the logarithms of both."""
     if num_tokens in curve:
-        return curve[num_tokens], None
+        return curve[int(num_tokens)], None
     known = sorted(curve)
     if len(known) == 1:
         return curve[known[0]], f"taken from M = {known[0]}"

@@ -109,8 +109,9 @@ def gemm_tokens(facts: Facts) -> int:
     most = MAX_DECODE_TOKENS
     measured_to = costs.most_tokens(facts.machine, ROUTER_GEMM.key(facts))
     for num_tokens in range(2 * most, min(MAX_GEMM_TOKENS, measured_to) + 1, most):
-        ours, other = (costs.expected(facts, each.key(facts), num_tokens) for each in (ROUTER_GEMM, CUBLAS))
-        if ours is None or other is None or ours.us >= other.us:
+        ours, others = (costs.neighbours(facts, each.key(facts), num_tokens) for each in (ROUTER_GEMM, CUBLAS))
+        # Of a shape that was not measured, both of its neighbours must say so.
+        if not ours or not others or max(each.us for each in ours) >= min(each.us for each in others):
             break
         most = num_tokens
     return most

@@ -47,6 +47,7 @@ def forget() -> None:
         costs.expected,
         costs._curves,
         costs.neighbours,
+        costs.most_tokens,
         policies.gemm_tokens,
         limits.installed_version,
         limits.cannot_compile,

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from machines import CPU, StandIn, described, forget, pretend, pretended
+from routers import SPECS
 
-from moegate import __version__, get_spec
+from moegate import __version__, catalog, get_spec
 from moegate.choice import costs, planned, policies, tables
 from moegate.choice.facts import Facts, Machine, facts_of
 from moegate.choice.plan import Plan
@@ -203,6 +204,30 @@ def test_a_shape_that_was_not_measured_needs_both_its_neighbours(shipped: Callab
     assert policies.gemm_tokens(between) > 64
     shipped(a_table(glm_4_5_air=large, k_exaone_236b_a23b=small))  # cuBLAS may take 5.5 there
     assert policies.gemm_tokens(between) == 64
+
+
+def test_times_beyond_those_measured_do_not_change_the_choice(shipped: Callable[..., None]) -> None:
+    """From 62 to 180 and from 124 to 260 us: drawn on, the lines cross at some 20 000 tokens."""
+    shipped(a_table(deepseek_v3={1024: {CUBLAS: 62.0, OPS: 124.0}, 4096: {CUBLAS: 180.0, OPS: 260.0}}))
+    plan = Plan(facts())
+    assert {candidate.backend for candidate in plan.candidates} == {"cuda"}
+    explanation = plan.explain(1 << 20)
+    torch_ops = next(entry for entry in explanation.rejected if entry.kernel == "mm+ops")
+    assert explanation.expected_us is not None
+    assert torch_ops.expected_us is not None
+    assert torch_ops.expected_us < explanation.expected_us
+    assert torch_ops.reason == "slower at the most tokens that were measured"
+
+
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_on_a_gpu_with_a_table_every_router_runs_on_the_kernels(weight: torch.dtype) -> None:
+    gpus = [read(file).gpu for file in tables._shipped()]
+    specs = {**SPECS, **{model.name: model.spec for model in catalog.models()}}
+    for gpu in gpus:
+        for name, spec in specs.items():
+            if spec.weight_dtype in (None, str(weight).removeprefix("torch.")):
+                plan = Plan(facts_of(gpu, spec, weight))
+                assert {candidate.backend for candidate in plan.candidates} == {"cuda"}, (gpu.name, name)
 
 
 def test_a_time_is_compared_with_a_time_only(shipped: Callable[..., None]) -> None:

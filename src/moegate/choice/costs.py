@@ -65,6 +65,7 @@ def neighbours(facts: Facts, key: str, num_tokens: int) -> tuple[Neighbour, ...]
     )
 
 
+@cache
 def most_tokens(machine: Machine, key: str) -> int:
     """The most tokens at which the table for a machine has a time of a candidate; 0: at none."""
     table = table_for(machine).table

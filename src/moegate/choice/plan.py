@@ -14,7 +14,7 @@ import torch
 from moegate.backends import BACKENDS
 from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, MAX_GEMM_TOKENS
 from moegate.choice import costs
-from moegate.choice.candidates import CANDIDATES, ROUTER_GEMM, Candidate
+from moegate.choice.candidates import CANDIDATES, CUBLAS, ROUTER_GEMM, Candidate
 from moegate.choice.facts import Facts
 from moegate.choice.policies import POLICIES, Choice, forced, gemm_tokens, measured, sglang
 from moegate.choice.tables import table_for
@@ -153,8 +153,10 @@ class Plan:
                 reason = "no time is known that would be less"
             elif cost.us >= chosen.us:
                 reason = "slower"
-            else:  # interpolated times may cross twice
+            elif candidate in (ROUTER_GEMM, CUBLAS):  # interpolated times may cross twice
                 reason = f"router_gemm runs up to one number of tokens, here {gemm_tokens(facts)}, and cuBLAS beyond"
+            else:
+                reason = "slower at the most tokens that were measured"
         times = (None, None) if cost is None else cost
         return Rejected(candidate.backend, candidate.kernel_of(facts), reason, *times)
 

@@ -118,11 +118,16 @@ def gemm_tokens(facts: Facts) -> int:
 
 
 def _cheapest(able: list[Candidate], facts: Facts, num_tokens: int) -> Candidate:
-    """The one with the least expected time; the first, unless a time is known for each of them."""
+    """The one with the least expected time; the first, unless a time is known for each of them.
+
+    Beyond the tokens at which all were measured, their times there decide: lines drawn on from there cross by noise.
+    """
     if ROUTER_GEMM in able and CUBLAS in able:
         able.remove(CUBLAS if num_tokens <= gemm_tokens(facts) else ROUTER_GEMM)
-    if len(able) == 1:
+    measured_to = min(costs.most_tokens(facts.machine, candidate.key(facts)) for candidate in able)
+    if len(able) == 1 or measured_to == 0:
         return able[0]
-    known = [costs.expected(facts, candidate.key(facts), num_tokens) for candidate in able]
+    tokens = min(num_tokens, measured_to)
+    known = [costs.expected(facts, candidate.key(facts), tokens) for candidate in able]
     times = [math.inf if cost is None else cost.us for cost in known]
     return able[0] if math.inf in times else able[times.index(min(times))]

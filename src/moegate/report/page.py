@@ -79,7 +79,9 @@ def _speed_ups(rows: list[Row]) -> Iterator[str]:
     if chained:
         yield "<h2>Speed-up by shape</h2><p class='soft'>The time of the fastest peer with a right result by that of "
         yield "moegate, in a chain. Above 1 moegate is faster.</p>"
-        yield f"<div class='card'>{_plot(plots.speed_ups(chained))}</div>"
+        tokens = len({row["tokens"] for row in chained})
+        # In less width the numbers of neighbours would overlap: it scrolls.
+        yield f"<div class='card wide'>{_plot(plots.speed_ups(chained), min_width=160 + 40 * tokens)}</div>"
 
 
 def _times(rows: list[Row]) -> Iterator[str]:
@@ -148,8 +150,8 @@ def _items(texts: Any) -> Iterator[str]:
     yield "</ul>"
 
 
-def _plot(figure: go.Figure) -> str:
-    """Where a figure goes, and its data; `</` cannot end the script that holds it."""
+def _plot(figure: go.Figure, min_width: int = 0) -> str:
+    """Where a figure goes, at least so many pixels wide, and its data; `</` cannot end the script that holds it."""
     data = figure.to_json().replace("</", "<\\/")
-    height = figure.layout.height
-    return f"<div class='plot' style='height:{height}px'></div><script type='application/json'>{data}</script>"
+    size = f"height:{figure.layout.height}px;min-width:{min_width}px"
+    return f"<div class='plot' style='{size}'></div><script type='application/json'>{data}</script>"

@@ -19,12 +19,15 @@ MODELS = (
     "kimi-k2",
     "glm-5",
     "deepseek-v4-flash",
+    "llama-4-maverick",
+    "qwen3.5-122b-a10b",
     "glm-4.5-air",
     "qwen3-30b-a3b",
     "qwen3-next-80b-a3b",
     "gpt-oss-120b",
     "mixtral-8x7b",
     "minimax-m2",
+    "minimax-m3",
     "longcat-flash",
 )
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)

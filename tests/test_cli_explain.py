@@ -65,6 +65,16 @@ def test_what_is_installed_decides(more: tuple[str, ...], backend: str, note: st
     assert (note is None and row["notes"] == []) or note in row["notes"][0]
 
 
+def test_every_word_is_there_in_80_columns() -> None:
+    asked = ("explain", "gpt-oss-120b", "--device", "sm_90", "--tokens", "64,65,128,448,512,1024,4096")
+    printed = set(run(*asked, columns=80).stdout.split())
+    for row in told(*asked):
+        assert set(f"{row['evidence']} {row['why']}".split()) <= printed
+        for entry in row["rejected"]:
+            assert set(entry["reason"].split()) <= printed, entry
+            assert entry["expected_us"] is None or f"{entry['expected_us']:.2f}" in printed
+
+
 def test_for_people() -> None:
     result = run(*ASKED, "--installed", "flashinfer==0.6.8", columns=150)
     assert result.exit_code == 0

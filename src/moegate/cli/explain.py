@@ -129,9 +129,9 @@ def _print_rejected(found: list[Explanation], out: Console) -> None:
     """Every candidate that does not run, each reason once, with the numbers of tokens that it holds for."""
     table = new_table()
     table.add_column("not these", min_width=20)
-    table.add_column("tokens")
-    table.add_column("µs", no_wrap=True)
-    table.add_column("because")
+    table.add_column("tokens", justify="right", max_width=16)
+    table.add_column("µs", justify="right", no_wrap=True)
+    table.add_column("because", min_width=24, overflow="fold")
     rows = _by_tokens(found, lambda row: [(r.backend, r.kernel, r.reason) for r in row.rejected])
     times = {
         (row.tokens, rejected.backend, rejected.kernel): rejected.expected_us
@@ -140,7 +140,9 @@ def _print_rejected(found: list[Explanation], out: Console) -> None:
     }
     for (backend, kernel, reason), counts in sorted(rows.items()):
         us = [times.get((int(count), backend, kernel)) for count in counts.split(", ")]
-        shown = ", ".join(_time(value) for value in us) if any(value is not None for value in us) else ""
+        shown = ""
+        if any(value is not None for value in us):  # each beside its number of tokens
+            counts, shown = counts.replace(", ", "\n"), "\n".join(_time(value) for value in us)
         table.add_row(breakable(f"{backend} {kernel}"), counts, shown, reason)
     out.print(table)
     out.print()

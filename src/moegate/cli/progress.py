@@ -41,4 +41,6 @@ def progress_bar() -> Iterator[Progress]:
     )
     out = console(stderr=True)
     with Progress(*columns, console=out, speed_estimate_period=120, disable=not out.is_terminal) as bar:
+        if bar.disable:
+            out.print("compiling", style="dim")
         yield bar

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import on_device
 import pytest
 import torch
 from hypothesis import settings
+from machines import forget
 from torch import Tensor
+
+from moegate.choice import tables
 
 # The same examples in every run, so that a red run is red again; `--hypothesis-profile explore` draws new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -81,3 +85,20 @@ def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return fresh
 
     return poisoned
+
+
+@pytest.fixture
+def shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """The tables of the package, and no others; the user's folder is an empty one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def ship(*given: tables.Table) -> None:
+        forget()
+        files = [tmp_path / f"{index}.json" for index in range(len(given))]
+        for file, table in zip(files, given, strict=True):
+            tables.write(file, table)
+        monkeypatch.setattr(tables, "_shipped", lambda: files)
+
+    forget()
+    yield ship
+    forget()

@@ -46,7 +46,6 @@ def forget() -> None:
         tables.table_for,
         costs.expected,
         costs._curves,
-        costs.neighbours,
         costs.most_tokens,
         policies.gemm_tokens,
         limits.installed_version,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -34,8 +33,8 @@ def measured(facts: Facts, num_tokens: int) -> Choice:
         if candidate.breaks(facts, num_tokens) is None and candidate.supports(facts, num_tokens) is None
     ]
     assert able, "PyTorch's operations run everything"
-    why = "the only one here that keeps the contract" if len(able) == 1 else "the best of those that keep the contract"
-    return Choice(_cheapest(able, facts, num_tokens), why)
+    candidate, why = _cheapest(able, facts, num_tokens)
+    return Choice(candidate, f"{why} that keeps what a gate promises")
 
 
 def sglang(facts: Facts, num_tokens: int) -> Choice:
@@ -94,7 +93,8 @@ def forced(backend: str) -> Callable[[Facts, int], Choice]:
                 f"backend: got {backend!r}, which cannot route {num_tokens} tokens here ({'; '.join(reasons)}); "
                 "allowed: None, or a backend that can"
             )
-        return Choice(_cheapest(able, facts, num_tokens), f"backend = {backend!r}")
+        candidate, why = _cheapest(able, facts, num_tokens)
+        return Choice(candidate, f"backend = {backend!r}: {why}")
 
     return choose
 
@@ -109,25 +109,28 @@ def gemm_tokens(facts: Facts) -> int:
     most = MAX_DECODE_TOKENS
     measured_to = costs.most_tokens(facts.machine, ROUTER_GEMM.key(facts))
     for num_tokens in range(2 * most, min(MAX_GEMM_TOKENS, measured_to) + 1, most):
-        ours, others = (costs.neighbours(facts, each.key(facts), num_tokens) for each in (ROUTER_GEMM, CUBLAS))
-        # Of a shape that was not measured, both of its neighbours must say so.
-        if not ours or not others or max(each.us for each in ours) >= min(each.us for each in others):
+        ours = costs.neighbours(facts, ROUTER_GEMM.key(facts), num_tokens)
+        others = {each.model: each.us for each in costs.neighbours(facts, CUBLAS.key(facts), num_tokens)}
+        # Of a shape that was not measured, both of its neighbours must say so: their mean went wrong more often.
+        if not ours or any(each.us >= others.get(each.model, 0.0) for each in ours):
             break
         most = num_tokens
     return most
 
 
-def _cheapest(able: list[Candidate], facts: Facts, num_tokens: int) -> Candidate:
-    """The one with the least expected time; the first, unless a time is known for each of them.
+def _cheapest(able: list[Candidate], facts: Facts, num_tokens: int) -> tuple[Candidate, str]:
+    """The one with the least expected time, or the first unless a time is known for each of them; and which of the two.
 
     Beyond the tokens at which all were measured, their times there decide: lines drawn on from there cross by noise.
     """
     if ROUTER_GEMM in able and CUBLAS in able:
         able.remove(CUBLAS if num_tokens <= gemm_tokens(facts) else ROUTER_GEMM)
     measured_to = min(costs.most_tokens(facts.machine, candidate.key(facts)) for candidate in able)
-    if len(able) == 1 or measured_to == 0:
-        return able[0]
+    if len(able) == 1:
+        return able[0], "the only one"
     tokens = min(num_tokens, measured_to)
     known = [costs.expected(facts, candidate.key(facts), tokens) for candidate in able]
-    times = [math.inf if cost is None else cost.us for cost in known]
-    return able[0] if math.inf in times else able[times.index(min(times))]
+    times = [cost.us for cost in known if cost is not None]
+    if measured_to == 0 or len(times) < len(able):
+        return able[0], "the first, since not all have a known time,"
+    return able[times.index(min(times))], "the fastest"

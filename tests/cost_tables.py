@@ -1,0 +1,35 @@
+"""Cost tables for tests: made of times, in the place of the package's (see `shipped` in conftest.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from machines import pretended
+
+from moegate import __version__, get_spec
+from moegate.choice.facts import Facts, Machine, facts_of
+from moegate.choice.tables import Row, Table, shape_of
+
+DECODE, CUBLAS, OPS = "cuda:router_gemm+select", "cuda:cublas+select", "torch:mm+ops"
+MADE = {name: "x" for name in ("date", "command", "moegate_commit", "torch", "cuda", "flashinfer", "driver")}
+MADE["moegate"] = __version__
+NAMES = {"glm_4_5_air": "glm-4.5-air", "laguna_xs_2_1": "laguna-xs-2.1", "qwen3_5_35b_a3b": "qwen3.5-35b-a3b"}
+GPU = Machine("GPU X", (9, 0), 100, 3000.0)
+
+
+def facts(model: str = "deepseek-v3", machine: Machine = GPU) -> Facts:
+    return facts_of(machine, get_spec(model), torch.bfloat16)
+
+
+def a_table(gpu: Machine = GPU, **us: dict[int, dict[str, float]]) -> Table:
+    """By model, with _ for -, and number of tokens the times."""
+    rows = [
+        Row(model, shape_of(facts(NAMES.get(model, model.replace("_", "-")))), tokens, times, {})
+        for model, by_tokens in us.items()
+        for tokens, times in by_tokens.items()
+    ]
+    return Table(gpu, dict(MADE), tuple(rows))
+
+
+HERE = dataclasses.replace(pretended((9, 0), None), name="GPU X", num_sms=100)

@@ -1,0 +1,119 @@
+"""What the measured policy chooses, by the times of a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from cost_tables import CUBLAS, DECODE, GPU, HERE, OPS, a_table, facts
+from machines import CPU, StandIn, pretend
+from routers import SPECS
+
+from moegate import catalog, get_spec
+from moegate.choice import costs, planned, policies, tables
+from moegate.choice.facts import facts_of
+from moegate.choice.plan import Plan
+from moegate.choice.tables import read
+
+pytestmark = pytest.mark.usefixtures("shipped")
+
+
+def test_the_fastest_that_keeps_the_contract_is_chosen(shipped: Callable[..., None]) -> None:
+    pair = "flashinfer:cublas+fused_topk_deepseek"
+    machine = dataclasses.replace(GPU, flashinfer="0.7.2")
+    times = {DECODE: 9.0, OPS: 5.0, pair: 1.0}
+    beyond = {CUBLAS: 9.0, OPS: 12.0}
+    shipped(
+        a_table(deepseek_v3={64: times, 65: beyond, 256: {CUBLAS: 9.0, OPS: 12.0}, 4096: {CUBLAS: 90.0, OPS: 60.0}})
+    )
+    plan = Plan(facts(machine=machine))
+    assert [plan.choice(tokens).candidate.backend for tokens in (1, 64, 65, 256, 4096)] == [
+        "cuda",
+        "cuda",  # whatever is faster up to 64 has other bits
+        "cuda",
+        "cuda",
+        "torch",
+    ]
+    rejected = {entry.kernel: entry for entry in plan.explain(64).rejected}
+    assert rejected["cublas+fused_topk_deepseek"].expected_us == 1.0
+    assert "breaks a promise" in rejected["cublas+fused_topk_deepseek"].reason
+    assert [(first, last) for first, last, candidate in plan.spans() if candidate.backend == "torch"][-1][1] is None
+
+
+def test_router_gemm_runs_as_far_as_it_is_faster(shipped: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, fast = {DECODE: 9.0, CUBLAS: 8.0}, {DECODE: 7.0, CUBLAS: 8.0}
+    beyond = {CUBLAS: 9.0, OPS: 50.0}
+    for times, most in (
+        ({128: slow, 256: fast}, 64),
+        ({128: fast, 256: slow}, 128),  # 192, interpolated, is as fast either way
+        ({128: fast, 512: fast, 1024: slow}, 704),
+        ({128: fast, 1024: fast}, 1024),
+        ({64: {DECODE: 1.0}}, 64),  # nobody has measured how it goes on
+        ({128: fast}, 128),
+        ({128: {CUBLAS: 7.0}}, 64),
+    ):
+        shipped(a_table(deepseek_v3={**times, 4096: beyond}))
+        plan = Plan(facts())
+        assert policies.gemm_tokens(facts()) == most
+        runs = [plan.explain(tokens).kernel for tokens in (1, 64, most, most + 1, 2048)]
+        assert runs == ["router_gemm+select"] * 3 + ["cublas+select"] * 2
+        spans = [(first, candidate.key(facts())) for first, _, candidate in plan.spans()]
+        assert spans == [(1, DECODE), (most + 1, CUBLAS)]
+        pretend(monkeypatch, HERE)
+        router = planned.planned(CPU, get_spec("deepseek-v3"), torch.bfloat16)[1]
+        assert isinstance(router, StandIn)
+        assert router.gemm_tokens == most
+
+
+def test_where_router_gemm_is_not_latency_a_shape_tells_of_another_by_its_work(shipped: Callable[..., None]) -> None:
+    """qwen3-30b-a3b (2048 x 128) at 256 tokens has the work of glm-4.5-air (4096 x 128) at 128."""
+    times = {64: {DECODE: 4.0}, 128: {DECODE: 7.0, CUBLAS: 8.0}, 256: {DECODE: 11.0, CUBLAS: 8.0}}
+    shipped(a_table(glm_4_5_air=times))
+    small = facts("qwen3-30b-a3b")
+    found = [costs.expected(small, DECODE, tokens) for tokens in (64, 256)]
+    assert [cost.us for cost in found if cost is not None] == [4.0, 7.0]
+    cublas = costs.expected(small, CUBLAS, 256)
+    assert cublas is not None
+    assert cublas.us == 8.0
+    assert (policies.gemm_tokens(facts("glm-4.5-air")), policies.gemm_tokens(small)) == (128, 256)
+
+
+def test_a_shape_that_was_not_measured_needs_both_its_neighbours(shipped: Callable[..., None]) -> None:
+    large = {128: {DECODE: 6.0, CUBLAS: 9.0}, 256: {DECODE: 7.0, CUBLAS: 9.0}}
+    small = {128: {DECODE: 5.7, CUBLAS: 5.5}, 256: {DECODE: 7.0, CUBLAS: 8.0}}
+    between = facts("llama-4-maverick")  # 5120 x 128
+    shipped(a_table(glm_4_5_air=large, k_exaone_236b_a23b=large))
+    assert policies.gemm_tokens(between) > 64
+    shipped(a_table(glm_4_5_air=large, k_exaone_236b_a23b=small))
+    assert policies.gemm_tokens(between) == 64
+
+
+def test_times_beyond_those_measured_do_not_change_the_choice(shipped: Callable[..., None]) -> None:
+    """From 62 to 180 and from 124 to 260 us: drawn on, the lines cross at some 20 000 tokens."""
+    shipped(a_table(deepseek_v3={1024: {CUBLAS: 62.0, OPS: 124.0}, 4096: {CUBLAS: 180.0, OPS: 260.0}}))
+    plan = Plan(facts())
+    assert {candidate.backend for candidate in plan.candidates} == {"cuda"}
+    explanation = plan.explain(1 << 20)
+    torch_ops = next(entry for entry in explanation.rejected if entry.kernel == "mm+ops")
+    assert explanation.expected_us is not None
+    assert torch_ops.expected_us is not None
+    assert torch_ops.expected_us < explanation.expected_us
+    assert torch_ops.reason == "slower at the most tokens that were measured"
+
+
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_on_a_gpu_with_a_table_every_router_runs_on_the_kernels(weight: torch.dtype) -> None:
+    gpus = [read(file).gpu for file in tables._shipped()]
+    specs = {**SPECS, **{model.name: model.spec for model in catalog.models()}}
+    for gpu in gpus:
+        for name, spec in specs.items():
+            if spec.weight_dtype in (None, str(weight).removeprefix("torch.")):
+                plan = Plan(facts_of(gpu, spec, weight))
+                assert {candidate.backend for candidate in plan.candidates} == {"cuda"}, (gpu.name, name)
+
+
+def test_a_time_is_compared_with_a_time_only(shipped: Callable[..., None]) -> None:
+    shipped(a_table(deepseek_v3={256: {OPS: 1.0}}))
+    assert Plan(facts()).choice(256).candidate.backend == "cuda"

@@ -65,8 +65,17 @@ def test_what_is_installed_decides(more: tuple[str, ...], backend: str, note: st
     assert (note is None and row["notes"] == []) or note in row["notes"][0]
 
 
-def test_every_word_is_there_in_80_columns() -> None:
-    asked = ("explain", "gpt-oss-120b", "--device", "sm_90", "--tokens", "64,65,128,448,512,1024,4096")
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [
+        ("gpt-oss-120b", ()),
+        ("deepseek-v3", ("--backend", "flashinfer", "--installed", "flashinfer==0.7.2")),
+        ("kimi-k3", ("--policy", "sglang")),
+    ],
+)
+def test_every_word_is_there_in_80_columns(model: str, more: tuple[str, ...]) -> None:
+    tokens = "1,16,64,65,128,256,448,512,513,1024,4096"
+    asked = ("explain", model, "--device", "sm_90", "--tokens", tokens, *more)
     printed = set(run(*asked, columns=80).stdout.split())
     for row in told(*asked):
         assert set(f"{row['evidence']} {row['why']}".split()) <= printed
@@ -100,17 +109,21 @@ def test_every_router_of_the_catalog_has_a_plan(name: str, chip: str) -> None:
         (("deepseek-v3", "--tokens", "1,-4"), "--tokens: got '1,-4'; allowed: numbers with commas"),
         (
             ("deepseek-v3", "--device", "sm_7"),
-            "device = 'sm_7'; allowed here: cpu (PyTorch finds no GPU); or a GPU not here, such as",
+            "device = 'sm_7'; allowed here: cpu (PyTorch finds no GPU); or a GPU that need not be here: sm_70, ",
         ),
         (
             ("deepseek-v3", "--device", "sm_999"),
-            "device = 'sm_999'; allowed here: cpu (PyTorch finds no GPU); or a GPU not here, such as",
+            "device = 'sm_999'; allowed here: cpu (PyTorch finds no GPU); or a GPU that need not be here: sm_70, ",
         ),
         (
             ("deepseek-v3", "--installed", "flashinfer==x"),
             "got 'flashinfer==x'; allowed: flashinfer==VERSION",
         ),
         (("deepseek-v3", "--installed", "vllm==1"), "installed: got 'vllm==1'; allowed: flashinfer==VERSION"),
+        (
+            ("deepseek-v3", "--device", "cpu", "--installed", "flashinfer==0.6.8"),
+            "--installed: allowed with an NVIDIA GPU",
+        ),
         (("deepseek-v3", "--policy", "x"), "policy: got 'x'; allowed: 'measured', 'sglang'"),
         (("deepseek-v3", "--device", "sm_75", "--backend", "cuda"), "compute capability 7.5 is below 8.0"),
         (("deepseek-v3", "--device", "sm_90", "--backend", "flashinfer"), "FlashInfer is not installed"),

@@ -121,6 +121,8 @@ def test_render_makes_the_page_without_a_gpu(tmp_path: Path) -> None:
     assert (tmp_path / "bench.html").stat().st_size > 1_000_000
     ours = row_of(CONTENT, 16)["candidates"]["moegate"]["us"]
     assert re.search(rf"^moegate .*{ours:.2f}.*all", result.stdout, flags=re.MULTILINE)
+    assert "2026-11-24: NVIDIA H200" in result.stdout
+    assert "One that is not frozen, hot: faster than the best peer in" in result.stdout
     assert "The default plan keeps the aim" in " ".join(result.stdout.split())
     printed = json.loads(run("bench", "--render", tmp_path, "--json").stdout)
     assert printed == CONTENT
@@ -137,7 +139,9 @@ def test_no_time_is_cut_off_on_a_narrow_console(tmp_path: Path, content: dict[st
     (tmp_path / "bench.json").write_text(json.dumps(content))
     printed = run("bench", "--render", tmp_path, columns=80).stdout
     assert "…" not in printed
-    assert max(map(len, printed.partition("The default plan")[0].splitlines())) <= 80
+    assert printed.count("same experts\n") >= 6
+    assert printed.count("all\n") >= 6
+    assert max(map(len, printed.partition("The default plan")[0].splitlines()[1:])) <= 80
     for row in content["rows"]:
         assert f"M={row['tokens']}" in printed
         for found in row["candidates"].values():

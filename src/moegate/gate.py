@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -238,7 +239,10 @@ class Gate(nn.Module):
             TypeError: Not an int.
             ValueError: A negative number; or the gate's `backend` cannot route so many.
         """
-        return self._plan.explain(num_tokens)
+        explanation = self._plan.explain(num_tokens)
+        if self.frozen or explanation.expected_us is None:
+            return explanation
+        return replace(explanation, notes=(*explanation.notes, "the times are a frozen gate's; this one is not frozen"))
 
     def extra_repr(self) -> str:
         """What the router computes, in a line."""

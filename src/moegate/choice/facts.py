@@ -14,7 +14,7 @@ from moegate.backends.flashinfer import limits
 from moegate.spec import RouterSpec
 
 _DESCRIBED = re.compile(r"sm_(\d{1,2})(\d)[af]?")
-_CHIPS = {70, 72, 75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121}  # that exist, as of CUDA 13
+CHIPS = {70, 72, 75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121}  # that exist, as of CUDA 13
 _INSTALLED = re.compile(r"flashinfer(?:-python)?==(\S+)")
 
 
@@ -79,7 +79,7 @@ def machine_of(device: torch.device) -> Machine:
 def described_machine(text: str) -> Machine | None:
     """A GPU by its architecture, such as "sm_103", with everything compiled that is installed; None: no such GPU."""
     found = _DESCRIBED.fullmatch(text.strip().lower())
-    if found is None or int(found[1] + found[2]) not in _CHIPS:
+    if found is None or int(found[1] + found[2]) not in CHIPS:
         return None
     return Machine(text.strip().lower(), (int(found[1]), int(found[2])))
 

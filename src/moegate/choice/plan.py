@@ -163,7 +163,9 @@ class Plan:
     def spans(self) -> list[tuple[int, int | None, Candidate]]:
         """(first M, last M or None for every further one, what runs), as far as the probes tell."""
         found: list[tuple[int, int | None, Candidate]] = []
-        for num_tokens, candidate in self._probed[1:]:
+        for num_tokens, candidate in self._probed:
+            if num_tokens == 0:
+                continue
             if found and found[-1][2] is candidate:
                 found[-1] = (found[-1][0], num_tokens, candidate)
             else:

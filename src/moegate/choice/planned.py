@@ -103,7 +103,7 @@ class PlannedRouter:
     def prepare(
         self, weight: Tensor, spec: RouterSpec, tensors: RouterTensors, *, frozen: bool, pdl: bool
     ) -> dict[Candidate, object | None]:
-        """What each of them prepares; candidates of one backend share it."""
+        """What each of them prepares; candidates that one router runs share it."""
         by_router = {
             router: router.prepare(weight, spec, tensors, frozen=frozen, pdl=pdl)
             for router in dict.fromkeys(self._routers.values())

@@ -88,9 +88,12 @@ def forced(backend: str) -> Callable[[Facts, int], Choice]:
         own = [candidate for candidate in CANDIDATES if candidate.backend == backend]
         able = [candidate for candidate in own if candidate.supports(facts, num_tokens) is None]
         if not able:
-            reasons = dict.fromkeys(f"{c.kernel_of(facts)}: {c.supports(facts, num_tokens)}" for c in own)
+            kernels: dict[str | None, list[str]] = {}
+            for candidate in own:
+                kernels.setdefault(candidate.supports(facts, num_tokens), []).append(candidate.kernel_of(facts))
+            reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kernels.items())
             raise ValueError(
-                f"backend: got {backend!r}, which cannot route {num_tokens} tokens here ({'; '.join(reasons)}); "
+                f"backend: got {backend!r}, which cannot route {num_tokens} tokens here ({reasons}); "
                 "allowed: None, or a backend that can"
             )
         candidate, why = _cheapest(able, facts, num_tokens)

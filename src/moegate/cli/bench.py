@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moegate.cli.explain import numbers
-from moegate.cli.output import breakable, complain, console, errors_in_one_line, fail, new_table, print_json
+from moegate.cli.output import complain, console, errors_in_one_line, fail, new_table, print_json
 from moegate.cli.progress import INTERRUPTED, need_gpu, progress_bar
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moegate.measure.bench import Case, Source
     from moegate.measure.record import Record
 
-_NAME_WIDTH, _TIME_WIDTH, _EXPERTS_WIDTH = 19, 8, 9  # of a table's columns, at least, with the blank behind each
+_NAME_WIDTH, _TIME_WIDTH, _EXPERTS_WIDTH = 20, 8, 12  # of a table's columns, at least, with the blanks behind each
 
 
 def bench(
@@ -153,8 +153,11 @@ def _write_page(folder: Path, content: dict[str, Any]) -> None:
 
 def _print(content: dict[str, Any], out: Console) -> None:
     """Tables for each model and way, with as many numbers of tokens across as the console has room for."""
-    from moegate.report.numbers import WAYS, columns, verdicts
+    from moegate.report.numbers import WAYS, columns, origins, verdicts
 
+    for line in origins(content["runs"]):
+        out.print(line, soft_wrap=True)
+    out.print()
     at_once = max(2, (out.width - _NAME_WIDTH - _EXPERTS_WIDTH) // _TIME_WIDTH)
     for model, way, rows in columns(content["rows"]):
         out.print(Text(model, style="bold cyan").append(f"  {WAYS[way]}", style="not bold default"))
@@ -170,13 +173,13 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     from moegate.report.numbers import agreement, cell, label
 
     table = new_table()
-    table.add_column("candidate, µs a call", min_width=_NAME_WIDTH - 1)
+    table.add_column("candidate, µs a call")
     for row in rows:
         table.add_column(f"M={row['tokens']}", justify="right", no_wrap=True)
-    table.add_column("same experts", justify="right", min_width=_EXPERTS_WIDTH - 1)
+    table.add_column("same experts", justify="right", width=_EXPERTS_WIDTH)
     for name in dict.fromkeys(name for row in rows for name in row["candidates"]):
         found = [row["candidates"].get(name, {}) for row in rows]
         cells = [cell(each) for each in found]
         if set(cells) != {""}:
-            table.add_row(breakable(label(name)), *cells, agreement(found))
+            table.add_row(label(name), *cells, agreement(found))
     return table

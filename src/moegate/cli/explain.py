@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from moegate.cli.output import breakable, console, errors_in_one_line, new_table, print_json
+from moegate.cli.output import console, errors_in_one_line, new_table, print_json
 
 if TYPE_CHECKING:
     from moegate.choice.facts import Machine
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from moegate.spec import RouterSpec
 
 _TOKENS = "1,4,16,64,4096"
+_NAME_WIDTH, _WIDE = 20, 120  # of a column of names; of a console in which no name needs to be broken
 
 
 def explain(
@@ -65,7 +67,7 @@ def explain(
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """The whole numbers of a list such as "1,4,16".
+    """The whole numbers of a list such as "1,4,16", each once.
 
     Raises:
         ValueError: It is none.
@@ -73,11 +75,11 @@ def numbers(option: str, text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() for word in words):
         raise ValueError(f"{option}: got {text!r}; allowed: numbers with commas between them, as in {_TOKENS}")
-    return [int(word) for word in words]
+    return list(dict.fromkeys(map(int, words)))
 
 
 def _machine(device: str | None, installed: str | None) -> Machine:
-    from moegate.choice.facts import described_machine, machine_of, with_installed
+    from moegate.choice.facts import CHIPS, described_machine, machine_of, with_installed
     from moegate.cli.machine import pick_device
 
     machine = None if device is None else described_machine(device)
@@ -85,8 +87,14 @@ def _machine(device: str | None, installed: str | None) -> Machine:
         try:
             machine = machine_of(pick_device(device))
         except ValueError as error:
-            raise ValueError(f"{error}; or a GPU not here, such as sm_103") from None
-    return machine if installed is None else with_installed(machine, installed)
+            chips = ", ".join(f"sm_{number}" for number in sorted(CHIPS))
+            raise ValueError(f"{error}; or a GPU that need not be here: {chips}") from None
+    if installed is None:
+        return machine
+    pretended = with_installed(machine, installed)
+    if machine.capability is None:
+        raise ValueError(f"--installed: allowed with an NVIDIA GPU; {machine.name} runs none of FlashInfer's kernels")
+    return pretended
 
 
 def _plan(spec: RouterSpec, machine: Machine, policy: str, backend: str | None, *, is_pretended: bool) -> Plan:
@@ -109,15 +117,16 @@ def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> No
         out.print(f"installed {flashinfer}", soft_wrap=True)
     out.print(f"policy    {plan.policy if plan.backend is None else f'backend {plan.backend}'}")
     out.print()
-    table = new_table()
+    table = _new_table(out)
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column("backend", no_wrap=True)
     table.add_column("kernel", no_wrap=True)
     table.add_column("µs", justify="right", no_wrap=True)
-    table.add_column("evidence")
-    table.add_column("why")
+    table.add_column("evidence", ratio=1, overflow="fold")
+    table.add_column("why", ratio=1, overflow="fold")
     for row in found:
-        table.add_row(str(row.tokens), row.backend, row.kernel, _time(row.expected_us), row.evidence, row.why)
+        kernel = _in_width_of(out, row.kernel)
+        table.add_row(str(row.tokens), row.backend, kernel, _time(row.expected_us), row.evidence, row.why)
     out.print(table)
     out.print()
     _print_rejected(found, out)
@@ -127,11 +136,11 @@ def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> No
 
 def _print_rejected(found: list[Explanation], out: Console) -> None:
     """Every candidate that does not run, each reason once, with the numbers of tokens that it holds for."""
-    table = new_table()
-    table.add_column("not these", min_width=20)
+    table = _new_table(out)
+    table.add_column("not these", no_wrap=True)
     table.add_column("tokens", justify="right", max_width=16)
     table.add_column("µs", justify="right", no_wrap=True)
-    table.add_column("because", min_width=24, overflow="fold")
+    table.add_column("because", ratio=1, overflow="fold")
     rows = _by_tokens(found, lambda row: [(r.backend, r.kernel, r.reason) for r in row.rejected])
     times = {
         (row.tokens, rejected.backend, rejected.kernel): rejected.expected_us
@@ -143,9 +152,21 @@ def _print_rejected(found: list[Explanation], out: Console) -> None:
         shown = ""
         if any(value is not None for value in us):  # each beside its number of tokens
             counts, shown = counts.replace(", ", "\n"), "\n".join(_time(value) for value in us)
-        table.add_row(breakable(f"{backend} {kernel}"), counts, shown, reason)
+        table.add_row(_in_width_of(out, f"{backend} {kernel}"), counts, shown, reason)
     out.print(table)
     out.print()
+
+
+def _new_table(out: Console) -> Table:
+    """On a narrow console as wide as this, so that the columns of sentences share what the others leave."""
+    table = new_table()
+    table.expand = out.width < _WIDE
+    return table
+
+
+def _in_width_of(out: Console, name: str) -> str:
+    """A kernel's name; on a narrow console its lines end with its plus signs."""
+    return name.replace("+", "+\n") if out.width < _WIDE and len(name) > _NAME_WIDTH else name
 
 
 def _by_tokens(found: list[Explanation], items: Any) -> dict[Any, str]:

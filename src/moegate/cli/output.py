@@ -29,11 +29,6 @@ def print_json(value: object) -> None:
     typer.echo(json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def breakable(name: str) -> str:
-    """A long name such as `cuda router_gemm+select`, for a narrow column of a table: a line ends with its plus sign."""
-    return name.replace("+", "+\n") if len(name) > 20 and " + " not in name else name
-
-
 def complain(message: object) -> None:
     """One line on stderr."""
     typer.echo(f"moegate: {' '.join(str(message).split())}", err=True)

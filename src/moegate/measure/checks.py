@@ -94,7 +94,10 @@ def check_routings(expected: Reference) -> Check:
             input_ids=ids,
             logit_error=bound,
         )
+        assert columns[0] is not None
+        agreement = float(_same_experts(columns[0], expected.routing(order).topk_ids).double().mean())
         content: dict[str, Any] = {"ok": found.ok, "rows": found.rows, "excused": found.excused_rows}
+        content["agreement"] = round(agreement, 5)
         return content if found.ok else {**content, "problems": found.problems}
 
     return check
@@ -107,9 +110,9 @@ def check_choice(expected: Reference) -> Check:
         ids = expected.stacked([result[0] for result in results[: len(order)]]).long()
         weights = expected.stacked([result[1] for result in results[: len(order)]]).double()
         want = expected.routing(order)
-        sorted_ids, places = ids.sort(dim=-1)
-        want_ids, want_places = want.topk_ids.long().sort(dim=-1)
-        agrees = (sorted_ids == want_ids).all(dim=-1)
+        places = ids.argsort(dim=-1)
+        want_places = want.topk_ids.long().argsort(dim=-1)
+        agrees = _same_experts(ids, want.topk_ids)
         got_weights = weights[:, : ids.shape[1]].gather(-1, places)[agrees]
         want_weights = want.topk_weights.gather(-1, want_places)[agrees]
         scale = want_weights.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
@@ -121,6 +124,11 @@ def check_choice(expected: Reference) -> Check:
         return {"ok": ok, "rows": len(ids), "agreement": round(agreement, 5), "weight_error": error}
 
     return check
+
+
+def _same_experts(ids: Tensor, others: Tensor) -> Tensor:
+    """[M, k] and [M, k] -> [M], True where a row has the same set in both."""
+    return (ids.long().sort(dim=-1).values == others.long().sort(dim=-1).values).all(dim=-1)
 
 
 def check_logits(expected: Reference) -> Check:

@@ -17,6 +17,7 @@ from moegate.measure.record import describe_run
 MODELS = (
     "deepseek-v3",
     "kimi-k2",
+    "kimi-k3",
     "glm-5",
     "deepseek-v4-flash",
     "llama-4-maverick",
@@ -28,9 +29,11 @@ MODELS = (
     "mixtral-8x7b",
     "minimax-m2",
     "minimax-m3",
+    "ernie-4.5-21b-a3b",
+    "grok-1",
     "longcat-flash",
 )
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 WAY = "trigger"
 _SAME = ("moegate", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
 

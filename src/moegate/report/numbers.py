@@ -50,10 +50,20 @@ def best_peer(row: Row) -> tuple[str, float] | None:
     return min(times.items(), key=lambda item: item[1]) if times else None
 
 
-def speed_up(row: Row) -> tuple[str, float] | None:
-    """The best peer, and how many times as fast as it the default plan is."""
-    best, ours = best_peer(row), time_of(row, DEFAULT)
+def speed_up(row: Row, name: str = DEFAULT) -> tuple[str, float] | None:
+    """The best peer, and how many times as fast as it the default plan is, or another candidate."""
+    best, ours = best_peer(row), time_of(row, name)
     return None if best is None or ours is None else (best[0], best[1] / ours)
+
+
+def origins(runs: list[dict[str, Any]]) -> list[str]:
+    """Where and when each run measured what, with which versions."""
+    return [
+        f"{run['date'][:10]}: {run['gpu']} ({run.get('sm_count')} multiprocessors, driver {run.get('driver')}), "
+        f"torch {run['torch']}, CUDA {run['cuda']}, FlashInfer {run['flashinfer']}, "
+        f"Transformers {run['transformers']}, moegate {run['moegate_commit']}: {run['command']}"
+        for run in runs
+    ]
 
 
 def share_of_floor(row: Row) -> float | None:
@@ -87,7 +97,10 @@ def cell(found: dict[str, Any]) -> str:
 
 
 def agreement(found: list[dict[str, Any]]) -> str:
-    """In how many rows, at least, a candidate chose the experts of float64; near-ties count for those that excuse."""
+    """In how many rows, at least, a candidate chose the experts of float64 (of its logits as the spec rounds them).
+
+    For ours of older measurements, which do not say: how many differ from those of the exact logits, as near-ties may.
+    """
     shares = [each["agreement"] for each in found if "agreement" in each]
     if shares:
         return f"{min(shares):.2%}"
@@ -112,15 +125,19 @@ def verdicts(rows: list[Row]) -> list[str]:
             f"contract: at worst {ratios[worst]:.3f} of its time ({worst[0]}, M = {worst[1]}, {worst[2]}), in "
             f"{len(ratios)} cases."
         )
-    found = [(faster, row) for row in rows if row["way"] == "trigger" and (faster := speed_up(row)) is not None]
-    if found:
-        values = [ratio for (_, ratio), _ in found]
-        (peer, least), row = min(found, key=lambda item: item[0][1])
-        said.append(
-            f"In a chain moegate is faster than the best peer in {sum(value > 1 for value in values)} of {len(values)} "
-            f"cases, {statistics.median(values):.2f} times as fast in the median; at worst {least:.2f} times "
-            f"({row['model']}, M = {row['tokens']}, against {label(peer)})."
-        )
+    for name, gate in ((DEFAULT, "A frozen gate"), (SAFE, "One that is not frozen")):
+        for way, where in (("trigger", "in a chain"), ("cold", "cold"), ("hot", "hot")):
+            chosen = [row for row in rows if row["way"] == way]
+            found = [(faster, row) for row in chosen if (faster := speed_up(row, name)) is not None]
+            if not found:
+                continue
+            values = [ratio for (_, ratio), _ in found]
+            (peer, least), row = min(found, key=lambda item: item[0][1])
+            said.append(
+                f"{gate}, {where}: faster than the best peer in {sum(value > 1 for value in values)} of {len(values)} "
+                f"cases, {statistics.median(values):.2f} times as fast in the median, at worst {least:.2f} times "
+                f"({row['model']}, M = {row['tokens']}, against {label(peer)})."
+            )
     wrong = sorted({name for row in rows for name, each in row["candidates"].items() if each.get("ok") is False})
     if wrong:
         said.append(f"Wrong results, which have no time: {', '.join(map(label, wrong))}.")

@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from moegate.measure.names import DEFAULT
 from moegate.report import plots
-from moegate.report.numbers import WAYS, Row, absent, agreement, cell, columns, label, verdicts
+from moegate.report.numbers import WAYS, Row, absent, agreement, cell, columns, label, origins, verdicts
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --soft: #5c6168; --back: #ffffff; --card: #f6f7f8; --rule: #d9dce0; }
@@ -131,12 +131,7 @@ def _mark(text: str) -> str:
 
 def _origin(runs: list[dict[str, Any]], rows: list[Row]) -> Iterator[str]:
     yield "<h2>Where the numbers come from</h2>"
-    yield from _items(
-        f"{run['date'][:10]}: {run['gpu']} ({run.get('sm_count')} multiprocessors, driver {run.get('driver')}), "
-        f"torch {run['torch']}, CUDA {run['cuda']}, FlashInfer {run['flashinfer']}, "
-        f"Transformers {run['transformers']}, moegate {run['moegate_commit']}: {run['command']}"
-        for run in runs
-    )
+    yield from _items(origins(runs))
     missing = absent(rows)
     if missing:
         yield "<details><summary>Who did not take part</summary>"

@@ -1,4 +1,4 @@
-"""Launches router_gemm.cuh: hidden states to logits, for few tokens."""
+"""Launches router_gemm.cuh: hidden states to logits, for up to `MAX_GEMM_TOKENS` tokens."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def top_k_refuses(spec: RouterSpec) -> str | None:
         and not (spec.num_zero_experts or spec.num_shared_gates or spec.per_expert_scale or spec.global_scale)
     )
     if not is_deepseek:
-        return f"another router than {TOP_K.name}'s: sigmoid, bias on the score, renormalised"
+        return f"not the router of {TOP_K.name}, which is sigmoid with a bias on the score, renormalised"
     per_group = spec.num_experts // spec.n_group
     small = per_group <= 32 and per_group * spec.topk_group <= 128 and spec.num_experts <= 256 and spec.n_group <= 32
     if spec.n_group == 1:

@@ -15,6 +15,7 @@ from hypothesis import settings
 from machines import forget
 from torch import Tensor
 
+from moegate.backends.cuda import memory
 from moegate.choice import tables
 
 # The same examples in every run, so that a red run is red again; `--hypothesis-profile explore` draws new ones.
@@ -68,7 +69,10 @@ def poisoned_memory() -> Iterator[None]:
             (torch, "empty_strided"),
             (Tensor, "new_empty"),
             (Tensor, "new_empty_strided"),
+            (memory, "_empty_strided_cuda"),
         ):
+            if getattr(owner, name) is None:  # not in every PyTorch
+                continue
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))
         yield
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import on_device
 import pytest
 import torch
-from on_device import route, router_gemm
+from on_device import back, gate_there, route, router_gemm, there
 from routers import SPECS, generator, tensors_of, with_bfloat16_logits
 from torch import Tensor
 
@@ -50,6 +51,30 @@ def gemm_case(
         with_bfloat16_logits(spec) if out_dtype == torch.bfloat16 else spec,
         [None, bias, bias.bfloat16()],
     )
+
+
+@pytest.mark.parametrize("tokens", [3, 2000])
+@pytest.mark.parametrize("weight_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("hidden_dtype", FLOATS, ids=str)
+def test_autocast_changes_nothing(hidden_dtype: torch.dtype, weight_dtype: torch.dtype, tokens: int) -> None:
+    spec = RouterSpec(640, 24, 4, renormalize=True)
+    hidden, weight = draw((tokens, 640, 24))
+    hidden, weight = hidden.to(hidden_dtype), weight.to(weight_dtype)
+    expected = route(hidden, weight, spec, return_logits=True)
+    gate = gate_there(spec, weight, frozen=True)
+    with torch.autocast(on_device.DEVICE.type, torch.bfloat16):
+        got = route(hidden, weight, spec, return_logits=True)
+        of_gate = back(gate(there(hidden), return_logits=True))
+        logits = router_gemm(hidden, weight)
+    for routing in (got, of_gate):
+        assert routing.logits is not None
+        assert verify_logits(routing.logits, hidden, weight, spec, RouterTensors()).problems == []
+    for part, other in zip(got[:3], expected[:3], strict=True):
+        assert part is not None
+        assert other is not None
+        assert part.dtype == other.dtype
+        assert part.equal(other)
+    assert verify_logits(logits, hidden, weight, spec, RouterTensors()).problems == []
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

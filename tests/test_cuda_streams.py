@@ -12,7 +12,7 @@ from routers import SPECS
 from torch import Tensor
 
 from moegate import Gate, Routing
-from moegate.backends.cuda import jit
+from moegate.backends.cuda import jit, memory
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +38,9 @@ WRITER_BLOCKS = 64  # leaves multiprocessors free, on which the gate starts besi
 @pytest.fixture(autouse=True)
 def plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without conftest.py's poison, whose kernel would come between the writer and the gate, and wait."""
-    monkeypatch.setattr(torch, "empty", getattr(torch.empty, "__wrapped__", torch.empty))
+    for owner, name in ((torch, "empty"), (memory, "_empty_strided_cuda")):
+        made = getattr(owner, name)
+        monkeypatch.setattr(owner, name, getattr(made, "__wrapped__", made))
 
 
 def late_writer() -> Callable[[Tensor, Tensor], None]:

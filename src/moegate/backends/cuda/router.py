@@ -12,7 +12,7 @@ from torch import Tensor
 from moegate.backends.cuda import gemm, selection
 from moegate.backends.cuda.memory import empty
 from moegate.backends.cuda.sources import GemmDtypes, SelectDtypes
-from moegate.backends.cuda.tiling import TOKENS_OF_TILE
+from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, TOKENS_OF_TILE
 from moegate.backends.torch import gemm as torch_gemm
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
@@ -37,8 +37,8 @@ class TensorDtypes(NamedTuple):
 class CudaRouter:
     """The kernels for one spec and the dtypes of one gate's tensors. It holds no tensor: each call brings its own.
 
-    Up to `gemm_tokens` tokens the logits come from the kernel here, beyond from cuBLAS; the selection
-    is always the kernel here.
+    Up to `gemm_tokens` tokens (64 with float32 hidden states) the logits come from the kernel here, beyond from
+    cuBLAS; the selection is always the kernel here.
     """
 
     def __init__(
@@ -116,7 +116,9 @@ class CudaRouter:
         num_tokens = hidden.shape[0]
         stream = torch._C._cuda_getCurrentRawStream(self._index)  # no object is made of it
         is_short = num_tokens <= TOKENS_OF_TILE
-        if num_tokens > 0 and (gemm_kernels is None or num_tokens > self._gemm_tokens):
+        # What is known of times is of hidden states with 16 bits.
+        most = self._gemm_tokens if hidden.dtype != torch.float32 else MAX_DECODE_TOKENS
+        if num_tokens > 0 and (gemm_kernels is None or num_tokens > most):
             is_short = False
             computed = torch_gemm.logits(hidden, weight, self._spec, tensors, None)
             routing = select.outputs(computed if logits is None else logits.copy_(computed), out)

@@ -69,6 +69,10 @@ def _linear(hidden: Tensor, weight: Tensor | PreparedWeight, bias: Tensor | None
 
 
 def _linear_as_allowed(hidden: Tensor, weight: Tensor | PreparedWeight, bias: Tensor | None) -> Tensor:
+    kind = hidden.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # it answers in fewer bits
+        with torch.autocast(kind, enabled=False):
+            return _linear_as_allowed(hidden, weight, bias)
     return weight.linear(hidden, bias) if isinstance(weight, PreparedWeight) else F.linear(hidden, weight, bias)
 
 

@@ -11,7 +11,7 @@ from cost_tables import CUBLAS, DECODE, GPU, HERE, OPS, a_table, facts
 from machines import CPU, StandIn, pretend
 from routers import SPECS
 
-from moegate import catalog, get_spec
+from moegate import Gate, catalog, get_spec
 from moegate.choice import costs, planned, policies, tables
 from moegate.choice.facts import facts_of
 from moegate.choice.plan import Plan
@@ -112,6 +112,18 @@ def test_on_a_gpu_with_a_table_every_router_runs_on_the_kernels(weight: torch.dt
             if spec.weight_dtype in (None, str(weight).removeprefix("torch.")):
                 plan = Plan(facts_of(gpu, spec, weight))
                 assert {candidate.backend for candidate in plan.candidates} == {"cuda"}, (gpu.name, name)
+
+
+def test_a_gate_that_is_not_frozen_says_whose_times_it_tells(
+    shipped: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped(a_table(qwen3_30b_a3b={1: {DECODE: 3.0}}))
+    pretend(monkeypatch, HERE)
+    spec = get_spec("qwen3-30b-a3b")
+    for frozen, notes in ((True, ()), (False, ("the times are a frozen gate's; this one is not frozen",))):
+        gate = Gate(spec, torch.zeros(128, 2048, dtype=torch.bfloat16), frozen=frozen)
+        assert gate.explain(1).expected_us == 3.0
+        assert gate.explain(1).notes == notes
 
 
 def test_a_time_is_compared_with_a_time_only(shipped: Callable[..., None]) -> None:

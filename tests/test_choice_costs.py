@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from machines import CPU, described, forget
 
 from moegate import get_spec
 from moegate.choice import costs, tables
-from moegate.choice.facts import Machine, facts_of
+from moegate.choice.facts import Machine, default_weight_dtype, facts_of
 from moegate.choice.plan import Plan
 from moegate.choice.tables import Table, read, shape_of, write
 
@@ -72,6 +73,26 @@ def test_of_hidden_states_with_32_bits_no_table_tells(shipped: Callable[..., Non
     shipped(a_table(deepseek_v3={1: {DECODE: 2.0}}))
     assert costs.expected(dataclasses.replace(facts(), hidden=torch.float16), DECODE, 1) is not None
     assert costs.expected(dataclasses.replace(facts(), hidden=torch.float32), DECODE, 1) is None
+
+
+CATALOG = Path(__file__).parent.parent / "benchmarks" / "results" / "h100" / "catalog.json"
+
+
+def test_the_table_of_the_h100_tells_the_times_of_other_routers() -> None:
+    """Nearer in the geometric mean than at the same M, which is 18 % off; prints it, with the worst."""
+    (gpu,) = (table.gpu for table in map(read, tables._shipped()) if table.gpu.name == "NVIDIA H100 80GB HBM3")
+    off: dict[tuple[str, int], float] = {}
+    for row in json.loads(CATALOG.read_text())["rows"]:
+        spec = get_spec(row["model"])
+        cost = costs.expected(facts_of(gpu, spec, default_weight_dtype(spec)), DECODE, row["tokens"])
+        assert cost is not None
+        if not cost.evidence.startswith(("measured", "interpolated between M")):
+            off[row["model"], row["tokens"]] = cost.us / row["candidates"]["moegate frozen"]["us"]
+    mean = math.exp(sum(abs(math.log(ratio)) for ratio in off.values()) / len(off))
+    least, most = min(off, key=lambda key: off[key]), max(off, key=lambda key: off[key])
+    print(f"{len(off)} times off by {mean - 1:.1%}; {least}: {off[least]:.2f}, {most}: {off[most]:.2f}")
+    assert len(off) > 300
+    assert mean < 1.16
 
 
 def test_of_two_shapes_as_near_the_one_with_the_same_kind_of_router_counts_more(shipped: Callable[..., None]) -> None:

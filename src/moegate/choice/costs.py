@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 
 from moegate.backends.cuda.tiling import ROWS_OF_TILE
+from moegate.choice.candidates import ROUTER_GEMM
 from moegate.choice.facts import Facts, Machine
 from moegate.choice.tables import Shape, Table, shape_of, table_for
 
-BY_WORK = "cuda:router_gemm+select"
 _SAME_KIND = 0.2  # how much nearer, in steps of e of a size, a shape is that has the same kind of router
 
 
@@ -62,10 +62,13 @@ def neighbours(facts: Facts, key: str, num_tokens: int) -> tuple[Neighbour, ...]
         return ()
     curves, shape = _curves(table, key), shape_of(facts)
     near = [(shape, 1.0)] if shape in curves else _nearest(curves, shape)
-    return tuple(
-        Neighbour(curves[other][0], weight, *_at(curves[other][1], num_tokens * _work(key, shape) / _work(key, other)))
-        for other, weight in near
-    )
+    goes_with_work = key == ROUTER_GEMM.key(facts)
+    found = []
+    for other, weight in near:
+        model, curve = curves[other]
+        like = num_tokens * _work(shape) / _work(other) if goes_with_work else num_tokens
+        found.append(Neighbour(model, weight, *_at(curve, like)))
+    return tuple(found)
 
 
 @cache
@@ -75,13 +78,12 @@ def most_tokens(machine: Machine, key: str) -> int:
     return max((row.tokens for row in table.rows if key in row.us), default=0) if table is not None else 0
 
 
-def _work(key: str, shape: Shape) -> int:
-    """What a candidate's time goes with, for each token, from shape to shape.
+def _work(shape: Shape) -> int:
+    """What router_gemm's time goes with, for each token, from shape to shape: its product's work, in tiles of 16 rows.
 
-    router_gemm's goes with its product's work, in tiles of 16 rows: eleven of 84 routers on an H100 so tell the others'
-    times at 1 to 64 tokens within 14 % in the mean, and within 18 % at the same number of tokens.
+    That tells times better than the same number of tokens does (test_choice_costs.py holds it against an H100's).
     """
-    return shape.hidden_size * -(-shape.gate_rows // ROWS_OF_TILE) if key == BY_WORK else 1
+    return shape.hidden_size * -(-shape.gate_rows // ROWS_OF_TILE)
 
 
 _Curve = dict[int, float]

@@ -12,19 +12,18 @@ from typing import Any
 import torch
 
 from moegate.backends import BACKENDS
-from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, MAX_GEMM_TOKENS
+from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS
 from moegate.choice import costs
 from moegate.choice.candidates import CANDIDATES, CUBLAS, ROUTER_GEMM, Candidate
 from moegate.choice.facts import Facts
-from moegate.choice.policies import POLICIES, Choice, forced, gemm_tokens, measured, sglang
+from moegate.choice.policies import GEMM_STEPS, POLICIES, Choice, forced, gemm_tokens, measured, sglang
 from moegate.choice.tables import table_for
 
 _log = logging.getLogger("moegate")
 # Every number of tokens that a kernel or a rule distinguishes is among these; beyond, only costs do.
-_STEPS = range(2 * MAX_DECODE_TOKENS, MAX_GEMM_TOKENS + 1, MAX_DECODE_TOKENS)
 _PROBES = (
     *range(MAX_DECODE_TOKENS + 2),
-    *(step + more for step in _STEPS for more in (0, 1)),
+    *(step + more for step in GEMM_STEPS for more in (0, 1)),
     *(1 << power for power in range(11, 21)),
 )
 BACKEND_NAMES = (*(backend.name for backend in BACKENDS), "flashinfer")

@@ -14,6 +14,8 @@ from moegate.choice.candidates import CANDIDATES, CUBLAS, FLASHINFER_GEMM, ROUTE
 from moegate.choice.facts import Facts
 
 POLICIES = ("measured", "sglang")
+GEMM_STEPS = range(2 * MAX_DECODE_TOKENS, MAX_GEMM_TOKENS + 1, MAX_DECODE_TOKENS)
+"""The numbers of tokens up to one of which router_gemm runs, if not up to `MAX_DECODE_TOKENS`."""
 
 
 class Choice(NamedTuple):
@@ -106,12 +108,14 @@ def forced(backend: str) -> Callable[[Facts, int], Choice]:
 def gemm_tokens(facts: Facts) -> int:
     """Up to how many tokens the cuda backend runs router_gemm, and cuBLAS beyond.
 
-    At least `MAX_DECODE_TOKENS`; further in steps of as many, as far as router_gemm was measured and takes less time.
+    At least `MAX_DECODE_TOKENS`; further by `GEMM_STEPS`, as far as router_gemm was measured and takes less time.
     One number, because the backend compares what each call brings with it.
     """
     most = MAX_DECODE_TOKENS
     measured_to = costs.most_tokens(facts.machine, ROUTER_GEMM.key(facts))
-    for num_tokens in range(2 * most, min(MAX_GEMM_TOKENS, measured_to) + 1, most):
+    for num_tokens in GEMM_STEPS:
+        if num_tokens > measured_to:
+            break
         ours = costs.neighbours(facts, ROUTER_GEMM.key(facts), num_tokens)
         others = {each.model: each.us for each in costs.neighbours(facts, CUBLAS.key(facts), num_tokens)}
         # Of a shape that was not measured, both of its neighbours must say so: their mean went wrong more often.
@@ -128,9 +132,9 @@ def _cheapest(able: list[Candidate], facts: Facts, num_tokens: int) -> tuple[Can
     """
     if ROUTER_GEMM in able and CUBLAS in able:
         able.remove(CUBLAS if num_tokens <= gemm_tokens(facts) else ROUTER_GEMM)
-    measured_to = min(costs.most_tokens(facts.machine, candidate.key(facts)) for candidate in able)
     if len(able) == 1:
         return able[0], "the only one"
+    measured_to = min(costs.most_tokens(facts.machine, candidate.key(facts)) for candidate in able)
     tokens = min(num_tokens, measured_to)
     known = [costs.expected(facts, candidate.key(facts), tokens) for candidate in able]
     times = [cost.us for cost in known if cost is not None]

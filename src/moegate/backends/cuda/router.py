@@ -116,7 +116,7 @@ class CudaRouter:
         num_tokens = hidden.shape[0]
         stream = torch._C._cuda_getCurrentRawStream(self._index)  # no object is made of it
         is_short = num_tokens <= TOKENS_OF_TILE
-        # What is known of times is of hidden states with 16 bits.
+        # `gemm_tokens` is of hidden states with 16 bits: of others no times are known (choice/costs.py).
         most = self._gemm_tokens if hidden.dtype != torch.float32 else MAX_DECODE_TOKENS
         if num_tokens > 0 and (gemm_kernels is None or num_tokens > most):
             is_short = False

@@ -8,16 +8,31 @@ Its allocator keeps nothing (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that a byte b
 from __future__ import annotations
 
 import torch
-from cuda_kernels import gate_on_gpu, on_gpu, random_hidden, run
-from routers import SPECS, tensors_of, token_ids
+from cuda_kernels import gate_on_gpu, random_hidden, run
+from routers import SPECS, token_ids
+from torch import Tensor
 
 from moegate import get_spec
 from moegate.backends.cuda import CudaBackend
+from moegate.backends.cuda.split import split_kernels
+from moegate.backends.cuda.tiling import MAX_GEMM_TOKENS
 
 _FEW, _ALL = (1, 9), (1, 8, 9, 17, 33, 64)
+_MORE = 150  # router_gemm in groups of tokens
 _MANY = 1100  # a selection's blocks have several warps there; cuBLAS, whose findings are not ours, stays out
 # At their real size: products of one, three and again three parts, and an input norm, over clusters of blocks.
 _REAL = ("deepseek-v3", "minimax-m2", "longcat-flash", "gemma-4-26b-a4b")
+
+
+def take_apart(weight: Tensor, bias: Tensor | None) -> None:
+    """What runs before and after cuBLAS."""
+    stream = torch.cuda.current_stream().cuda_stream
+    rows, hidden_size = weight.shape
+    bias_dtype = None if bias is None else bias.dtype
+    kernels = split_kernels(hidden_size, rows, bias_dtype, torch.float32, weight.device, pdl=True)
+    kernels.parts(weight, stream)
+    logits = torch.empty((_MANY, rows), device=weight.device)
+    kernels.add_up(torch.randn(_MANY, 3 * rows, device=weight.device), bias, logits, stream)
 
 
 def main() -> None:
@@ -29,9 +44,14 @@ def main() -> None:
                 gate = gate_on_gpu(spec, frozen=frozen)
                 for rows in tokens:
                     run(gate, random_hidden(spec, rows))
+            weight, tensors = gate._tensors()
+            ids = token_ids(_MORE).cuda() if spec.hash_routing else None
+            CudaBackend(MAX_GEMM_TOKENS).route(random_hidden(spec, _MORE), weight, spec, tensors, ids, None)
             logits = torch.randn(_MANY, spec.num_gate_rows, device="cuda", dtype=getattr(torch, spec.logits_dtype))
             ids = token_ids(_MANY).cuda() if spec.hash_routing else None
-            CudaBackend().select(logits, spec, on_gpu(tensors_of(spec)), ids)
+            CudaBackend().select(logits, spec, tensors, ids)
+            if weight.dtype == torch.float32:
+                take_apart(weight, tensors.bias)
             print(name, flush=True)
     torch.cuda.synchronize()
 

@@ -12,7 +12,7 @@ from routers import SPECS
 
 from moegate.backends.cuda import jit
 from moegate.backends.cuda.jit import compiler
-from moegate.backends.cuda.sources import GemmDtypes
+from moegate.backends.cuda.sources import GemmDtypes, split_source
 
 pytestmark = [
     pytest.mark.cpu,
@@ -99,6 +99,12 @@ def test_gemms_do_not_spill(arch: str, frozen: bool) -> None:
 def test_gemms_do_not_spill_on_other_chips(arch: str) -> None:
     problems = [problem for at, case in enumerate(SHAPES) for problem in gemm_problems(arch, case, frozen=at % 2 == 0)]
     assert problems == []
+
+
+@pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])
+def test_what_splits_a_weight_does_not_spill(arch: str) -> None:
+    cases = [(3072, 256, None, FP32), (2880, 33, FP32, BF16), (6144, 768, BF16, FP32)]
+    assert [problem for case in cases for problem in problems_of(split_source(*case), arch, case)] == []
 
 
 @pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])

@@ -11,12 +11,13 @@ from cuda_kernels import DEEPSEEK_V3, assert_same_bits, copy_of, gate_on_gpu, ra
 from routers import SPECS
 from torch import Tensor
 
-from moegate import Gate, Routing
+from moegate import Gate, RouterSpec, Routing
 from moegate.backends.cuda import jit, memory
 
 pytestmark = pytest.mark.gpu
 
 SPEC = DEEPSEEK_V3
+FLOAT32 = RouterSpec(3072, 256, 8, "sigmoid", "score", renormalize=True, weight_dtype="float32")
 CYCLES = 2_000_000  # about a millisecond: a gate that does not wait is done long before
 
 # Lets the kernel behind it start at once, and writes late: only one that waits sees what was written.
@@ -143,12 +144,12 @@ def replay_often(gate: Gate, hidden: Tensor, target: Tensor, values: list[Tensor
             assert_same_bits(routing, kept, f"in replay {replay}, call {at}")
 
 
-@pytest.mark.parametrize("rows", [1, 16, 64])
-def test_a_weight_written_by_an_overlapping_kernel(rows: int) -> None:
-    weight, hidden = random_weight(SPEC), random_hidden(SPEC, rows)
-    values = [random_weight(SPEC, seed=seed) for seed in range(20, 40)]
-    expected = [run(gate_on_gpu(SPEC, weight=value), hidden) for value in values]
-    gate = gate_on_gpu(SPEC, weight=weight)
+@pytest.mark.parametrize(("spec", "rows"), [(SPEC, 1), (SPEC, 16), (SPEC, 64), (FLOAT32, 1030)], ids=str)
+def test_a_weight_written_by_an_overlapping_kernel(spec: RouterSpec, rows: int) -> None:
+    weight, hidden = random_weight(spec), random_hidden(spec, rows)
+    values = [random_weight(spec, seed=seed) for seed in range(20, 40)]
+    expected = [run(gate_on_gpu(spec, weight=value), hidden) for value in values]
+    gate = gate_on_gpu(spec, weight=weight)
     assert gate.weight.data_ptr() == weight.data_ptr()
     replay_often(gate, hidden, weight, values, expected)
 

@@ -44,7 +44,7 @@ def keys(part: str) -> list[Key]:
         short = [(name, m, way) for name in _SELECT for m in _SMALL for way in ("hot", "trigger")]
         return short + [(name, m, "hot") for name in _SELECT for m in _PREFILL[1:]]
     assert part == "prefill", part
-    return [("deepseek-v3", m, "cold") for m in _PREFILL]
+    return [(name, m, "cold") for name in ("deepseek-v3", "minimax-m2") for m in _PREFILL]
 
 
 def catalog_models() -> list[str]:

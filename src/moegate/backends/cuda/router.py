@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moegate.backends.cuda import gemm, selection
+from moegate.backends.cuda import gemm, selection, split
 from moegate.backends.cuda.memory import empty
 from moegate.backends.cuda.sources import GemmDtypes, SelectDtypes
 from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, TOKENS_OF_TILE
@@ -63,6 +63,7 @@ class CudaRouter:
         if not self._has_gemm:
             _warn_once(f"{gemm.unsupported(spec.hidden_size)}: PyTorch's matrix product takes its place")
         self._gemm_by_dtype: dict[torch.dtype, gemm.GemmKernels] = {}
+        self._split_by_dtype: dict[torch.dtype, split.SplitKernels] = {}
         self._select_by_inputs: dict[tuple[torch.dtype | None, bool], selection.SelectKernels] = {}
 
     def warmup(self, hidden: torch.dtype, input_ids: torch.dtype | None, *, aligned: bool = True) -> None:
@@ -81,6 +82,15 @@ class CudaRouter:
                 frozen=self._frozen,
                 pdl=self._pdl,
             )
+            if split.unsupported(hidden, self._weight_dtype, spec.input_norm_eps) is None:
+                self._split_by_dtype[hidden] = split.split_kernels(
+                    spec.hidden_size,
+                    spec.num_gate_rows,
+                    self._dtypes.bias,
+                    self._logits_dtype,
+                    self._device,
+                    pdl=self._pdl,
+                )
         if (input_ids, aligned) not in self._select_by_inputs:
             own = self._dtypes
             select_dtypes = SelectDtypes(
@@ -120,8 +130,7 @@ class CudaRouter:
         most = self._gemm_tokens if hidden.dtype != torch.float32 else MAX_DECODE_TOKENS
         if num_tokens > 0 and (gemm_kernels is None or num_tokens > most):
             is_short = False
-            computed = torch_gemm.logits(hidden, weight, self._spec, tensors, None)
-            routing = select.outputs(computed if logits is None else logits.copy_(computed), out)
+            routing = select.outputs(self._logits_of_many(hidden, weight, tensors, logits, stream), out)
         else:
             if logits is None:
                 logits = empty((num_tokens, self._spec.num_gate_rows), self._logits_dtype)
@@ -135,6 +144,19 @@ class CudaRouter:
         # of these, or not, as the chip happens to place their blocks.
         select.launch(routing, tensors, input_ids, stream, holds_dependents=is_short)
         return routing
+
+    def _logits_of_many(
+        self, hidden: Tensor, weight: Tensor, tensors: RouterTensors, logits: Tensor | None, stream: int
+    ) -> Tensor:
+        """[M, K] -> logits [M, R] by cuBLAS, in `logits` if that is given."""
+        kernels = self._split_by_dtype.get(hidden.dtype)
+        if kernels is None:
+            computed = torch_gemm.logits(hidden, weight, self._spec, tensors, None)
+            return computed if logits is None else logits.copy_(computed)
+        if logits is None:
+            logits = empty((hidden.shape[0], self._spec.num_gate_rows), self._logits_dtype)
+        kernels.product(hidden, weight, tensors.bias, logits, stream)
+        return logits
 
 
 @cache

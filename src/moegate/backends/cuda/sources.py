@@ -87,6 +87,18 @@ def gemm_source(
     )
 
 
+def split_source(hidden_size: int, rows: int, bias: torch.dtype | None, logits: torch.dtype) -> str:
+    """split.cuh for one float32 weight: the kernels `split_weight` and `sum_products`."""
+    types = {"Bias": bias or torch.float32, "Logits": logits}
+    constants: dict[str, object] = {"int kHidden": hidden_size, "int kRows": rows, "bool kHasBias": bias is not None}
+    kernels = (
+        f'extern "C" __global__ void __launch_bounds__(256)\n'
+        f"{name}(const __grid_constant__ {arguments} arguments) {{ {name}<Config>(arguments); }}\n"
+        for name, arguments in (("split_weight", "SplitArguments"), ("sum_products", "SumArguments"))
+    )
+    return '#include "split.cuh"\n' + _config(types, constants) + "".join(kernels)
+
+
 def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, frozen: bool) -> str:
     """select.cuh for one spec. `aligned`: 4 logits or biases can be read at once, if E allows.
 

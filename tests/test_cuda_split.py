@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_kernels import assert_same_bits, copy_of, gate_on_gpu, problems_of, random_hidden, run
+from cuda_kernels import assert_same_bits, copy_of, gate_on_gpu, problems_of, random_hidden, random_weight, run
 from routers import tensors_of
 
+import moegate
 from moegate import RouterSpec
 from moegate.backends.cuda import CudaBackend, split
 from moegate.backends.cuda.router import CudaRouter
@@ -55,8 +57,57 @@ def test_the_contract_is_kept(name: str, rows: int) -> None:
     assert_same_bits(safe(hidden, return_logits=True, out=out), expected)
 
 
+BIASES = (None, torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("bias_dtype", BIASES, ids=str)
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("hidden_size", "rows"), [(3072, 256), (1000, 7), (8, 1), (64, 1024)])
+def test_the_kernels_to_the_bit(
+    hidden_size: int, rows: int, logits_dtype: torch.dtype, bias_dtype: torch.dtype | None
+) -> None:
+    """Three parts that add up to the weight, and sums in the order that is written there."""
+    weight = torch.randn(rows, hidden_size, device="cuda")
+    device, stream = weight.device, torch.cuda.current_stream().cuda_stream
+    kernels = split.split_kernels(hidden_size, rows, bias_dtype, logits_dtype, device, pdl=True)
+    first = weight.bfloat16()
+    second = (weight - first.float()).bfloat16()
+    third = (weight - first.float() - second.float()).bfloat16()
+    assert weight.equal(first.float() + (second.float() + third.float()))
+    assert kernels.parts(weight, stream).equal(torch.cat([first, second, third]))
+
+    products = torch.randn(300, 3 * rows, device="cuda")
+    bias = None if bias_dtype is None else torch.randn(rows, device="cuda").to(bias_dtype)
+    logits = torch.full((300, rows), torch.nan, device="cuda", dtype=logits_dtype)
+    kernels.add_up(products, bias, logits, stream)
+    one, two, three = products.split(rows, 1)
+    expected = one + (two + three)
+    expected = expected if bias is None else expected + bias.float()
+    assert logits.equal(expected.to(logits_dtype))
+
+
+def test_rows_that_are_apart_or_do_not_start_at_16_bytes() -> None:
+    weight, hidden = random_weight(MINIMAX), random_hidden(MINIMAX, 65)
+    expected = run(gate_on_gpu(MINIMAX, weight=weight), hidden)
+    for columns, first in ((8, 0), (1, 1)):
+        wide = torch.full((256, 3072 + columns), torch.nan, device="cuda")
+        rows = wide[:, first : first + 3072]
+        rows.copy_(weight)
+        for frozen in (False, True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a copy in every call
+                assert_same_bits(run(gate_on_gpu(MINIMAX, weight=rows, frozen=frozen), hidden), expected)
+
+
+def test_the_product_by_itself_has_the_bits_of_the_gate() -> None:
+    weight, hidden = random_weight(MINIMAX), random_hidden(MINIMAX, 300)
+    expected = run(gate_on_gpu(MINIMAX, weight=weight), hidden).logits
+    assert expected is not None
+    assert moegate.router_gemm(hidden, weight).equal(expected)
+
+
 def test_weights_of_all_magnitudes() -> None:
-    """Parts that are far below what their neighbours are, and rows that do not start at 16 bytes."""
+    """Parts that are far below what their neighbours are."""
     spec = SHAPES["minimax-m2"]
     hidden = random_hidden(spec, 300)
     gate = gate_on_gpu(spec, frozen=False)

@@ -22,7 +22,7 @@ TITLES = {
     "gemm": "The product alone, K = 7168, N = 256",
     "fp32": "The product with float32 weights",
     "select": "The selection alone",
-    "prefill": "Prefill, DeepSeek-V3",
+    "prefill": "Prefill",
     "catalog": "Every router of the catalog",
     "host": "What a call costs the host",
     "start": "From import to the first token",

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moegate.backends.cuda import gemm, jit, selection
+from moegate.backends.cuda import gemm, jit, selection, split
 from moegate.backends.cuda.alignment import is_aligned
 from moegate.backends.cuda.router import CudaRouter, TensorDtypes
 from moegate.backends.cuda.sources import GemmDtypes
@@ -56,18 +56,23 @@ class CudaBackend:
     def router_gemm(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """See `moegate.router_gemm`."""
         num_tokens, hidden_size = hidden.shape
-        if num_tokens > MAX_DECODE_TOKENS or gemm.unsupported(hidden_size):
+        is_many, rows = num_tokens > MAX_DECODE_TOKENS, weight.shape[0]
+        is_split = split.unsupported(hidden.dtype, weight.dtype, None) is None
+        if gemm.unsupported(hidden_size) or (is_many and not is_split):
             return torch_gemm.router_gemm(hidden, weight, bias, out_dtype)
-        logits = torch.empty((num_tokens, weight.shape[0]), dtype=out_dtype, device=hidden.device)
+        logits = torch.empty((num_tokens, rows), dtype=out_dtype, device=hidden.device)
         if num_tokens == 0:
             return logits
-        dtypes = GemmDtypes(hidden.dtype, weight.dtype, None if bias is None else bias.dtype, None, out_dtype)
-        with torch.cuda.device(hidden.device):
-            kernels = gemm.gemm_kernels(
-                hidden_size, weight.shape[0], dtypes, None, hidden.device, frozen=False, pdl=True
-            )
+        device, bias_dtype = hidden.device, None if bias is None else bias.dtype
+        with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
-            kernels.launch(hidden, weight, bias, None, logits, stream)
+            if is_many:
+                parts = split.split_kernels(hidden_size, rows, bias_dtype, out_dtype, device, pdl=True)
+                parts.product(hidden, weight, bias, logits, stream)
+            else:
+                dtypes = GemmDtypes(hidden.dtype, weight.dtype, bias_dtype, None, out_dtype)
+                kernels = gemm.gemm_kernels(hidden_size, rows, dtypes, None, device, frozen=False, pdl=True)
+                kernels.launch(hidden, weight, bias, None, logits, stream)
         return logits
 
     def select(self, logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:

@@ -73,24 +73,15 @@ class CudaRouter:
                 hidden, self._weight_dtype, self._dtypes.bias, self._dtypes.input_scale, self._logits_dtype
             )
             spec = self._spec
-            self._gemm_by_dtype[hidden] = gemm.gemm_kernels(
-                spec.hidden_size,
-                spec.num_gate_rows,
-                dtypes,
-                spec.input_norm_eps,
-                self._device,
-                frozen=self._frozen,
-                pdl=self._pdl,
-            )
+            size = spec.hidden_size, spec.num_gate_rows
             if split.unsupported(hidden, self._weight_dtype, spec.input_norm_eps) is None:
                 self._split_by_dtype[hidden] = split.split_kernels(
-                    spec.hidden_size,
-                    spec.num_gate_rows,
-                    self._dtypes.bias,
-                    self._logits_dtype,
-                    self._device,
-                    pdl=self._pdl,
+                    *size, self._dtypes.bias, self._logits_dtype, self._device, pdl=self._pdl
                 )
+            # Last, since calls take it as the sign that all is there.
+            self._gemm_by_dtype[hidden] = gemm.gemm_kernels(
+                *size, dtypes, spec.input_norm_eps, self._device, frozen=self._frozen, pdl=self._pdl
+            )
         if (input_ids, aligned) not in self._select_by_inputs:
             own = self._dtypes
             select_dtypes = SelectDtypes(
@@ -138,12 +129,15 @@ class CudaRouter:
             if num_tokens == 0:
                 return routing
             assert gemm_kernels is not None
-            assert weight.dtype == self._weight_dtype, "Gate.refresh() was not called after a change of dtype"
+            self._check_dtype(weight)
             gemm_kernels.launch(hidden, weight, tensors.bias, tensors.input_scale, logits, stream)
         # Behind a short product the next layer's kernels wait for the logits: what they load early would be in the way
         # of these, or not, as the chip happens to place their blocks.
         select.launch(routing, tensors, input_ids, stream, holds_dependents=is_short)
         return routing
+
+    def _check_dtype(self, weight: Tensor) -> None:
+        assert weight.dtype == self._weight_dtype, "Gate.refresh() was not called after a change of dtype"
 
     def _logits_of_many(
         self, hidden: Tensor, weight: Tensor, tensors: RouterTensors, logits: Tensor | None, stream: int
@@ -153,6 +147,7 @@ class CudaRouter:
         if kernels is None:
             computed = torch_gemm.logits(hidden, weight, self._spec, tensors, None)
             return computed if logits is None else logits.copy_(computed)
+        self._check_dtype(weight)
         if logits is None:
             logits = empty((hidden.shape[0], self._spec.num_gate_rows), self._logits_dtype)
         kernels.product(hidden, weight, tensors.bias, logits, stream)

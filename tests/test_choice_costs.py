@@ -79,7 +79,7 @@ CATALOG = Path(__file__).parent.parent / "benchmarks" / "results" / "h100" / "ca
 
 
 def test_the_table_of_the_h100_tells_the_times_of_other_routers() -> None:
-    """Nearer in the geometric mean than at the same M, which is 18 % off; prints it, with the worst."""
+    """Nearer in the geometric mean than at the same M, which is 13 % off; prints it, with the worst."""
     (gpu,) = (table.gpu for table in map(read, tables._shipped()) if table.gpu.name == "NVIDIA H100 80GB HBM3")
     off: dict[tuple[str, int], float] = {}
     for row in json.loads(CATALOG.read_text())["rows"]:
@@ -92,7 +92,7 @@ def test_the_table_of_the_h100_tells_the_times_of_other_routers() -> None:
     least, most = min(off, key=lambda key: off[key]), max(off, key=lambda key: off[key])
     print(f"{len(off)} times off by {mean - 1:.1%}; {least}: {off[least]:.2f}, {most}: {off[most]:.2f}")
     assert len(off) > 300
-    assert mean < 1.16
+    assert mean < 1.115
 
 
 def test_of_two_shapes_as_near_the_one_with_the_same_kind_of_router_counts_more(shipped: Callable[..., None]) -> None:

@@ -39,9 +39,21 @@ def test_numbers_of_a_row(content: dict[str, Any]) -> None:
     assert numbers.speed_up(row) == (PAIR, times[PAIR] / times["moegate"])
     assert numbers.share_of_floor(row) == times["floor"] / times["moegate"]
     assert numbers.plan_ratio(row) == 1.0
-    row["candidates"]["cuda:router_gemm+select"]["us"] = times["moegate"] / 1.08
+
+
+def test_a_plan_is_held_against_other_kernels_and_the_gate_against_its_own(content: dict[str, Any]) -> None:
+    row = row_of(content, 64)
+    chosen, other = row["plan"], "torch:mm+ops"
+    row["keeps_contract"].append(other)
+    row["candidates"][chosen]["us"] = row["candidates"]["moegate"]["us"] / 1.5
+    assert numbers.plan_ratio(row) == 1.0
+    assert numbers.timed_twice(row) == pytest.approx(1.5)
+    row["candidates"][other]["us"] = row["candidates"][chosen]["us"] / 1.08
     assert numbers.plan_ratio(row) == pytest.approx(1.08)
-    assert "The default plan MISSES the aim" in numbers.verdicts(content["rows"])[0]
+    plan, twice, *_ = numbers.verdicts(content["rows"])
+    assert "The default plan MISSES the aim" in plan
+    assert "at worst 1.080 of its time (deepseek-v3, M = 64, trigger)" in plan
+    assert "at worst 50.0% (deepseek-v3, M = 64, trigger)" in twice
 
 
 def test_a_wrong_result_has_no_time_anywhere(content: dict[str, Any]) -> None:

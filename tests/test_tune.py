@@ -17,17 +17,22 @@ from machines import forget
 
 from moegate import __version__, get_spec
 from moegate.choice import costs
-from moegate.choice.facts import Machine, facts_of
+from moegate.choice.facts import Machine, default_weight_dtype, facts_of
 from moegate.choice.tables import read, user_file
 from moegate.cli.tune import run
-from moegate.measure.tune import MODELS, TOKENS, Tuning, all_cases
+from moegate.measure.tune import MODELS, TOKENS, Tuning
+from moegate.spec import RouterSpec
 
 GPU = Machine("GPU X", (9, 0), 100, 3000.0)
 MADE = {name: "x" for name in ("date", "command", "moegate_commit", "torch", "cuda", "flashinfer", "driver")}
 MADE["moegate"] = __version__
 
 
-def measured(model: str, tokens: int) -> dict[str, dict[str, Any]]:
+CASES = [(model, tokens) for model in MODELS for tokens in TOKENS]
+SPECS = [(get_spec(model), tokens) for model, tokens in CASES]
+
+
+def measured(spec: RouterSpec, tokens: int) -> dict[str, dict[str, Any]]:
     return {
         "predecessor alone": {"us": 2.2},
         "cuda:router_gemm+select": {"us": 3.0 + tokens / 8, "ok": True},
@@ -41,13 +46,13 @@ class Stopping:
 
     def __init__(self, after: int) -> None:
         self.after = after
-        self.seen: list[tuple[str, int]] = []
+        self.seen: list[tuple[RouterSpec, int]] = []
 
-    def __call__(self, model: str, tokens: int) -> dict[str, dict[str, Any]]:
+    def __call__(self, spec: RouterSpec, tokens: int) -> dict[str, dict[str, Any]]:
         if len(self.seen) == self.after:
             raise KeyboardInterrupt
-        self.seen.append((model, tokens))
-        return measured(model, tokens)
+        self.seen.append((spec, tokens))
+        return measured(spec, tokens)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +65,6 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 def test_the_models_are_in_the_catalog_and_differ() -> None:
     assert len({get_spec(model) for model in MODELS}) == len(MODELS)
-    assert len(all_cases()) == len(set(all_cases())) == len(MODELS) * len(TOKENS)
 
 
 def test_stopped_resumed_and_finished(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,16 +74,16 @@ def test_stopped_resumed_and_finished(capsys: pytest.CaptureFixture[str]) -> Non
         run(Tuning(path, GPU, MADE), first)
     assert stopped.value.exit_code == 130
     said = capsys.readouterr().err
-    assert f"stopped with 5 of {len(all_cases())} rows measured; the same command goes on" in said
+    assert f"stopped with 5 of {len(CASES)} rows measured; the same command goes on" in said
     assert not path.exists(), "gates would read an unfinished table"
 
     second = Stopping(after=10**6)
     run(Tuning(path, GPU, MADE), second)
     assert "going on after 5 of" in capsys.readouterr().err
-    assert first.seen + second.seen == all_cases()
+    assert first.seen + second.seen == SPECS
     assert [file.name for file in path.parent.iterdir()] == ["gpu-x.json"]
     table = read(path)
-    assert [(row.model, row.tokens) for row in table.rows] == all_cases()
+    assert [(row.model, row.tokens) for row in table.rows] == CASES
     assert table.rows[0].us == {"cuda:router_gemm+select": 3.125}
     assert table.rows[0].left_out == {
         "torch:mm+ops": "its result was wrong",
@@ -96,7 +100,19 @@ def test_a_whole_table_is_measured_anew(capsys: pytest.CaptureFixture[str]) -> N
     for _ in range(2):
         everything = Stopping(after=10**6)
         run(Tuning(path, GPU, MADE), everything)
-        assert everything.seen == all_cases()
+        assert everything.seen == SPECS
+
+
+def test_models_that_are_named_are_measured_too_and_stay_when_the_rest_goes_on_without_them() -> None:
+    path = user_file("GPU X")
+    flint = get_spec("flint")
+    own = Stopping(after=len(TOKENS) + 3)
+    with pytest.raises(typer.Exit):
+        run(Tuning(path, GPU, MADE, {"my/flint": flint, "my/twin": get_spec(MODELS[0])}), own)
+    assert own.seen == [*((flint, tokens) for tokens in TOKENS), *SPECS[:3]]  # not the twin, whose shape is there
+    run(Tuning(path, GPU, MADE), Stopping(after=10**6))
+    facts = facts_of(dataclasses.replace(GPU, device=torch.device("cpu")), flint, default_weight_dtype(flint))
+    assert costs.expected(facts, "cuda:router_gemm+select", 16) == (5.0, "measured on this GPU X")
 
 
 @pytest.mark.parametrize(("name", "value"), [("torch", "3.0"), ("moegate_commit", "y")])
@@ -113,10 +129,10 @@ import sys, time
 from pathlib import Path
 import test_tune
 from moegate.measure.tune import Tuning
-def measure(model, tokens):
-    print(model, tokens, flush=True)
+def measure(spec, tokens):
+    print(tokens, flush=True)
     time.sleep(0.01)
-    return test_tune.measured(model, tokens)
+    return test_tune.measured(spec, tokens)
 for row in Tuning(Path(sys.argv[1]), test_tune.GPU, test_tune.MADE).run(measure):
     pass
 """
@@ -131,11 +147,11 @@ def test_killed_at_any_time_it_leaves_a_whole_file(tmp_path: Path) -> None:
             process.stdout.readline()
         process.kill()
     tuning = Tuning(path, GPU, MADE)
-    assert len(all_cases()) - len(tuning.missing()) >= 6
+    assert len(CASES) - len(tuning.missing()) >= 6
     rest = Stopping(after=10**6)
     run(tuning, rest)
-    assert len(rest.seen) < len(all_cases())
-    assert [(row.model, row.tokens) for row in read(path).rows] == all_cases()
+    assert len(rest.seen) < len(CASES)
+    assert [(row.model, row.tokens) for row in read(path).rows] == CASES
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -16,6 +16,8 @@ from moegate.choice.facts import Facts
 POLICIES = ("measured", "sglang")
 GEMM_STEPS = range(2 * MAX_DECODE_TOKENS, MAX_GEMM_TOKENS + 1, MAX_DECODE_TOKENS)
 """The numbers of tokens up to one of which router_gemm runs, if not up to `MAX_DECODE_TOKENS`."""
+TIE = 1.02
+"""Times as near as this are the same to a measurement: then router_gemm runs, whose bits are those of fewer tokens."""
 
 
 class Choice(NamedTuple):
@@ -108,7 +110,7 @@ def forced(backend: str) -> Callable[[Facts, int], Choice]:
 def gemm_tokens(facts: Facts) -> int:
     """Up to how many tokens the cuda backend runs router_gemm, and cuBLAS beyond.
 
-    At least `MAX_DECODE_TOKENS`; further by `GEMM_STEPS`, as far as router_gemm was measured and takes less time.
+    At least `MAX_DECODE_TOKENS`; further by `GEMM_STEPS`, as far as router_gemm was measured and takes no more time.
     One number, because the backend compares what each call brings with it.
     """
     most = MAX_DECODE_TOKENS
@@ -119,7 +121,7 @@ def gemm_tokens(facts: Facts) -> int:
         ours = costs.neighbours(facts, ROUTER_GEMM.key(facts), num_tokens)
         others = {each.model: each.us for each in costs.neighbours(facts, CUBLAS.key(facts), num_tokens)}
         # Of a shape that was not measured, both of its neighbours must say so: their mean went wrong more often.
-        if not ours or any(each.us >= others.get(each.model, 0.0) for each in ours):
+        if not ours or any(each.us > TIE * others.get(each.model, 0.0) for each in ours):
             break
         most = num_tokens
     return most

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 
 def tune(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Further names of `moegate models`, or folders with a config.json, whose own times plans are to know.",
+            metavar="[SOURCE ...]",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Another file than the one in the cache folder, which gates read.", metavar="FILE"),
@@ -24,30 +31,30 @@ def tune(
 ) -> None:
     """Measure this GPU: the cost table by which plans choose, and which `moegate explain` cites.
 
-    Takes a few minutes, in CUDA graphs behind another kernel. Can be stopped at any time (Ctrl-C, kill); the same
-    command goes on. Exit status: 130 if it was stopped, 2 where there is no GPU for it.
+    A spread of the catalog, from which the times of other shapes are inferred. Takes a few minutes, in CUDA graphs
+    behind another kernel. Can be stopped at any time (Ctrl-C, kill); the same command goes on. Exit status: 130 if it
+    was stopped, 2 where there is no GPU for it.
     """
     need_gpu("moegate tune")
     with errors_in_one_line():
-        from moegate import catalog
         from moegate.choice.tables import user_file
+        from moegate.cli.inputs import load_spec
         from moegate.measure.session import Session
         from moegate.measure.tune import WAY, Tuning, made_by
 
+        more = dict(load_spec(source) for source in sources or [])
         session = Session()
         machine = session.machine
-        command = shlex.join(["moegate", "tune", *([] if out is None else ["--out", str(out)])])
-        tuning = Tuning(out or user_file(machine.name), machine, made_by(command, machine.flashinfer))
-    run(tuning, lambda model, tokens: session.measure(catalog.get_spec(model), tokens, WAY))
+        command = shlex.join(["moegate", "tune", *(sources or []), *([] if out is None else ["--out", str(out)])])
+        tuning = Tuning(out or user_file(machine.name), machine, made_by(command, machine.flashinfer), more)
+    run(tuning, lambda spec, tokens: session.measure(spec, tokens, WAY))
 
 
 def run(tuning: Tuning, measure: Measure) -> None:
     """Measures what is missing, with a bar; a stop is no failure, and says how to go on."""
     import torch
 
-    from moegate.measure.tune import all_cases
-
-    every, missing = all_cases(), tuning.missing()
+    every, missing = tuning.cases(), tuning.missing()
     out = console(stderr=True)
     if len(missing) < len(every):
         out.print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from moegate import __version__, catalog
 from moegate.choice.facts import Machine, default_weight_dtype, facts_of
 from moegate.choice.tables import Row, Table, read, shape_of, write
 from moegate.measure.record import describe_run
+from moegate.spec import RouterSpec
 
 # A spread of the catalog: each size of a gate from small to large, each kind of selection, both dtypes of a weight.
 MODELS = (
@@ -38,14 +39,9 @@ WAY = "trigger"
 _SAME = ("moegate", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
 
 Case = tuple[str, int]
-"""A model of the catalog and a number of tokens."""
-Measure = Callable[[str, int], "dict[str, dict[str, Any]]"]
-"""A case -> by candidate's key, what `timing.measure` found."""
-
-
-def all_cases() -> list[Case]:
-    """What a whole table holds, the cases of a model one behind the other."""
-    return [(model, tokens) for model in MODELS for tokens in TOKENS]
+"""A model and a number of tokens."""
+Measure = Callable[[RouterSpec, int], "dict[str, dict[str, Any]]"]
+"""A model's router and a number of tokens -> by candidate's key, what `timing.measure` found."""
 
 
 def made_by(command: str, flashinfer: str | None) -> dict[str, Any]:
@@ -62,12 +58,15 @@ class Tuning:
         path: Where the whole table goes.
         gpu: The machine that is measured.
         made: See `made_by`.
+        more: Further models, by name, beside `MODELS`.
 
     Raises:
         ValueError: The unfinished table of an earlier run cannot be used; the message has its path.
     """
 
-    def __init__(self, path: Path, gpu: Machine, made: dict[str, Any]) -> None:
+    def __init__(self, path: Path, gpu: Machine, made: dict[str, Any], more: Mapping[str, RouterSpec] = {}) -> None:
+        specs = {model: catalog.get_spec(model) for model in MODELS}
+        self._specs = {**{name: spec for name, spec in more.items() if spec not in specs.values()}, **specs}
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         self._table = Table(gpu, made, ())
         if self.partial.exists():
@@ -78,15 +77,21 @@ class Tuning:
                 raise ValueError(f"the unfinished table {self.partial} was begun with another {what}; remove it")
             self._table = replace(self._table, rows=before.rows)
 
+    def cases(self) -> list[Case]:
+        """What the whole table holds, the cases of a model one behind the other."""
+        return [(model, tokens) for model in self._specs for tokens in TOKENS]
+
     def missing(self) -> list[Case]:
         """The cases that no row has yet."""
         done = {(row.model, row.tokens) for row in self._table.rows}
-        return [case for case in all_cases() if case not in done]
+        return [case for case in self.cases() if case not in done]
 
     def run(self, measure: Measure) -> Iterator[Row]:
         """Measures what is missing; each row is on the disk when it comes. The last one finishes the table."""
         for model, tokens in self.missing():
-            row = _row(self._table.gpu, model, tokens, measure(model, tokens))
+            spec = self._specs[model]
+            shape = shape_of(facts_of(self._table.gpu, spec, default_weight_dtype(spec)))
+            row = Row(model, shape, tokens, *_times(measure(spec, tokens)))
             self._table = replace(self._table, rows=(*self._table.rows, row))
             write(self.partial, self._table)
             if not self.missing():
@@ -94,10 +99,9 @@ class Tuning:
             yield row
 
 
-def _row(gpu: Machine, model: str, tokens: int, found: dict[str, dict[str, Any]]) -> Row:
-    spec = catalog.get_spec(model)
-    shape = shape_of(facts_of(gpu, spec, default_weight_dtype(spec)))
+def _times(found: dict[str, dict[str, Any]]) -> tuple[dict[str, float], dict[str, str]]:
+    """By candidate, the time, or why there is none."""
     own = {key: entry for key, entry in found.items() if ":" in key}
     times = {key: round(entry["us"], 3) for key, entry in own.items() if entry.get("us", 0) > 0}
     left_out = {key: entry.get("absent") or "its result was wrong" for key, entry in own.items() if key not in times}
-    return Row(model, shape, tokens, times, left_out)
+    return times, left_out

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from cuda_kernels import gemm_text, select_text
 from routers import SPECS
 
 from moegate.backends.cuda import jit
-from moegate.backends.cuda.jit import compiler
+from moegate.backends.cuda.jit import compiler, module
 from moegate.backends.cuda.sources import GemmDtypes, split_source
 
 pytestmark = [
@@ -20,8 +21,19 @@ pytestmark = [
 ]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-MAIN_ARCHS = ("sm_80", "sm_90a", "sm_120a")
-OTHER_ARCHS = ("sm_86", "sm_87", "sm_89", "sm_100a", "sm_103a", "sm_110a", "sm_121a", "compute_80", "compute_90")
+
+
+def known(*archs: str) -> list[ParameterSet]:
+    """The architectures as parameters; those of which an older NVRTC knows nothing are left out."""
+
+    def is_known(arch: str) -> bool:
+        return int("".join(filter(str.isdigit, arch))) in jit.known_archs()
+
+    return [pytest.param(arch, marks=pytest.mark.skipif(not is_known(arch), reason="an older NVRTC")) for arch in archs]
+
+
+MAIN_ARCHS = known("sm_80", "sm_90a", "sm_120a")
+OTHER_ARCHS = known("sm_86", "sm_87", "sm_89", "sm_100a", "sm_103a", "sm_110a", "sm_121a", "compute_80", "compute_90")
 
 
 class GemmCase(NamedTuple):
@@ -121,3 +133,25 @@ def test_selections_that_read_one_logit_at_a_time_do_not_spill(arch: str) -> Non
         for problem in problems_of(select_text(spec, aligned=False, frozen=True), arch, name)
     ]
     assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "expected"),
+    [
+        ((8, 9), {80, 89, 90}, "sm_89"),
+        ((9, 0), {80, 90, 100}, "sm_90a"),
+        ((10, 3), {90, 100, 103}, "sm_103a"),
+        ((10, 3), {90, 100, 101, 120}, "compute_90"),  # as of NVRTC 12.8
+        ((13, 0), {90, 100, 130}, "compute_90"),  # of which this package knows nothing
+    ],
+)
+def test_a_chip_gets_its_own_code_or_what_every_later_one_runs(
+    capability: tuple[int, int], archs: set[int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "known_archs", lambda: frozenset(archs))
+    assert jit.arch_of(capability) == expected
+
+
+def test_what_the_compiler_knows_compiles() -> None:
+    for number in (arch for arch in jit.known_archs() if arch >= 80):
+        assert compiler._compile("__global__ void nothing() {}", f"sm_{number}").code

@@ -1,6 +1,6 @@
 """Makes .venv, in which the Makefile's commands run; at once if it is there and nothing has changed.
 
-A torch that the running Python already has is used as it is, if pyproject.toml admits it: on a GPU
+A torch that the running Python already has is used as it is, with what it needs, if pyproject.toml admits it: on a GPU
 host that is the one with CUDA. Otherwise pip installs the version pinned in constraints.txt.
 """
 
@@ -11,11 +11,13 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -24,16 +26,67 @@ CONSTRAINTS = ROOT / "constraints.txt"
 OLDEST_TORCH = (2, 8)  # as in pyproject.toml
 
 
-def host_torch() -> tuple[str, Path] | None:
-    """The version and the folder of a fitting torch of the running Python."""
+class Torch(NamedTuple):
+    """A torch of the running Python."""
+
+    version: str
+    cuda: str | None
+    """The CUDA version that it was built for."""
+    site: Path
+    """The folder that has it and what it needs."""
+
+
+def host_torch() -> Torch | None:
+    """The running Python's torch, if it is a fitting one."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return None
-    version = importlib.metadata.version("torch")
+    version, folder = importlib.metadata.version("torch"), Path(found.origin).parent
     release = re.match(r"(\d+)\.(\d+)", version)
     if release is None or tuple(map(int, release.groups())) < OLDEST_TORCH:
         return None
-    return version, Path(found.origin).parent.parent
+    return Torch(version, runpy.run_path(str(folder / "version.py"))["cuda"], folder.parent)
+
+
+def extras(torch: Torch | None) -> str:
+    """What of pyproject.toml is installed; the kernels are compiled on machines without a GPU, too."""
+    if sys.platform != "linux":
+        return "dev"
+    return "dev,cu12" if torch is not None and (torch.cuda or "").startswith("12.") else "dev,cu13"
+
+
+def constraints(torch: Torch | None) -> str:
+    """The text of constraints.txt, without what the host's torch decides by itself."""
+    text = CONSTRAINTS.read_text()
+    if torch is None:
+        return text
+    lifted = {"torch", *needed_by("torch")} | ({"cuda-bindings"} if "cu12" in extras(torch) else set())
+    kept = [line for line in text.splitlines() if _canonical(line.partition("==")[0]) not in lifted]
+    return "\n".join([*kept, f"torch=={torch.version}", ""])
+
+
+def needed_by(name: str, extra: str = "", found: set[str] | None = None) -> set[str]:
+    """The names of all packages that a package of the running Python needs, with extras ("nvrtc,cudart") of it."""
+    found = set() if found is None else found
+    try:
+        requirements = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return found
+    for requirement in requirements:
+        wanted, _, marker = requirement.partition(";")
+        only = re.search(r"""extra\s*==\s*["']([^"']+)""", marker)
+        parts = re.match(r"\s*([\w.-]+)\s*(?:\[([^]]*)])?", wanted)
+        if parts is None or (only is not None and only[1] not in extra.split(",")):
+            continue
+        other = _canonical(parts[1])
+        if other not in found:
+            found.add(other)
+            needed_by(other, parts[2] or "", found)
+    return found
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def main() -> None:
@@ -45,25 +98,26 @@ def main() -> None:
     if STAMP.is_file() and STAMP.read_text() == fingerprint:
         return
 
-    source = f"torch {torch[0]} of {sys.executable}" if torch else "torch from the package index"
+    source = f"torch {torch.version} of {sys.executable}" if torch else "torch from the package index"
     print(f"Making {VENV.name} with Python {sys.version.split()[0]} and {source}; about a minute.", flush=True)
     if VENV.exists():
         shutil.rmtree(VENV)
     venv.create(VENV, with_pip=True)
     python = VENV / "bin" / "python"
-    constraints = CONSTRAINTS.read_text()
     if torch:
         # A .pth file, not --system-site-packages: the running Python may be in an environment of its own.
         site = subprocess.check_output(
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
         ).strip()
-        Path(site, "host_torch.pth").write_text(f"{torch[1]}\n")
-        constraints = re.sub(r"^torch==.*$", f"torch=={torch[0]}", constraints, flags=re.MULTILINE)
+        Path(site, "host_torch.pth").write_text(f"{torch.site}\n")
     pinned = VENV / "constraints.txt"
-    pinned.write_text(constraints)
+    pinned.write_text(constraints(torch))
     # The variable, not -c, also holds for the environment in which pip builds our wheel.
     environment = {**os.environ, "PIP_CONSTRAINT": str(pinned), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    subprocess.run([python, "-m", "pip", "install", "-q", "-e", f"{ROOT}[dev]"], check=True, env=environment)
+    what = f".[{extras(torch)}]"
+    install = [str(python), "-m", "pip", "install", "-q", "-e", what]
+    if subprocess.run(install, env=environment, cwd=ROOT).returncode:
+        sys.exit(f"pip failed; what it says without -q: PIP_CONSTRAINT={pinned} {python} -m pip install -e '{what}'")
     STAMP.write_text(fingerprint)
 
 

@@ -3,7 +3,7 @@
 text -> compiler.py (NVRTC) -> cubin, kept by cache.py on disk -> module.py (driver) -> Kernel.launch
 """
 
-from moegate.backends.cuda.jit.compiler import Binary, compile_binary, missing_compiler
+from moegate.backends.cuda.jit.compiler import Binary, compile_binary, known_archs, missing_compiler
 from moegate.backends.cuda.jit.module import Kernel, Module, arch_of, has_clusters_and_pdl, load
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "arch_of",
     "compile_binary",
     "has_clusters_and_pdl",
+    "known_archs",
     "load",
     "missing_compiler",
 ]

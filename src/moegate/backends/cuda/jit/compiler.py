@@ -56,6 +56,14 @@ def missing_compiler() -> str | None:
 
 
 @cache
+def known_archs() -> frozenset[int]:
+    """The chips that this NVRTC writes code for, such as 90 for compute capability 9.0; none, if there is no NVRTC."""
+    if missing_compiler() is not None:
+        return frozenset()
+    return frozenset(checked(_nvrtc().nvrtcGetSupportedArchs))
+
+
+@cache
 def headers() -> dict[str, str]:
     """The texts of `kernels/`, by name: part of this package, and of every key."""
     folder = resources.files("moegate.backends.cuda") / "kernels"

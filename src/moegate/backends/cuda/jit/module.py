@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moegate.backends.cuda.jit.compiler import compile_binary
+from moegate.backends.cuda.jit.compiler import compile_binary, known_archs
 from moegate.backends.cuda.jit.errors import checked
 
 # What NVRTC calls the chips that have instructions of their own, which need the suffix.
@@ -140,9 +140,9 @@ def load(source: str, device: torch.device, arch: str | None = None) -> Module:
 
 
 def arch_of(capability: tuple[int, int]) -> str:
-    """What to compile for on a chip: its own code, or PTX for one newer than this package."""
+    """What to compile for on a chip: its own code, or PTX for one newer than this package or than the NVRTC here."""
     number = 10 * capability[0] + capability[1]
-    if number > _NEWEST:
+    if number > _NEWEST or (number > 90 and number not in known_archs()):
         return "compute_90"
     return f"sm_{number}{'a' if number in _SUFFIXED else ''}"
 

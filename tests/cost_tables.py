@@ -22,10 +22,10 @@ def facts(model: str = "deepseek-v3", machine: Machine = GPU) -> Facts:
     return facts_of(machine, get_spec(model), torch.bfloat16)
 
 
-def a_table(gpu: Machine = GPU, **us: dict[int, dict[str, float]]) -> Table:
-    """By model, with _ for -, and number of tokens the times."""
+def a_table(gpu: Machine = GPU, not_frozen: dict[str, float] | None = None, **us: dict[int, dict[str, float]]) -> Table:
+    """By model, with _ for -, and number of tokens the times; `not_frozen` has those of other gates in every row."""
     rows = [
-        Row(model, shape_of(facts(NAMES.get(model, model.replace("_", "-")))), tokens, times, {})
+        Row(model, shape_of(facts(NAMES.get(model, model.replace("_", "-")))), tokens, times, {}, not_frozen or {})
         for model, by_tokens in us.items()
         for tokens, times in by_tokens.items()
     ]

@@ -47,6 +47,7 @@ def forget() -> None:
         costs.expected,
         costs._curves,
         costs.most_tokens,
+        costs.tells_of_not_frozen,
         policies.gemm_tokens,
         limits.installed_version,
         limits.cannot_compile,

@@ -32,7 +32,7 @@ def test_every_table_of_the_package_can_be_read() -> None:
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    table = a_table(deepseek_v3={1: {DECODE: 3.25}, 4: {DECODE: 4.0, OPS: 70.0}})
+    table = a_table(deepseek_v3={1: {DECODE: 3.25}, 4: {DECODE: 4.0, OPS: 70.0}}, not_frozen={DECODE: 4.5})
     write(tmp_path / "table.json", table)
     again = read(tmp_path / "table.json")
     assert (again.gpu, again.made, again.rows) == (table.gpu, table.made, table.rows)
@@ -177,6 +177,10 @@ BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
     "no commit": (_text(lambda table: table["made"].pop("moegate_commit")), "made has no moegate_commit"),
     "text for a size": (_text(lambda table: table["rows"][0].update(gate_rows="256")), "gate_rows = '256'"),
     "no time": (_text(lambda table: table["rows"][0].update(us={DECODE: 0.0})), "a time that is none"),
+    "no time of others": (
+        _text(lambda table: table["rows"][0].update(us_not_frozen={DECODE: -1.0})),
+        "time that is none",
+    ),
     "no tokens": (_text(lambda table: table["rows"][0].update(tokens=0)), "0 tokens"),
     "other GPU": (_text(lambda table: table["gpu"].update(num_sms=78)), "is stale: it is of GPU X with 78"),
     "old": (_text(lambda table: table["made"].update(moegate="0.0.1")), "is stale: moegate 0.0.1 made it"),

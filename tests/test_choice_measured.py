@@ -67,7 +67,7 @@ def test_router_gemm_runs_as_far_as_it_takes_no_more(
         spans = [(first, candidate.key(facts())) for first, _, candidate in plan.spans()]
         assert spans == [(1, DECODE), (most + 1, CUBLAS)]
         pretend(monkeypatch, HERE)
-        router = planned.planned(CPU, get_spec("deepseek-v3"), torch.bfloat16)[1]
+        router = planned.planned(CPU, get_spec("deepseek-v3"), torch.bfloat16, frozen=True)[1]
         assert isinstance(router, StandIn)
         assert router.gemm_tokens == most
 
@@ -149,6 +149,24 @@ def test_a_gate_that_is_not_frozen_says_whose_times_it_tells(
         gate = Gate(spec, torch.zeros(128, 2048, dtype=torch.bfloat16), frozen=frozen)
         assert gate.explain(1).expected_us == 3.0
         assert gate.explain(1).notes == notes
+    shipped(a_table(qwen3_30b_a3b={1: {DECODE: 3.0}}, not_frozen={DECODE: 3.5}))
+    for frozen, us in ((True, 3.0), (False, 3.5)):
+        gate = Gate(spec, torch.zeros(128, 2048, dtype=torch.bfloat16), frozen=frozen)
+        assert gate.explain(1).expected_us == us
+        assert gate.explain(1).notes == ()
+
+
+def test_a_gate_that_is_not_frozen_is_planned_by_its_own_times(
+    shipped: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped(a_table(deepseek_v3={128: {DECODE: 8.0, CUBLAS: 8.5}, 256: {CUBLAS: 9.0}}, not_frozen={DECODE: 9.0}))
+    pretend(monkeypatch, HERE)
+    spec = get_spec("deepseek-v3")
+    weight, bias = torch.zeros(256, 7168, dtype=torch.bfloat16), torch.zeros(256)
+    for frozen, kernel, most in ((True, "router_gemm+select", 128), (False, "cublas+select", 64)):
+        gate = Gate(spec, weight, e_score_correction_bias=bias, frozen=frozen)
+        assert gate.explain(128).kernel == kernel
+        assert gate._backend.gemm_tokens == most  # type: ignore[attr-defined]
 
 
 def test_a_time_is_compared_with_a_time_only(shipped: Callable[..., None]) -> None:

@@ -18,6 +18,8 @@ from machines import forget, pretend, pretended
 
 from moegate import Gate, RouterSpec, catalog, get_spec
 from moegate.catalog.synthetic import random_gate
+from moegate.choice import costs
+from moegate.choice.facts import Facts
 
 ASKED = ("explain", "deepseek-v3", "--device", "sm_103", "--tokens", "1,16,17")
 KEYS = {"tokens", "backend", "kernel", "expected_us", "evidence", "rejected"}
@@ -63,6 +65,20 @@ def test_what_is_installed_decides(more: tuple[str, ...], backend: str, note: st
     row = told(*ASKED, "--policy", "sglang", *more)[0]
     assert row["backend"] == backend
     assert (note is None and row["notes"] == []) or note in row["notes"][0]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_whose_plan_it_is_is_said(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def expected(facts: Facts, key: str, num_tokens: int) -> None:
+        asked.append(facts.frozen)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(costs, "expected", expected)
+        printed = run(*ASKED, "--frozen" if frozen else "--not-frozen").stdout
+    assert f"gate      {'frozen' if frozen else 'not frozen'}" in printed
+    assert set(asked) == {frozen}
 
 
 @pytest.mark.parametrize(

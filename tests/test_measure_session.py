@@ -17,6 +17,7 @@ from moegate.choice.planned import router_of
 from moegate.contract.reference import router_logits
 from moegate.contract.reference import select as reference_select
 from moegate.measure import bench, layers, session, timing
+from moegate.measure.names import NOT_FROZEN
 from moegate.measure.timing import Candidate, Workload
 from moegate.measure.transformers_router import transformers_router
 from moegate.measure.tune import MODELS
@@ -59,9 +60,10 @@ def test_every_candidate_of_a_tuned_model_is_right_or_says_why_not(here: session
     own = ["cuda:router_gemm+select", "cuda:cublas+select"]
     for tokens, ours in ((2, own[:1]), (65, own), (1025, own[1:])):
         found = here.measure(spec, tokens, "trigger")
-        assert len(found) == 7
+        not_frozen = [key + NOT_FROZEN for key in ours]
+        assert len(found) == 7 + len(ours)
         for key, entry in found.items():
-            if key in (*ours, "torch:mm+ops"):
+            if key in (*ours, *not_frozen, "torch:mm+ops"):
                 assert entry["ok"] is True, (tokens, key, entry)
             else:
                 assert entry["absent"], (tokens, key)
@@ -80,6 +82,8 @@ def test_a_case_of_bench(here: session.Session) -> None:
     row = bench.measure_case(here, source, 4, "cold")
     found = row["candidates"]
     assert (row["plan"], row["gate_rows"]) == ("cuda:router_gemm+select", 128)
+    assert row["plan_not_frozen"] == "cuda:router_gemm+select, not frozen"
+    assert found[row["plan_not_frozen"]]["ok"] is True
     assert row["keeps_contract"] == ["cuda:router_gemm+select", "cuda:cublas+select"]
     for name in ("moegate", "moegate, not frozen", "cuda:router_gemm+select", "torch.compile", "Transformers' router"):
         assert found[name]["ok"] is True, (name, found[name])

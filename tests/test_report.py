@@ -51,9 +51,19 @@ def test_a_plan_is_held_against_other_kernels_and_the_gate_against_its_own(conte
     row["candidates"][other]["us"] = row["candidates"][chosen]["us"] / 1.08
     assert numbers.plan_ratio(row) == pytest.approx(1.08)
     plan, twice, *_ = numbers.verdicts(content["rows"])
-    assert "The default plan MISSES the aim" in plan
+    assert "The default plan of a frozen gate MISSES the aim" in plan
     assert "at worst 1.080 of its time (deepseek-v3, M = 64, trigger)" in plan
     assert "at worst 50.0% (deepseek-v3, M = 64, trigger)" in twice
+
+    assert numbers.plan_ratio(row, frozen=False) is None  # as before gates that are not frozen had plans of their own
+    row["plan_not_frozen"] = chosen + ", not frozen"
+    row["candidates"] |= {
+        name + ", not frozen": {"us": us, "ok": True} for name, us in ((chosen, 9.0), ("cuda:cublas+select", 10.0))
+    }
+    assert numbers.plan_ratio(row, frozen=False) == 1.0
+    row["plan_not_frozen"] = "cuda:cublas+select, not frozen"
+    assert numbers.plan_ratio(row, frozen=False) == pytest.approx(10 / 9)
+    assert "one that is not frozen MISSES the aim" in numbers.verdicts(content["rows"])[1]
 
 
 def test_a_wrong_result_has_no_time_anywhere(content: dict[str, Any]) -> None:
@@ -135,7 +145,7 @@ def test_render_makes_the_page_without_a_gpu(tmp_path: Path) -> None:
     assert re.search(rf"^moegate .*{ours:.2f}.*all", result.stdout, flags=re.MULTILINE)
     assert "2026-11-24: NVIDIA H200" in result.stdout
     assert "One that is not frozen, hot: faster than the best peer in" in result.stdout
-    assert "The default plan keeps the aim" in " ".join(result.stdout.split())
+    assert "The default plan of a frozen gate keeps the aim" in " ".join(result.stdout.split())
     printed = json.loads(run("bench", "--render", tmp_path, "--json").stdout)
     assert printed == CONTENT
 

@@ -36,6 +36,7 @@ def measured(spec: RouterSpec, tokens: int) -> dict[str, dict[str, Any]]:
     return {
         "predecessor alone": {"us": 2.2},
         "cuda:router_gemm+select": {"us": 3.0 + tokens / 8, "ok": True},
+        "cuda:router_gemm+select, not frozen": {"us": 4.0 + tokens / 8, "ok": True},
         "torch:mm+ops": {"ok": False, "problems": ["ids"]},
         "flashinfer:cublas+fused_topk_deepseek": {"absent": "FlashInfer is not installed"},
     }
@@ -85,6 +86,7 @@ def test_stopped_resumed_and_finished(capsys: pytest.CaptureFixture[str]) -> Non
     table = read(path)
     assert [(row.model, row.tokens) for row in table.rows] == CASES
     assert table.rows[0].us == {"cuda:router_gemm+select": 3.125}
+    assert table.rows[0].us_not_frozen == {"cuda:router_gemm+select": 4.125}
     assert table.rows[0].left_out == {
         "torch:mm+ops": "its result was wrong",
         "flashinfer:cublas+fused_topk_deepseek": "FlashInfer is not installed",

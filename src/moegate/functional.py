@@ -129,9 +129,8 @@ def route(
     tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
     arguments.check_tensors(spec, tensors, hidden.device)
     _check_hash_routing(input_ids, spec, tensors, len(hidden), hidden.device)
-    _, router = planned(
-        hidden.device, spec, weight.dtype, None if bias is None else bias.dtype, policy="measured", backend=backend
-    )
+    bias_dtype = None if bias is None else bias.dtype
+    _, router = planned(hidden.device, spec, weight.dtype, bias_dtype, frozen=False, backend=backend)
     routing = router.route(hidden, weight, spec, tensors, input_ids, None)
     return routing if return_logits else routing.without_logits()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -218,6 +217,7 @@ class Gate(nn.Module):
             self.spec,
             weight.dtype,
             None if tensors.bias is None else tensors.bias.dtype,
+            frozen=self.frozen,
             policy=self.policy,
             backend=self.backend,
         )
@@ -239,10 +239,7 @@ class Gate(nn.Module):
             TypeError: Not an int.
             ValueError: A negative number; or the gate's `backend` cannot route so many.
         """
-        explanation = self._plan.explain(num_tokens)
-        if self.frozen or explanation.expected_us is None:
-            return explanation
-        return replace(explanation, notes=(*explanation.notes, "the times are a frozen gate's; this one is not frozen"))
+        return self._plan.explain(num_tokens)
 
     def extra_repr(self) -> str:
         """What the router computes, in a line."""

@@ -83,7 +83,7 @@ def _run(
     tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
     parsed = _spec(spec)
     bias_dtype = None if bias is None else bias.dtype
-    _, router = planned(hidden.device, parsed, weight.dtype, bias_dtype, policy=policy, backend=backend)
+    _, router = planned(hidden.device, parsed, weight.dtype, bias_dtype, frozen=frozen, policy=policy, backend=backend)
     # A CPU's prepared weight is the gate's, which a compiled graph does not have: so none is made here.
     prepared = router.prepare(weight, parsed, tensors, frozen=frozen, pdl=pdl) if hidden.is_cuda else None
     routing = router.route(hidden, weight, parsed, tensors, input_ids, prepared)

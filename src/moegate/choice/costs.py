@@ -35,7 +35,7 @@ def expected(facts: Facts, key: str, num_tokens: int) -> Cost | None:
         return None
     us, gpu = math.exp(sum(each.weight * math.log(each.us) for each in near)), found.table.gpu
     what = near[0].how or "measured"
-    if shape_of(facts) not in _curves(found.table, key):
+    if shape_of(facts) not in _curves(found.table, key, facts.frozen):
         is_between = all(each.how is None or each.how.startswith("interpolated") for each in near)
         what = f"{'inter' if is_between else 'extra'}polated from {' and '.join(each.model for each in near)}"
     if found.is_inferred:
@@ -60,7 +60,7 @@ def neighbours(facts: Facts, key: str, num_tokens: int) -> tuple[Neighbour, ...]
     # Tables are of hidden states with 16 bits; with 32 they tell nothing.
     if table is None or facts.hidden == torch.float32:
         return ()
-    curves, shape = _curves(table, key), shape_of(facts)
+    curves, shape = _curves(table, key, facts.frozen), shape_of(facts)
     near = [(shape, 1.0)] if shape in curves else _nearest(curves, shape)
     goes_with_work = key == ROUTER_GEMM.key(facts)
     found = []
@@ -69,6 +69,13 @@ def neighbours(facts: Facts, key: str, num_tokens: int) -> tuple[Neighbour, ...]
         like = num_tokens * _work(shape) / _work(other) if goes_with_work else num_tokens
         found.append(Neighbour(model, weight, *_at(curve, like)))
     return tuple(found)
+
+
+@cache
+def tells_of_not_frozen(machine: Machine) -> bool:
+    """False: the table for a machine has the times of frozen gates alone."""
+    table = table_for(machine).table
+    return table is not None and any(row.us_not_frozen for row in table.rows)
 
 
 @cache
@@ -90,12 +97,13 @@ _Curve = dict[int, float]
 
 
 @cache
-def _curves(table: Table, key: str) -> dict[Shape, tuple[str, _Curve]]:
+def _curves(table: Table, key: str, frozen: bool) -> dict[Shape, tuple[str, _Curve]]:
     """By shape, the model's name and the times by number of tokens of one candidate."""
     curves: dict[Shape, tuple[str, _Curve]] = {}
     for row in table.rows:
-        if key in row.us:
-            curves.setdefault(row.shape, (row.model, {}))[1][row.tokens] = row.us[key]
+        times = row.times(frozen=frozen)
+        if key in times:
+            curves.setdefault(row.shape, (row.model, {}))[1][row.tokens] = times[key]
     return curves
 
 

@@ -56,6 +56,8 @@ class Facts:
     weight: torch.dtype
     bias: torch.dtype | None = None
     """Of the linear bias, where the spec has one."""
+    frozen: bool = True
+    """The gate's weight is declared constant, so that calls may load it early."""
 
 
 @cache
@@ -100,13 +102,15 @@ def with_installed(machine: Machine, text: str) -> Machine:
     return replace(machine, flashinfer=found[1])
 
 
-def facts_of(machine: Machine, spec: RouterSpec, weight: torch.dtype, bias: torch.dtype | None = None) -> Facts:
+def facts_of(
+    machine: Machine, spec: RouterSpec, weight: torch.dtype, bias: torch.dtype | None = None, *, frozen: bool = True
+) -> Facts:
     """The problem of a gate: hidden states in its weight's dtype, bfloat16 beside a float32 weight.
 
     `bias` is the dtype of the linear bias; None: that of the hidden states, if the spec has a bias.
     """
     hidden = weight if weight != torch.float32 else torch.bfloat16
-    return Facts(machine, spec, hidden, weight, (bias or hidden) if spec.linear_bias else None)
+    return Facts(machine, spec, hidden, weight, (bias or hidden) if spec.linear_bias else None, frozen)
 
 
 def default_weight_dtype(spec: RouterSpec) -> torch.dtype:

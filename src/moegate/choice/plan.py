@@ -123,7 +123,9 @@ class Plan:
             raise ValueError(f"num_tokens: got {num_tokens}; allowed: 0 or more")
         choice = self.choice(num_tokens)
         cost = costs.expected(self.facts, choice.candidate.key(self.facts), num_tokens)
-        notes = () if choice.passed_over is None else (choice.passed_over,)
+        notes = [] if choice.passed_over is None else [choice.passed_over]
+        if cost is not None and not self.facts.frozen and not costs.tells_of_not_frozen(self.facts.machine):
+            notes.append("the times are a frozen gate's; this one is not frozen")
         others = [candidate for candidate in CANDIDATES if candidate is not choice.candidate]
         return Explanation(
             num_tokens,

@@ -35,6 +35,7 @@ def planned(
     weight: torch.dtype,
     bias: torch.dtype | None = None,
     *,
+    frozen: bool,
     policy: str = "measured",
     backend: str | None = None,
 ) -> tuple[Plan, Router]:
@@ -43,7 +44,7 @@ def planned(
     Raises:
         ValueError: An unknown policy or backend; or the backend is forced and cannot run.
     """
-    facts = facts_of(machine_of(device), spec, weight, bias)
+    facts = facts_of(machine_of(device), spec, weight, bias, frozen=frozen)
     plan = proven_plan(facts, policy, backend)
     if {candidate.backend for candidate in plan.candidates} == {"cuda"}:
         return plan, CudaBackend(gemm_tokens(facts))  # tells the numbers of tokens apart by itself

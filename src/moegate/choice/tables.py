@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -47,6 +47,12 @@ class Row:
     """By candidate, microseconds in a CUDA graph behind a predecessor, without it."""
     left_out: dict[str, str]
     """By candidate, why there is no time: it cannot run, or its result was wrong."""
+    us_not_frozen: dict[str, float] = field(default_factory=dict)
+    """The same as `us` for a gate that is not frozen, of the candidates whose kernels differ then."""
+
+    def times(self, *, frozen: bool) -> dict[str, float]:
+        """By candidate, the time to expect of such a gate; where none was measured, a frozen one's."""
+        return self.us if frozen else {**self.us, **self.us_not_frozen}
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,10 +211,15 @@ def _distance(of: Machine, to: Machine) -> tuple[bool, int, int, float]:
 
 def _row(row: dict[str, Any]) -> Row:
     shape = Shape(**{name: _typed(row, name) for name in Shape._fields})
-    us = {str(name): float(value) for name, value in row["us"].items()}
-    if not isinstance(row["tokens"], int) or row["tokens"] < 1 or not all(value > 0 for value in us.values()):
+    us, not_frozen = _times_of(row["us"]), _times_of(row.get("us_not_frozen", {}))
+    values = (*us.values(), *not_frozen.values())
+    if not isinstance(row["tokens"], int) or row["tokens"] < 1 or not all(value > 0 for value in values):
         raise ValueError(f"a row of {row['model']} has {row['tokens']!r} tokens or a time that is none")
-    return Row(str(row["model"]), shape, row["tokens"], us, dict(row["left_out"]))
+    return Row(str(row["model"]), shape, row["tokens"], us, dict(row["left_out"]), not_frozen)
+
+
+def _times_of(times: dict[str, Any]) -> dict[str, float]:
+    return {str(name): float(value) for name, value in times.items()}
 
 
 def _typed(row: dict[str, Any], name: str) -> Any:
@@ -219,4 +230,4 @@ def _typed(row: dict[str, Any], name: str) -> Any:
 
 
 def _times(row: Row) -> dict[str, Any]:
-    return {"tokens": row.tokens, "us": row.us, "left_out": row.left_out}
+    return {"tokens": row.tokens, "us": row.us, "us_not_frozen": row.us_not_frozen, "left_out": row.left_out}

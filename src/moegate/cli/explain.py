@@ -14,7 +14,6 @@ from moegate.cli.output import console, errors_in_one_line, new_table, print_jso
 if TYPE_CHECKING:
     from moegate.choice.facts import Machine
     from moegate.choice.plan import Explanation, Plan
-    from moegate.spec import RouterSpec
 
 _TOKENS = "1,4,16,64,4096"
 _NAME_WIDTH, _WIDE = 20, 120  # of a column of names; of a console in which no name needs to be broken
@@ -44,6 +43,12 @@ def explain(
     backend: Annotated[
         str | None, typer.Option(help="Only this one: torch, cuda or flashinfer.", metavar="BACKEND")
     ] = None,
+    frozen: Annotated[
+        bool,
+        typer.Option(
+            "--frozen/--not-frozen", help="The gate's weight is declared constant, as a checkpoint's is, or may change."
+        ),
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list, one object a number of tokens.")] = False,
 ) -> None:
     """Show which kernels run for a model's router, the time to expect, and why no others.
@@ -52,13 +57,17 @@ def explain(
     FlashInfer, that is tried. Times are microseconds in a CUDA graph behind another kernel.
     """
     with errors_in_one_line():
+        from moegate.choice.facts import default_weight_dtype, facts_of
+        from moegate.choice.plan import Plan
+        from moegate.choice.planned import proven_plan
         from moegate.cli.inputs import load_spec
 
         counts = numbers("--tokens", tokens)
         title, spec = load_spec(source)
         machine = _machine(device, installed)
         is_pretended = machine.device is None or installed is not None
-        plan = _plan(spec, machine, policy, backend, is_pretended=is_pretended)
+        facts = facts_of(machine, spec, default_weight_dtype(spec), frozen=frozen)
+        plan = (Plan if is_pretended else proven_plan)(facts, policy, backend)
         found = [plan.explain(count) for count in counts]
     if as_json:
         print_json([explanation.as_dict() for explanation in found])
@@ -97,15 +106,6 @@ def _machine(device: str | None, installed: str | None) -> Machine:
     return pretended
 
 
-def _plan(spec: RouterSpec, machine: Machine, policy: str, backend: str | None, *, is_pretended: bool) -> Plan:
-    from moegate.choice.facts import default_weight_dtype, facts_of
-    from moegate.choice.plan import Plan
-    from moegate.choice.planned import proven_plan
-
-    facts = facts_of(machine, spec, default_weight_dtype(spec))
-    return Plan(facts, policy, backend) if is_pretended else proven_plan(facts, policy, backend)
-
-
 def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> None:
     spec, machine = plan.facts.spec, plan.facts.machine
     shape = f"  {spec.hidden_size} → {spec.num_gate_rows}, top {spec.top_k}"
@@ -115,6 +115,7 @@ def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> No
     if machine.capability is not None:
         flashinfer = "no FlashInfer" if machine.flashinfer is None else f"FlashInfer {machine.flashinfer}"
         out.print(f"installed {flashinfer}", soft_wrap=True)
+    out.print(f"gate      {'frozen' if plan.facts.frozen else 'not frozen'}")
     out.print(f"policy    {plan.policy if plan.backend is None else f'backend {plan.backend}'}")
     out.print()
     table = _new_table(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from moegate.choice.plan import Plan
 from moegate.measure import timing
 from moegate.measure.checks import check_choice
 from moegate.measure.layers import Stage
-from moegate.measure.names import DEFAULT, SAFE, TRANSFORMERS
+from moegate.measure.names import DEFAULT, NOT_FROZEN, SAFE, TRANSFORMERS
 from moegate.measure.record import Record
 from moegate.measure.session import Session
 from moegate.measure.transformers_router import transformers_router
@@ -55,11 +55,13 @@ def measure_case(session: Session, source: Source, tokens: int, way: str) -> dic
     facts = facts_of(session.machine, spec, default_weight_dtype(spec))
     found = session.measure(spec, tokens, way, lambda stage: _peers(stage, source))
     explanation = Plan(facts).explain(tokens)
+    of_not_frozen = Plan(replace(facts, frozen=False)).choice(tokens).candidate
     return {
         "hidden_size": spec.hidden_size,
         "gate_rows": spec.num_gate_rows,
         "top_k": spec.top_k,
         "plan": f"{explanation.backend}:{explanation.kernel}",
+        "plan_not_frozen": of_not_frozen.key(facts) + NOT_FROZEN,
         "expected_us": explanation.expected_us,
         "evidence": explanation.evidence,
         "keeps_contract": [each.key(facts) for each in CANDIDATES if each.breaks(facts, tokens) is None],

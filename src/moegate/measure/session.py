@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from moegate.choice.planned import router_of
 from moegate.measure import timing
 from moegate.measure.checks import check_choice, check_routings
 from moegate.measure.layers import Layers, Stage, gpu
+from moegate.measure.names import NOT_FROZEN
 from moegate.measure.timing import Workload, calibrate
 from moegate.spec import RouterSpec
 
@@ -66,6 +68,8 @@ class Session:
     def measure(self, spec: RouterSpec, tokens: int, way: str, more: Peers | None = None) -> dict[str, dict[str, Any]]:
         """By candidate's key, what `timing.measure` found; `absent` for those of `CANDIDATES` that cannot run.
 
+        Those of the cuda backend twice: with frozen gates, and with `NOT_FROZEN` behind the key.
+
         Args:
             spec: What is routed, with random weights.
             tokens: M, at least 1.
@@ -79,7 +83,10 @@ class Session:
         for candidate in CANDIDATES:
             reason = candidate.supports(facts, tokens) or self._fails(candidate, facts)
             if reason is None:
-                candidates.append(_timed(candidate, facts, stage))
+                candidates.append(_timed(candidate, facts, stage, candidate.key(facts)))
+                if candidate.backend == "cuda":
+                    not_frozen = replace(facts, frozen=False)
+                    candidates.append(_timed(candidate, not_frozen, stage, candidate.key(facts) + NOT_FROZEN))
             else:
                 absent[candidate.key(facts)] = {"absent": reason}
         work = self._stages.workload(stage.sources, len(stage.layers.weights), stage.calls)
@@ -90,15 +97,15 @@ class Session:
         return router.try_out(facts.spec, gpu()) if isinstance(router, FlashInferRouter) else None
 
 
-def _timed(candidate: Candidate, facts: Facts, stage: Stage) -> timing.Candidate:
-    """A candidate of the plan as one to be timed: frozen gates, each layer its own weight."""
+def _timed(candidate: Candidate, facts: Facts, stage: Stage, name: str) -> timing.Candidate:
+    """A candidate of the plan as one to be timed: each layer its own weight."""
     router, spec = router_of(candidate, facts), facts.spec
     weights, tensors, ids = stage.layers.weights, stage.layers.tensors, stage.input_ids
-    prepared = [router.prepare(weight, spec, tensors, frozen=True, pdl=True) for weight in weights]
+    prepared = [router.prepare(weight, spec, tensors, frozen=facts.frozen, pdl=True) for weight in weights]
 
     def call(layer: int, hidden: torch.Tensor) -> Any:
         return router.route(hidden, weights[layer], spec, tensors, ids, prepared[layer]).without_logits()
 
     keeps = candidate.backend != "flashinfer"
     check = check_routings(stage.expected) if keeps else check_choice(stage.expected)
-    return timing.Candidate(candidate.key(facts), call, check, slow=candidate.backend == "torch")
+    return timing.Candidate(name, call, check, slow=candidate.backend == "torch")

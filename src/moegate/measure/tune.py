@@ -10,7 +10,8 @@ from typing import Any
 
 from moegate import __version__, catalog
 from moegate.choice.facts import Machine, default_weight_dtype, facts_of
-from moegate.choice.tables import Row, Table, read, shape_of, write
+from moegate.choice.tables import Row, Shape, Table, read, shape_of, write
+from moegate.measure.names import NOT_FROZEN
 from moegate.measure.record import describe_run
 from moegate.spec import RouterSpec
 
@@ -91,7 +92,7 @@ class Tuning:
         for model, tokens in self.missing():
             spec = self._specs[model]
             shape = shape_of(facts_of(self._table.gpu, spec, default_weight_dtype(spec)))
-            row = Row(model, shape, tokens, *_times(measure(spec, tokens)))
+            row = _row(model, shape, tokens, measure(spec, tokens))
             self._table = replace(self._table, rows=(*self._table.rows, row))
             write(self.partial, self._table)
             if not self.missing():
@@ -99,9 +100,10 @@ class Tuning:
             yield row
 
 
-def _times(found: dict[str, dict[str, Any]]) -> tuple[dict[str, float], dict[str, str]]:
-    """By candidate, the time, or why there is none."""
+def _row(model: str, shape: Shape, tokens: int, found: dict[str, dict[str, Any]]) -> Row:
     own = {key: entry for key, entry in found.items() if ":" in key}
     times = {key: round(entry["us"], 3) for key, entry in own.items() if entry.get("us", 0) > 0}
+    frozen = {key: us for key, us in times.items() if not key.endswith(NOT_FROZEN)}
+    not_frozen = {key.removesuffix(NOT_FROZEN): us for key, us in times.items() if key.endswith(NOT_FROZEN)}
     left_out = {key: entry.get("absent") or "its result was wrong" for key, entry in own.items() if key not in times}
-    return times, left_out
+    return Row(model, shape, tokens, frozen, left_out, not_frozen)

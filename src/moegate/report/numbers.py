@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from moegate.measure.names import DEFAULT, FLOOR, PREDECESSOR, SAFE
+from moegate.measure.names import DEFAULT, FLOOR, NOT_FROZEN, PREDECESSOR, SAFE
 
 Row = dict[str, Any]
 WAYS = {
@@ -73,13 +73,14 @@ def share_of_floor(row: Row) -> float | None:
     return None if floor is None or ours is None else floor / ours
 
 
-def plan_ratio(row: Row) -> float | None:
+def plan_ratio(row: Row, *, frozen: bool = True) -> float | None:
     """The time of what the plan chose by that of the best candidate that keeps the contract; None: no time for it.
 
     Both as candidates, each in a graph of its own: `DEFAULT` is the chosen one once more, which `timed_twice` tells.
     """
-    times = [time for name in row["keeps_contract"] if (time := time_of(row, name)) is not None]
-    chosen = time_of(row, row["plan"])
+    behind = "" if frozen else NOT_FROZEN
+    times = [time for name in row["keeps_contract"] if (time := time_of(row, name + behind)) is not None]
+    chosen = time_of(row, row["plan"] if frozen else row.get("plan_not_frozen", ""))
     return None if chosen is None or not times else chosen / min(times)
 
 
@@ -145,13 +146,15 @@ def verdicts(rows: list[Row]) -> list[str]:
 
 def _of_the_plan(rows: list[Row]) -> list[str]:
     said = []
-    ratios = [(ratio, row) for row in rows if (ratio := plan_ratio(row)) is not None]
-    if ratios:
+    for gate, frozen in (("a frozen gate", True), ("one that is not frozen", False)):
+        ratios = [(ratio, row) for row in rows if (ratio := plan_ratio(row, frozen=frozen)) is not None]
+        if not ratios:
+            continue
         worst, row = max(ratios, key=lambda item: item[0])
         kept = "keeps" if worst <= ALLOWED else "MISSES"
         said.append(
-            f"The default plan {kept} the aim of at most {ALLOWED - 1:.0%} above the best candidate that keeps the "
-            f"contract: at worst {worst:.3f} of its time ({_case(row)}), in {len(ratios)} cases."
+            f"The default plan of {gate} {kept} the aim of at most {ALLOWED - 1:.0%} above the best candidate that "
+            f"keeps the contract: at worst {worst:.3f} of its time ({_case(row)}), in {len(ratios)} cases."
         )
     twice = [(abs(math.log(ratio)), row) for row in rows if (ratio := timed_twice(row)) is not None]
     if twice:

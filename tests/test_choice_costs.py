@@ -43,7 +43,7 @@ def test_measured_and_between_and_beyond(shipped: Callable[..., None]) -> None:
     shipped(a_table(deepseek_v3={4: {DECODE: 2.0}, 16: {DECODE: 8.0}}))
     assert costs.expected(facts(), DECODE, 4) == (2.0, "measured on GPU X")
     assert costs.expected(facts(), DECODE, 8) == (4.0, "interpolated between M = 4 and 16 on GPU X")
-    assert costs.expected(facts(), DECODE, 64) == (32.0, "extrapolated from M = 4 and 16 on GPU X")
+    assert costs.expected(facts(), DECODE, 64) == (32.0, "extrapolated from M = 4 and 16 on GPU X")  # half a us a token
     assert costs.expected(facts(), DECODE, 1) == (2.0, "taken from M = 4 on GPU X")  # few tokens are latency
     assert costs.expected(facts(), OPS, 4) is None
     assert costs.expected(facts(), OPS, 0) == (0.0, "nothing is launched")
@@ -174,6 +174,20 @@ BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
     "a list": (lambda text: "[]", "schema 'list', where this version reads 1"),
     "another schema": (_text(lambda table: table.update(schema=99)), "schema 99, where this version reads 1"),
     "no rows": (_text(lambda table: table.pop("rows")), "no 'rows'"),
+    "not one row": (_text(lambda table: table.update(rows=[])), "it has no rows"),
+    "endless": (lambda text: "[" * 100_000, "cannot be used: "),
+    "no size": (_text(lambda table: table["rows"][0].update(hidden_size=0)), "the sizes [0, 256, 8]"),
+    "true for a size": (_text(lambda table: table["rows"][0].update(top_k=True)), "top_k = True"),
+    "a dtype": (_text(lambda table: table["rows"][0].update(weight_dtype="int8")), "weight_dtype = 'int8'"),
+    "an endless time": (
+        _text(lambda table: table["rows"][0].update(us={DECODE: math.inf})),
+        "inf for cuda:router_gemm",
+    ),
+    "text for a time": (_text(lambda table: table["rows"][0].update(us={DECODE: "3.1"})), "'3.1' for cuda"),
+    "half of the others": (
+        _text(lambda table: table["rows"].append({**table["rows"][0], "us_not_frozen": {DECODE: 4.0}})),
+        "some rows have times of gates that are not frozen, others none",
+    ),
     "no commit": (_text(lambda table: table["made"].pop("moegate_commit")), "made has no moegate_commit"),
     "text for a size": (_text(lambda table: table["rows"][0].update(gate_rows="256")), "gate_rows = '256'"),
     "no time": (_text(lambda table: table["rows"][0].update(us={DECODE: 0.0})), "a time that is none"),

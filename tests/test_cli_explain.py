@@ -152,7 +152,14 @@ def test_wrong_arguments(arguments: tuple[str, ...], message: str) -> None:
 
 def test_a_folder_with_a_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(catalog.get_model("deepseek-v3").config))
-    assert told("explain", tmp_path, "--device", "sm_90") == told("explain", "deepseek-v3", "--device", "sm_90")
+    expected = told("explain", "deepseek-v3", "--device", "sm_90")
+    for source in (tmp_path, tmp_path / "config.json"):
+        assert told("explain", source, "--device", "sm_90") == expected
+
+
+def test_where_the_two_products_are_told_apart_is_said() -> None:
+    for row in told("explain", "deepseek-v3", "--device", "sm_90", "--tokens", "65,4096"):
+        assert "router_gemm up to 64 tokens and cuBLAS beyond" in row["why"] or row["tokens"] == 4096
 
 
 # A gate's own word, the log and the warnings.

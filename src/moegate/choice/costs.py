@@ -108,7 +108,10 @@ def _curves(table: Table, key: str, frozen: bool) -> dict[Shape, tuple[str, _Cur
 
 
 def _at(curve: _Curve, num_tokens: float) -> tuple[float, str | None]:
-    """The time at a number of tokens, and how it was found if it was not measured: in the logarithms of both."""
+    """The time at a number of tokens, and how it was found if it was not measured.
+
+    Between two that were, in the logarithms of both; beyond, by what each further token took.
+    """
     if num_tokens in curve:
         return curve[int(num_tokens)], None
     known = sorted(curve)
@@ -116,11 +119,12 @@ def _at(curve: _Curve, num_tokens: float) -> tuple[float, str | None]:
         return curve[known[0]], f"taken from M = {known[0]}"
     above = next((index for index, tokens in enumerate(known) if tokens > num_tokens), len(known) - 1)
     low, high = known[max(above, 1) - 1], known[max(above, 1)]
+    if num_tokens > high:
+        of_token = max(0.0, curve[high] - curve[low]) / (high - low)
+        return curve[high] + of_token * (num_tokens - high), f"extrapolated from M = {low} and {high}"
     share = math.log(num_tokens / low) / math.log(high / low)
     us = math.exp((1 - share) * math.log(curve[low]) + share * math.log(curve[high]))
-    if num_tokens < known[-1]:
-        return us, f"interpolated between M = {low} and {high}"
-    return us, f"extrapolated from M = {low} and {high}"
+    return us, f"interpolated between M = {low} and {high}"
 
 
 def _nearest(curves: dict[Shape, tuple[str, _Curve]], shape: Shape) -> list[tuple[Shape, float]]:

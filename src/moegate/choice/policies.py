@@ -132,8 +132,11 @@ def _cheapest(able: list[Candidate], facts: Facts, num_tokens: int) -> tuple[Can
 
     Beyond the tokens at which all were measured, their times there decide: lines drawn on from there cross by noise.
     """
+    fastest = "the fastest"
     if ROUTER_GEMM in able and CUBLAS in able:
-        able.remove(CUBLAS if num_tokens <= gemm_tokens(facts) else ROUTER_GEMM)
+        most = gemm_tokens(facts)
+        able.remove(CUBLAS if num_tokens <= most else ROUTER_GEMM)
+        fastest += f", router_gemm up to {most} tokens and cuBLAS beyond,"
     if len(able) == 1:
         return able[0], "the only one"
     measured_to = min(costs.most_tokens(facts.machine, candidate.key(facts)) for candidate in able)
@@ -142,4 +145,4 @@ def _cheapest(able: list[Candidate], facts: Facts, num_tokens: int) -> tuple[Can
     times = [cost.us for cost in known if cost is not None]
     if measured_to == 0 or len(times) < len(able):
         return able[0], "the first, since not all have a known time,"
-    return able[times.index(min(times))], "the fastest"
+    return able[times.index(min(times))], fastest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -21,6 +22,7 @@ from moegate.choice.facts import Facts, Machine
 from moegate.spec import RouterSpec
 
 SCHEMA = 1
+_WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 _MADE = ("date", "command", "moegate", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
 
 
@@ -128,7 +130,11 @@ def read(path: Any) -> Table:
         absent = [name for name in _MADE if name not in made]
         if absent:
             raise ValueError(f"made has no {', '.join(absent)}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not rows:
+            raise ValueError("it has no rows")
+        if len({bool(row.us_not_frozen) for row in rows if any(key.startswith("cuda:") for key in row.us)}) > 1:
+            raise ValueError("some rows have times of gates that are not frozen, others none")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"the cost table {path} cannot be used: {reason}") from None
     return Table(machine, dict(made), rows)
@@ -212,19 +218,21 @@ def _distance(of: Machine, to: Machine) -> tuple[bool, int, int, float]:
 def _row(row: dict[str, Any]) -> Row:
     shape = Shape(**{name: _typed(row, name) for name in Shape._fields})
     us, not_frozen = _times_of(row["us"]), _times_of(row.get("us_not_frozen", {}))
-    values = (*us.values(), *not_frozen.values())
-    if not isinstance(row["tokens"], int) or row["tokens"] < 1 or not all(value > 0 for value in values):
-        raise ValueError(f"a row of {row['model']} has {row['tokens']!r} tokens or a time that is none")
+    if _typed(row, "tokens") < 1 or min(shape[:3]) < 1:
+        raise ValueError(f"a row of {row['model']} has {row['tokens']} tokens and the sizes {list(shape[:3])}")
     return Row(str(row["model"]), shape, row["tokens"], us, dict(row["left_out"]), not_frozen)
 
 
 def _times_of(times: dict[str, Any]) -> dict[str, float]:
-    return {str(name): float(value) for name, value in times.items()}
+    for name, value in times.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{value!r} for {name}, a time that is none")
+    return {name: float(value) for name, value in times.items()}
 
 
 def _typed(row: dict[str, Any], name: str) -> Any:
     expected = str if name in ("weight_dtype", "router") else int
-    if not isinstance(row[name], expected):
+    if type(row[name]) is not expected or (name == "weight_dtype" and row[name] not in _WEIGHT_DTYPES):
         raise ValueError(f"{name} = {row[name]!r}")
     return row[name]
 

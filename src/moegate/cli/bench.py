@@ -41,7 +41,9 @@ def bench(
     ] = None,
     render: Annotated[
         Path | None,
-        typer.Option("--render", help="Measure nothing: only make the page of DIR/bench.json.", metavar="DIR"),
+        typer.Option(
+            "--render", help="Measure nothing: print the tables of DIR/bench.json and make its page.", metavar="DIR"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of the table.")] = False,
 ) -> None:

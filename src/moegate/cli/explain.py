@@ -117,6 +117,8 @@ def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> No
         out.print(f"installed {flashinfer}", soft_wrap=True)
     out.print(f"gate      {'frozen' if plan.facts.frozen else 'not frozen'}")
     out.print(f"policy    {plan.policy if plan.backend is None else f'backend {plan.backend}'}")
+    for note, counts in _by_tokens(found, lambda row: row.notes).items():
+        out.print(Text(f"note      M = {counts}: ", style="yellow").append(str(note)), soft_wrap=True)
     out.print()
     table = _new_table(out)
     table.add_column("tokens", justify="right", no_wrap=True)
@@ -131,8 +133,6 @@ def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> No
     out.print(table)
     out.print()
     _print_rejected(found, out)
-    for note, counts in _by_tokens(found, lambda row: row.notes).items():
-        out.print(Text(f"note      M = {counts}: ", style="yellow").append(str(note)), soft_wrap=True)
 
 
 def _print_rejected(found: list[Explanation], out: Console) -> None:

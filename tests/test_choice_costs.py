@@ -184,10 +184,6 @@ BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
         "inf for cuda:router_gemm",
     ),
     "text for a time": (_text(lambda table: table["rows"][0].update(us={DECODE: "3.1"})), "'3.1' for cuda"),
-    "half of the others": (
-        _text(lambda table: table["rows"].append({**table["rows"][0], "us_not_frozen": {DECODE: 4.0}})),
-        "some rows have times of gates that are not frozen, others none",
-    ),
     "no commit": (_text(lambda table: table["made"].pop("moegate_commit")), "made has no moegate_commit"),
     "text for a size": (_text(lambda table: table["rows"][0].update(gate_rows="256")), "gate_rows = '256'"),
     "no time": (_text(lambda table: table["rows"][0].update(us={DECODE: 0.0})), "a time that is none"),

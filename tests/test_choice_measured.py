@@ -154,6 +154,10 @@ def test_a_gate_that_is_not_frozen_says_whose_times_it_tells(
         gate = Gate(spec, torch.zeros(128, 2048, dtype=torch.bfloat16), frozen=frozen)
         assert gate.explain(1).expected_us == us
         assert gate.explain(1).notes == ()
+    table = a_table(qwen3_30b_a3b={1: {DECODE: 3.0}, 4: {DECODE: 3.0}}, not_frozen={DECODE: 3.5})
+    shipped(dataclasses.replace(table, rows=(table.rows[0], dataclasses.replace(table.rows[1], us_not_frozen={}))))
+    gate = Gate(spec, torch.zeros(128, 2048, dtype=torch.bfloat16))
+    assert gate.explain(4).notes == ("the times are a frozen gate's; this one is not frozen",)
 
 
 def test_a_gate_that_is_not_frozen_is_planned_by_its_own_times(

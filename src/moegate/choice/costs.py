@@ -72,10 +72,10 @@ def neighbours(facts: Facts, key: str, num_tokens: int) -> tuple[Neighbour, ...]
 
 
 @cache
-def tells_of_not_frozen(machine: Machine) -> bool:
-    """False: the table for a machine has the times of frozen gates alone."""
+def tells_of_not_frozen(machine: Machine, key: str) -> bool:
+    """False: somewhere the table for a machine has a candidate's time with frozen gates alone."""
     table = table_for(machine).table
-    return table is not None and any(row.us_not_frozen for row in table.rows)
+    return table is not None and all(key in row.us_not_frozen for row in table.rows if key in row.us)
 
 
 @cache

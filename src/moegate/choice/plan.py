@@ -122,9 +122,11 @@ class Plan:
         if num_tokens < 0:
             raise ValueError(f"num_tokens: got {num_tokens}; allowed: 0 or more")
         choice = self.choice(num_tokens)
-        cost = costs.expected(self.facts, choice.candidate.key(self.facts), num_tokens)
+        key = choice.candidate.key(self.facts)
+        cost = costs.expected(self.facts, key, num_tokens)
         notes = [] if choice.passed_over is None else [choice.passed_over]
-        if cost is not None and not self.facts.frozen and not costs.tells_of_not_frozen(self.facts.machine):
+        differs = choice.candidate.backend == "cuda" and not self.facts.frozen
+        if cost is not None and differs and not costs.tells_of_not_frozen(self.facts.machine, key):
             notes.append("the times are a frozen gate's; this one is not frozen")
         others = [candidate for candidate in CANDIDATES if candidate is not choice.candidate]
         return Explanation(

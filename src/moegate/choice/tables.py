@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 from platformdirs import user_cache_path
 
 from moegate import __version__
+from moegate.arguments import FLOATS
 from moegate.backends.cuda import jit
 from moegate.choice.facts import Facts, Machine
 from moegate.spec import RouterSpec
 
 SCHEMA = 1
-_WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
+_WEIGHT_DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
 _MADE = ("date", "command", "moegate", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
 
 
@@ -132,8 +133,6 @@ def read(path: Any) -> Table:
             raise ValueError(f"made has no {', '.join(absent)}")
         if not rows:
             raise ValueError("it has no rows")
-        if len({bool(row.us_not_frozen) for row in rows if any(key.startswith("cuda:") for key in row.us)}) > 1:
-            raise ValueError("some rows have times of gates that are not frozen, others none")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"the cost table {path} cannot be used: {reason}") from None

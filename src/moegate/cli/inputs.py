@@ -94,7 +94,7 @@ def load_spec(source: str) -> tuple[str, RouterSpec]:
 
 
 def _folder(source: str) -> Path | None:
-    """The source as a checkpoint folder; None if it is a name of the catalog, or may be a misspelt one."""
+    """The source as a checkpoint folder, or the one whose config.json it is; None: a name, or a misspelt one."""
     path = Path(source).expanduser()
     path = path.parent if path.name == "config.json" else path
     is_path = os.sep in source or source.startswith((".", "~"))

@@ -116,6 +116,8 @@ def main() -> None:
     environment = {**os.environ, "PIP_CONSTRAINT": str(pinned), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     what = f".[{extras(torch)}]"
     install = [str(python), "-m", "pip", "install", "-q", "-e", what]
+    if torch:  # packages of the host beside its torch may want other versions than ours; nothing here runs them
+        install.append("--no-warn-conflicts")
     if subprocess.run(install, env=environment, cwd=ROOT).returncode:
         sys.exit(f"pip failed; what it says without -q: PIP_CONSTRAINT={pinned} {python} -m pip install -e '{what}'")
     STAMP.write_text(fingerprint)

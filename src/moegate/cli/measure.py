@@ -15,7 +15,9 @@ from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
 _BLOCK = 4096  # rows held against float64 at a time, which takes 8 bytes a number
-_ENOUGH = 300_000.0  # microseconds of calls, for a median to settle
+_ENOUGH = 300_000.0  # microseconds, for a median to settle
+_CALLS = 20  # of a graph, or between two events
+_SLEEP = 100_000  # cycles, some 50 us
 
 
 def compare(
@@ -73,28 +75,32 @@ def _compare_block(
 
 @dataclass(frozen=True)
 class Timing:
-    """The median time of a call."""
+    """Microseconds of a call."""
 
     median_us: float
     repeats: int
+    graph_us: float | None = None
+    """Of a call in a CUDA graph, in which the host takes no part; None without a GPU."""
 
 
 def time_call(call: Callable[[], object], device: torch.device) -> Timing:
-    """Times a call after a warm-up: on a GPU between two events on its stream, elsewhere by the clock."""
+    """Times a call after a warm-up: on a GPU between two events around many of them, elsewhere by the clock."""
     if device.type != "cuda":
-        return _timing(lambda: _clocked(call))
+        times = _times(lambda: _clocked(call), least=20)
+        return Timing(statistics.median(times), len(times))
     with torch.cuda.device(device):
-        return _timing(lambda: _between_events(call))
+        times = _times(lambda: _between_events(lambda: _many(call)), least=5)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            _many(call)
+        replays = _times(lambda: _between_events(graph.replay, sleep=_SLEEP), least=5)
+    return Timing(statistics.median(times) / _CALLS, len(times), statistics.median(replays) / _CALLS)
 
 
-def _timing(once: Callable[[], float]) -> Timing:
-    _repeat(once, 3)  # to warm up
-    times = _repeat(once, 20)
-    return Timing(statistics.median(times), len(times))
-
-
-def _repeat(once: Callable[[], float], least: int) -> list[float]:
-    """The microseconds of at least so many calls and 0.3 s, at most 1000 calls or 3 s."""
+def _times(once: Callable[[], float], least: int) -> list[float]:
+    """At least so many times and 0.3 s of them, at most 1000 or 3 s, in microseconds, after a few to warm up."""
+    for _ in range(3):
+        once()
     times: list[float] = []
     total = 0.0
     while (len(times) < least or total < _ENOUGH) and len(times) < 1000 and total < 10 * _ENOUGH:
@@ -109,10 +115,17 @@ def _clocked(call: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
-def _between_events(call: Callable[[], object]) -> float:
+def _many(call: Callable[[], object]) -> None:
+    for _ in range(_CALLS):
+        call()
+
+
+def _between_events(work: Callable[[], object], sleep: int = 0) -> float:
+    """`sleep` keeps the GPU busy until the host has launched a graph, which is not to count."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(sleep)
     start.record()
-    call()
+    work()
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) * 1e3

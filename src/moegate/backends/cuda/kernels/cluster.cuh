@@ -36,16 +36,18 @@ __forceinline__ void wait_for_bytes(uint64* barrier) {
   }
 }
 
-__forceinline__ void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+// All blocks are there, and the first one's barrier: by all threads, after `expect_bytes` and before anyone sends. In two
+// steps, so that a block that started early loads meanwhile. Relaxed, since `expect_bytes` has a fence of its own: a
+// release would wait for every load that is on its way.
+__forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 #else  // never called: the plan of such a chip gives each row tile one block
 
 __forceinline__ void expect_bytes(uint64*, int) {}
 __forceinline__ void send_to_first_block(float*, float, uint64*) {}
 __forceinline__ void wait_for_bytes(uint64*) {}
-__forceinline__ void sync_cluster() {}
+__forceinline__ void arrive_at_cluster() {}
+__forceinline__ void wait_for_cluster() {}
 
 #endif

@@ -274,11 +274,12 @@ struct RouterGemm {
     prefetch_weight(Config::kFrozen ? kAhead : 0);
     if constexpr (kSplit > 1) {
       if (threadIdx.x == 0 and rank == 0) expect_bytes(arrived, (kSplit - 1) * count_sums() * 4);
-      sync_cluster();  // the first block and its barrier must be there before anyone sends to it
+      arrive_at_cluster();
     }
     wait_for_predecessor();
     if constexpr (not Config::kFrozen) load_weight<false>(0);
     multiply_share(partial);
+    if constexpr (kSplit > 1) wait_for_cluster();  // the first block and its barrier are there: now others may send
     __syncthreads();
     reduce_and_store(partial, by_rank, arrived);
   }

@@ -28,13 +28,14 @@ def time_by_tokens(rows: list[Row], names: list[str]) -> go.Figure:
         names: All candidates of the page, so that what has one name for people has one colour on it.
     """
     figure = go.Figure()
-    labels = list(dict.fromkeys(label(name) for name in names))
+    own = {DEFAULT: _OURS, SAFE: _OURS, FLOOR: _NO_ROUTER}
+    others = list(dict.fromkeys(label(name) for name in names if name not in own))
     for name in names:
         points = [(int(row["tokens"]), time) for row in rows if (time := time_of(row, name)) is not None]
         if not points:
             continue
-        place = labels.index(label(name))
-        colour = {DEFAULT: _OURS, FLOOR: _NO_ROUTER}.get(name, _COLOURS[place % len(_COLOURS)])
+        place = others.index(label(name)) if name not in own else 0
+        colour = own.get(name, _COLOURS[place % len(_COLOURS)])
         dash = "dot" if name == FLOOR else "dash" if name == SAFE else "solid"
         figure.add_scatter(
             x=[tokens for tokens, _ in points],

@@ -20,7 +20,7 @@ GPU_TESTS := PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) $(PYTHON) -m pytest -q -n au
 test-gpu:
 	mkdir -p $(RESULTS)
 	set -o pipefail; { \
-	  PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH):$(CURDIR) $(PYTHON) -m moegate.measure.record && \
+	  PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH):$(CURDIR) $(PYTHON) -m moegate.measure.record make test-gpu && \
 	  $(GPU_TESTS) --device cuda tests/test_contract_*.py tests/test_gate.py tests/test_properties.py \
 	    tests/test_arguments.py tests/test_ops.py && \
 	  $(GPU_TESTS) -m gpu tests/test_cuda_bits.py tests/test_cuda_gpu.py tests/test_cuda_streams.py \
@@ -31,7 +31,7 @@ test-gpu:
 # memory has tests of its own in test_cuda_streams.py.
 sanitize-gpu:
 	mkdir -p $(RESULTS)
-	set -o pipefail; { PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) $(PYTHON) -m moegate.measure.record && \
+	set -o pipefail; { PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) $(PYTHON) -m moegate.measure.record make sanitize-gpu && \
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  echo "== $$tool"; PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 	    compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 9 $(PYTHON) tests/sanitized.py || exit 1; \

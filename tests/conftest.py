@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from moegate.backends.cuda import memory
 from moegate.choice import tables
+from moegate.warn import warn_once
 
 # The same examples in every run, so that a red run is red again; `--hypothesis-profile explore` draws new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -57,6 +59,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where the contract's tests run moegate."""
     return on_device.DEVICE
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The registers of the kernels that test_cuda_compile.py compiled: the fewest and the most of each."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for arch, kernel, count in re.findall(r"^(sm_\w+) (\w+): (\d+) registers", report.capstdout, re.MULTILINE):
+            found.setdefault(arch, {}).setdefault(kernel, []).append(int(count))
+    if found:
+        terminalreporter.section("registers of the kernels, none spilled")
+    for arch, kernels in sorted(found.items()):
+        ranges = (f"{kernel} {min(counts)} to {max(counts)}" for kernel, counts in sorted(kernels.items()))
+        terminalreporter.write_line(f"{arch}: {', '.join(ranges)}")
+
+
+@pytest.fixture(autouse=True)
+def fresh_warnings() -> None:
+    """What warns once a process does so in each test."""
+    warn_once.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,20 @@ from moegate.backends.cuda import sources, tiling
 from moegate.contract.verify import verify_logits, verify_routing
 from moegate.routing import RouterTensors
 
-H200_SMS = 132
+# The fewest and the most multiprocessors of the GPUs of a compute capability, by NVIDIA's data sheets: the plan of a
+# product goes by them.
+SMS = {
+    80: (56, 108),  # A30, A100
+    86: (16, 84),  # RTX 3050 laptop, RTX A6000
+    87: (8, 16),  # Orin NX, AGX Orin
+    89: (20, 142),  # RTX 4050 laptop, L40
+    90: (78, 132),  # H20, H100 and H200
+    100: (148, 148),  # B200
+    103: (148, 160),  # B300
+    110: (20, 20),  # Thor
+    120: (20, 188),  # RTX 5050, RTX PRO 6000
+    121: (48, 48),  # GB10
+}
 # The most that a block can have of shared memory: CUDA C++ Programming Guide, table of compute capabilities.
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 120: 99 << 10, 121: 99 << 10}
 DEEPSEEK_V3 = RouterSpec(
@@ -26,15 +39,18 @@ def number_of(arch: str) -> int:
     return int("".join(filter(str.isdigit, arch)))
 
 
-def gemm_text(
+def gemm_texts(
     arch: str, hidden_size: int, rows: int, dtypes: sources.GemmDtypes, norm_eps: float | None, *, frozen: bool
-) -> str:
-    """The text of a router GEMM, as it is planned for a chip of that architecture with as many SMs as an H200."""
+) -> list[str]:
+    """The texts of a router GEMM, as it is planned for the smallest and the largest chip of that architecture."""
     operand_parts = tiling.parts(dtypes.hidden, dtypes.weight, norm_eps is not None)[:2]
     number = number_of(arch)
-    chip = tiling.Chip(H200_SMS, number >= 90, SHARED_BYTES.get(number, 227 << 10))
-    of_chip = tiling.plan_gemm(hidden_size, rows, operand_parts, chip)
-    return sources.gemm_source(hidden_size, rows, dtypes, norm_eps, of_chip, frozen=frozen)
+    texts = []
+    for num_sms in SMS[number]:
+        chip = tiling.Chip(num_sms, number >= 90, SHARED_BYTES.get(number, 227 << 10))
+        of_chip = tiling.plan_gemm(hidden_size, rows, operand_parts, chip)
+        texts.append(sources.gemm_source(hidden_size, rows, dtypes, norm_eps, of_chip, frozen=frozen))
+    return list(dict.fromkeys(texts))
 
 
 def select_text(spec: RouterSpec, *, aligned: bool = True, frozen: bool = False) -> str:

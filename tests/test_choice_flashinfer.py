@@ -21,7 +21,7 @@ from moegate import Gate, get_spec
 from moegate.backends.flashinfer import limits
 from moegate.backends.flashinfer import router as flashinfer_router
 from moegate.catalog.synthetic import random_hidden, random_tensors
-from moegate.choice import facts, plan
+from moegate.choice import facts
 
 SPEC = get_spec("deepseek-v3")
 WEIGHT, TENSORS = random_tensors(SPEC)
@@ -63,7 +63,6 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[Package]:
     vars(modules["flashinfer.fused_moe"])["fused_topk_deepseek"] = fake.top_k
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    plan.warn_once.cache_clear()
     yield fake
     forget()
 
@@ -165,7 +164,6 @@ def test_the_command_tries_what_the_plan_would_run(package: Package, monkeypatch
 )
 def test_without_it_nothing_is_imported(monkeypatch: pytest.MonkeyPatch, machine: facts.Machine, reason: str) -> None:
     pretend(monkeypatch, machine)
-    plan.warn_once.cache_clear()
     monkeypatch.setitem(sys.modules, "flashinfer", None)  # an import raises
     with pytest.warns(RuntimeWarning, match=reason):
         explanation = a_gate(policy="sglang").explain(1)

@@ -16,7 +16,9 @@ import torch
 from command_line import refused, run
 from machines import forget, pretend, pretended
 
+import moegate
 from moegate import Gate, RouterSpec, catalog, get_spec
+from moegate.backends.cuda import CudaBackend
 from moegate.catalog.synthetic import random_gate
 from moegate.choice import costs
 from moegate.choice.facts import Facts
@@ -122,7 +124,12 @@ def test_every_router_of_the_catalog_has_a_plan(name: str, chip: str) -> None:
     ("arguments", "message"),
     [
         (("deepsek-v3",), "'deepsek-v3' is neither a name of the catalog nor a folder"),
-        (("deepseek-v3", "--tokens", "1,-4"), "--tokens: got '1,-4'; allowed: numbers with commas"),
+        (("deepseek-v3", "--tokens", "1,-4"), "--tokens: got '1,-4'; allowed: numbers up to 1048576 with commas"),
+        (("deepseek-v3", "--tokens", "9" * 24), "allowed: numbers up to 1048576 with commas"),
+        (
+            ("deepseek-ai/DeepSeek-V3",),
+            "no folder deepseek-ai/DeepSeek-V3; did you mean 'deepseek-v3'? Nothing is down",
+        ),
         (
             ("deepseek-v3", "--device", "sm_7"),
             "device = 'sm_7'; allowed here: cpu (PyTorch finds no GPU); or a GPU that need not be here: sm_70, ",
@@ -177,6 +184,8 @@ def test_a_gate_explains_itself_and_is_logged_once(caplog: pytest.LogCaptureFixt
     assert (explanation.tokens, explanation.backend, explanation.kernel) == (3, "torch", "mm+ops")
     with pytest.raises(TypeError, match="num_tokens: got str; allowed: an int"):
         gate.explain("16")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="num_tokens: got bool; allowed: an int"):
+        gate.explain(True)
     with pytest.raises(ValueError, match="num_tokens: got -1; allowed: 0 or more"):
         gate.explain(-1)
 
@@ -190,6 +199,22 @@ def test_a_slow_path_warns_once_with_the_way_out(monkeypatch: pytest.MonkeyPatch
         gates = [random_gate(spec) for _ in range(3)]
     assert len(seen) == 1
     assert gates[0].explain(1).backend == "torch"
+
+
+def test_route_warns_of_a_slow_path_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = RouterSpec(hidden_size=64, num_experts=16, top_k=2)
+    pretend(monkeypatch, dataclasses.replace(pretended((9, 0), None), no_nvrtc="no NVRTC: `pip install it`"))
+    with pytest.warns(RuntimeWarning, match="cannot run on a GPU: no NVRTC") as seen:
+        _ = [moegate.route(torch.zeros(2, 64), torch.zeros(16, 64), spec) for _ in range(3)]
+    assert len(seen) == 1
+
+
+def test_router_gemm_warns_of_a_k_that_its_kernel_cannot_take() -> None:
+    hidden, weight = torch.ones(2, 63), torch.ones(4, 63)
+    with pytest.warns(RuntimeWarning, match="K = 63 is not a multiple of 8") as seen:
+        found = [CudaBackend().router_gemm(hidden, weight, None, torch.float32) for _ in range(2)]
+    assert len(seen) == 1
+    assert found[1].tolist() == [[63.0] * 4] * 2
 
 
 def test_the_log_names_the_mix_of_a_plan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -48,13 +48,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def fresh_warnings() -> Iterator[None]:
-    cache._warn_once.cache_clear()
-    yield
-    cache._warn_once.cache_clear()
-
-
-@pytest.fixture
 def fresh_reason() -> Iterator[None]:
     for known in (compiler.missing_compiler, compiler._version):
         known.cache_clear()
@@ -104,7 +97,6 @@ def test_a_damaged_entry_is_replaced(folder: Path, damage: str, monkeypatch: pyt
 
 
 @needs_nvrtc
-@pytest.mark.usefixtures("fresh_warnings")
 def test_an_impossible_folder_warns_once(folder: Path) -> None:
     folder.parent.mkdir(parents=True)
     folder.write_text("a file, where a folder should be")
@@ -116,7 +108,6 @@ def test_an_impossible_folder_warns_once(folder: Path) -> None:
 
 
 @needs_nvrtc
-@pytest.mark.usefixtures("fresh_warnings")
 def test_a_folder_without_the_right_to_write_warns_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*arguments: object, **named: object) -> NoReturn:
         raise PermissionError(13, "Permission denied")
@@ -132,7 +123,6 @@ def test_a_folder_without_the_right_to_write_warns_once(folder: Path, monkeypatc
 
 
 @needs_nvrtc
-@pytest.mark.usefixtures("fresh_warnings")
 def test_a_failed_replacement_leaves_no_file_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> NoReturn:
         raise OSError(28, "No space left on device")

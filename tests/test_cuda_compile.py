@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
-from cuda_kernels import gemm_text, select_text
+from cuda_kernels import gemm_texts, select_text
 from routers import SPECS
 
 from moegate.backends.cuda import jit
@@ -96,8 +96,8 @@ def gemm_problems(arch: str, case: GemmCase, *, frozen: bool) -> list[str]:
         None if case.norm_eps is None else case.weight,
         case.logits,
     )
-    text = gemm_text(arch, case.hidden_size, case.rows, dtypes, case.norm_eps, frozen=frozen)
-    return problems_of(text, arch, f"{case}, frozen={frozen}")
+    texts = gemm_texts(arch, case.hidden_size, case.rows, dtypes, case.norm_eps, frozen=frozen)
+    return [problem for text in texts for problem in problems_of(text, arch, f"{case}, frozen={frozen}")]
 
 
 @pytest.mark.parametrize("frozen", [False, True])

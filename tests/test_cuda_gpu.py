@@ -21,7 +21,7 @@ from torch import Tensor
 
 import moegate
 from moegate import Gate, RouterSpec, Routing
-from moegate.backends.cuda import alignment, gemm, router, selection
+from moegate.backends.cuda import gemm, router, selection
 from moegate.backends.cuda.sources import GemmDtypes
 from moegate.contract.verify import verify_logits, verify_routing
 
@@ -53,7 +53,6 @@ def test_every_spec_runs_on_the_kernels(name: str, frozen: bool) -> None:
 @pytest.mark.parametrize("hidden_size", [1, 63, 100, 7166])
 def test_a_k_that_no_lane_can_load_warns_once_and_works(hidden_size: int) -> None:
     spec = RouterSpec(hidden_size, 48, 4, "sigmoid", renormalize=True)
-    router._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match=f"K = {hidden_size} is not a multiple of 8"):
         gate = gate_on_gpu(spec)
     with warnings.catch_warnings():
@@ -142,7 +141,6 @@ def test_misaligned_hidden_gives_the_same_bits_and_warns_once(how: str, dtype: t
     gate, hidden = gate_on_gpu(SPEC, dtype), random_hidden(SPEC, 33, dtype)
     expected = run(gate, hidden)
     moved = shifted(hidden) if how == "offset by one" else apart(hidden, 1)
-    alignment._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="hidden is copied in every call"):
         assert_same_bits(run(gate, moved), expected)
     with warnings.catch_warnings():
@@ -153,7 +151,6 @@ def test_misaligned_hidden_gives_the_same_bits_and_warns_once(how: str, dtype: t
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_aligned_rows_apart_are_read_in_place(dtype: torch.dtype) -> None:
     gate, hidden = gate_on_gpu(SPEC, dtype), random_hidden(SPEC, 33, dtype)
-    alignment._warn_once.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same_bits(run(gate, apart(hidden, 8)), run(gate, hidden))

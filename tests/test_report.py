@@ -53,6 +53,7 @@ def test_a_plan_is_held_against_other_kernels_and_the_gate_against_its_own(conte
     plan, twice, *_ = numbers.verdicts(content["rows"])
     assert "The default plan of a frozen gate MISSES the aim" in plan
     assert "at worst 1.080 of its time (deepseek-v3, M = 64, trigger)" in plan
+    assert "of which 1 have more than one such candidate" in plan
     assert "at worst 50.0% (deepseek-v3, M = 64, trigger)" in twice
 
     assert numbers.plan_ratio(row, frozen=False) is None  # as before gates that are not frozen had plans of their own

@@ -43,8 +43,9 @@ in one run, so that a ratio never mixes two runs. **Cold**: different weights in
 256 calls suffice for that. **Hot**: one weight. **In a chain**: a kernel writes `hidden`, then the call, cold;
 less that kernel alone, measured in the same turns. The **floor** reads the weight and `hidden` and computes nothing.
 A ratio is a peer's time by that of `moegate frozen` (or the first column): above 1, moegate is faster; in brackets
-the 10th and 90th percentile of replays side by side. Every call of a timed graph was held against float64; a wrong
-result is shown as **wrong** and has no time. A dash: not supported or not installed.
+the 10th and 90th percentile of replays side by side. That is the noise of one pair of graphs; two graphs of the same
+kernels can differ by more (the page of `moegate bench` says by how much). Every call of a timed graph was held against
+float64; a wrong result is shown as **wrong** and has no time. A dash: not supported or not installed.
 """
 _NOT_PEERS = ("moegate", "floor", "predecessor")
 
@@ -127,7 +128,7 @@ def _losses_of_others(rows: list[Row]) -> Iterator[str]:
         others = [name for name in ours[1:] if name in times]
         for name, (peer, us) in ((name, pair) for name in others for pair in peers.items()):
             count += 1
-            if times[name] > us:
+            if times[name] > 1.005 * us:  # 1.00, as it would be printed, is none
                 lost.append(
                     (times[name] / us, f"{_case(row)}: {peer} is {times[name] / us:.2f} times as fast as {name}")
                 )
@@ -219,13 +220,14 @@ def _catalog(rows: list[Row]) -> Iterator[str]:
     yield "In a chain behind a kernel that triggers. moegate frozen in µs, the ratio to the **best** peer of the case"
     yield "(the fastest with a right result) and, behind the slash, of the safe gate by the frozen one."
     yield ""
-    yield f"| router | {' | '.join(f'{m}' for m in tokens)} | kernels |"
-    yield "|---" * (len(tokens) + 2) + "|"
+    yield f"| router | {' | '.join(f'{m}' for m in tokens)} | kernels | run |"
+    yield "|---" * (len(tokens) + 3) + "|"
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         cells = {int(row["tokens"]): _catalog_cell(row) for row in own}
         kernels = ", ".join(dict.fromkeys(row.get("kernel", "") for row in own))
-        yield f"| {model} | {' | '.join(cells.get(m, '') for m in tokens)} | {kernels} |"
+        runs = ", ".join(dict.fromkeys(f"`{row['run']}`" for row in own))
+        yield f"| {model} | {' | '.join(cells.get(m, '') for m in tokens)} | {kernels} | {runs} |"
     yield ""
     floors = [row["candidates"].get("floor", {}) for row in rows]
     shares = [found["ratio"][0] for found in floors if "ratio" in found]

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # called by path, 
 
 from benchmarks.gpu.host import measure_host, measure_start
 from benchmarks.gpu.parts import Bench, Key, Options, keys
-from moegate.backends.flashinfer import limits
 from moegate.measure.record import Record, describe_run
 from moegate.measure.timing import reason_of
 
@@ -39,7 +38,7 @@ def main() -> None:
         console.print("PyTorch finds no CUDA device: nothing is measured")
         raise SystemExit(2)
     given = ["DIR" if argument == str(arguments.out) else argument for argument in sys.argv[1:]]
-    run = describe_run(shlex.join(["python", "benchmarks/gpu/run.py", *given]), limits.installed_version() or "absent")
+    run = describe_run(shlex.join(["python", "benchmarks/gpu/run.py", *given]))
     versions = f"torch {run['torch']}, FlashInfer {run['flashinfer']}, moegate {run['moegate_commit']}"
     console.print(f"{run['gpu']}, {versions}", markup=False)
     bench = Bench(Options(compile_catalog=arguments.compile))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moegate import arguments, ops
-from moegate.choice.plan import Explanation, tell
+from moegate.choice.plan import Explanation, log
 from moegate.choice.planned import planned
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
@@ -222,7 +222,7 @@ class Gate(nn.Module):
             backend=self.backend,
         )
         if self._plan is not before:
-            tell(self._plan)
+            log(self._plan)
         if self.frozen and weight.is_cuda:
             # Calls load a frozen weight without a wait for the kernel in front. What is enqueued here starts when all
             # before it has ended, whoever wrote the weight among it, and ends before a call starts.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 
 import torch
@@ -11,6 +10,7 @@ from moegate.backends.base import Backend
 from moegate.backends.cuda import CudaBackend
 from moegate.backends.torch import TorchBackend
 from moegate.spec import RouterSpec
+from moegate.warn import warn_once
 
 BACKENDS: tuple[Backend, ...] = (CudaBackend(), TorchBackend())
 
@@ -23,8 +23,5 @@ def choose(device: torch.device, spec: RouterSpec | None = None) -> Backend:
         if reason is None:
             return backend
         if device.type == "cuda":
-            message = (
-                f"moegate: the {backend.name} backend cannot run on {device}: {reason}. A slower one takes its place."
-            )
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warn_once(f"the {backend.name} backend cannot run on {device}: {reason}. A slower one takes its place.")
     raise AssertionError("the torch backend runs everything")

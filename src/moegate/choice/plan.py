@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from moegate.choice.candidates import CANDIDATES, CUBLAS, ROUTER_GEMM, Candidate
 from moegate.choice.facts import Facts
 from moegate.choice.policies import GEMM_STEPS, POLICIES, Choice, forced, gemm_tokens, measured, sglang
 from moegate.choice.tables import table_for
+from moegate.warn import warn_once
 
 _log = logging.getLogger("moegate")
 # Every number of tokens that a kernel or a rule distinguishes is among these; beyond, only costs do.
@@ -117,7 +117,7 @@ class Plan:
             TypeError: Not an int.
             ValueError: The backend is forced, and cannot; or a negative number.
         """
-        if not isinstance(num_tokens, int):
+        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
             raise TypeError(f"num_tokens: got {type(num_tokens).__name__}; allowed: an int")
         if num_tokens < 0:
             raise ValueError(f"num_tokens: got {num_tokens}; allowed: 0 or more")
@@ -178,12 +178,17 @@ class Plan:
         return found
 
 
-def tell(plan: Plan) -> None:
-    """One line at INFO; a warning, once, where something slow takes the place of what was to run."""
-    facts, machine = plan.facts, plan.facts.machine
+def log(plan: Plan) -> None:
+    """One line at INFO."""
     if _log.isEnabledFor(logging.INFO):
-        size = f"{facts.spec.hidden_size} x {facts.spec.num_gate_rows}, top {facts.spec.top_k}"
+        spec, machine = plan.facts.spec, plan.facts.machine
+        size = f"{spec.hidden_size} x {spec.num_gate_rows}, top {spec.top_k}"
         _log.info("gate %s on %s: %s (%s)", size, machine.name, _in_words(plan), plan.backend or plan.policy)
+
+
+def warn_of_slow_paths(plan: Plan) -> None:
+    """Warns where something slow takes the place of what was to run, with the way out of it."""
+    facts, machine = plan.facts, plan.facts.machine
     if plan.backend is not None or machine.capability is None:
         return
     choice = plan.choice(1)
@@ -203,9 +208,3 @@ def _in_words(plan: Plan) -> str:
         tokens = f"M {first}" if first == last else f"M {first} and more" if last is None else f"M {first} to {last}"
         parts.append(f"{tokens} {candidate.backend} {candidate.kernel_of(plan.facts)}")
     return ", ".join(parts)
-
-
-@cache
-def warn_once(message: str) -> None:
-    """A `RuntimeWarning`, once a process for each text."""
-    warnings.warn(f"moegate: {message}", RuntimeWarning, stacklevel=2)

@@ -22,7 +22,7 @@ from moegate.choice.candidates import (
     Candidate,
 )
 from moegate.choice.facts import Facts, facts_of, machine_of
-from moegate.choice.plan import Plan
+from moegate.choice.plan import Plan, warn_of_slow_paths
 from moegate.choice.policies import gemm_tokens
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
@@ -41,11 +41,14 @@ def planned(
 ) -> tuple[Plan, Router]:
     """The plan for gates that are alike, and what runs it; the dtypes are of the weight and of the linear bias.
 
+    Warns, once, of a slow path in it.
+
     Raises:
         ValueError: An unknown policy or backend; or the backend is forced and cannot run.
     """
     facts = facts_of(machine_of(device), spec, weight, bias, frozen=frozen)
     plan = proven_plan(facts, policy, backend)
+    warn_of_slow_paths(plan)
     if {candidate.backend for candidate in plan.candidates} == {"cuda"}:
         return plan, CudaBackend(gemm_tokens(facts))  # tells the numbers of tokens apart by itself
     routers = {candidate: router_of(candidate, facts) for candidate in plan.candidates}

@@ -17,7 +17,7 @@ POLICIES = ("measured", "sglang")
 GEMM_STEPS = range(2 * MAX_DECODE_TOKENS, MAX_GEMM_TOKENS + 1, MAX_DECODE_TOKENS)
 """The numbers of tokens up to one of which router_gemm runs, if not up to `MAX_DECODE_TOKENS`."""
 TIE = 1.02
-"""Times as near as this are the same to a measurement: then router_gemm runs, whose bits are those of fewer tokens."""
+"""Times as near as this may change places in the next run: then router_gemm runs, with the bits of fewer tokens."""
 
 
 class Choice(NamedTuple):
@@ -136,7 +136,7 @@ def _cheapest(able: list[Candidate], facts: Facts, num_tokens: int) -> tuple[Can
     if ROUTER_GEMM in able and CUBLAS in able:
         most = gemm_tokens(facts)
         able.remove(CUBLAS if num_tokens <= most else ROUTER_GEMM)
-        fastest += f", router_gemm up to {most} tokens and cuBLAS beyond,"
+        fastest = f"with router_gemm up to {most} tokens and cuBLAS beyond, the fastest"
     if len(able) == 1:
         return able[0], "the only one"
     measured_to = min(costs.most_tokens(facts.machine, candidate.key(facts)) for candidate in able)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,6 +20,7 @@ from moegate.arguments import FLOATS
 from moegate.backends.cuda import jit
 from moegate.choice.facts import Facts, Machine
 from moegate.spec import RouterSpec
+from moegate.warn import warn_once
 
 SCHEMA = 1
 _WEIGHT_DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
@@ -171,7 +171,7 @@ def table_for(machine: Machine) -> Found:
     # No time of a chip with early starts says anything about one without, nor the other way round.
     usable = [table for table in shipped if table is not None and _starts_early(table.gpu) == _starts_early(machine)]
     for problem in problems:
-        warnings.warn(f"moegate: {problem}; it is ignored", RuntimeWarning, stacklevel=2)
+        warn_once(f"{problem}; it is ignored")
     if machine.capability is None or not usable:
         return Found(None, False, tuple(problems))
     nearest = min(usable, key=lambda table: _distance(table.gpu, machine))

@@ -80,10 +80,8 @@ def _measured(names: list[str], tokens: str | None, out: Path | None) -> dict[st
         counts = list(cases.TOKENS) if tokens is None else numbers("--tokens", tokens)
         if 0 in counts:
             raise ValueError("--tokens: got 0; allowed: 1 or more")
-    from moegate.backends.flashinfer import limits
-
     command = shlex.join(["moegate", *("DIR" if word == str(out) else word for word in sys.argv[1:])])
-    run = describe_run(command, limits.installed_version() or "absent")
+    run = describe_run(command)
     with tempfile.TemporaryDirectory() as scratch:
         record = cases.record_in(out or Path(scratch), run)
         todo = [

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moegate.cli.output import console, errors_in_one_line, new_table, print_json
+from moegate.cli.output import MAX_TOKENS, console, errors_in_one_line, new_table, print_json
 
 if TYPE_CHECKING:
     from moegate.choice.facts import Machine
@@ -82,8 +82,10 @@ def numbers(option: str, text: str) -> list[int]:
         ValueError: It is none.
     """
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdigit() for word in words):
-        raise ValueError(f"{option}: got {text!r}; allowed: numbers with commas between them, as in {_TOKENS}")
+    if not all(word.isascii() and word.isdigit() and int(word) <= MAX_TOKENS for word in words):
+        raise ValueError(
+            f"{option}: got {text!r}; allowed: numbers up to {MAX_TOKENS} with commas between them, as in {_TOKENS}"
+        )
     return list(dict.fromkeys(map(int, words)))
 
 

@@ -90,6 +90,7 @@ def load_spec(source: str) -> tuple[str, RouterSpec]:
     folder = _folder(source)
     if folder is None:
         return source.lower(), _named(source)
+    _check_folder(folder)
     return str(folder), RouterSpec.from_config(folder)
 
 
@@ -113,9 +114,16 @@ def _named(source: str) -> RouterSpec:
         ) from None
 
 
+def _check_folder(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    name = folder.name.lower()
+    hint = f"did you mean {name!r}? " if name in catalog.names() else ""
+    raise ValueError(f"no folder {folder}; {hint}Nothing is downloaded; `moegate models` lists the names")
+
+
 def _layers(folder: Path) -> str:
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder}")
+    _check_folder(folder)
     _, model_type = routing_config(folder)
     layers = layers_with_gate(tensor_files(folder), model_type)
     return f"layers with a router: {ranges(layers)}" if layers else "no layer has a router"

@@ -13,6 +13,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+MAX_TOKENS = 1 << 20
+"""The most tokens that a command takes."""
+
 
 def console(stderr: bool = False) -> Console:
     """A console that prints text as it stands: no markup, no guessed highlights."""

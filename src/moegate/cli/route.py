@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moegate.cli.output import complain, console, errors_in_one_line, print_json
+from moegate.cli.output import MAX_TOKENS, complain, console, errors_in_one_line, print_json
 
 if TYPE_CHECKING:
     from moegate.cli.inputs import Job
     from moegate.routing import Routing
-
-_MAX_TOKENS = 1 << 20
 
 
 def route(
@@ -30,7 +28,7 @@ def route(
         ),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Random tokens; 64 of them unless given.", min=1, max=_MAX_TOKENS, metavar="M")
+        int | None, typer.Option(help="Random tokens; 64 of them unless given.", min=1, max=MAX_TOKENS, metavar="M")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32, metavar="S")] = 0,
     out: Annotated[

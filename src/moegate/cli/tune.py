@@ -46,7 +46,7 @@ def tune(
         session = Session()
         machine = session.machine
         command = shlex.join(["moegate", "tune", *(sources or []), *([] if out is None else ["--out", str(out)])])
-        tuning = Tuning(out or user_file(machine.name), machine, made_by(command, machine.flashinfer), more)
+        tuning = Tuning(out or user_file(machine.name), machine, made_by(command), more)
     run(tuning, lambda spec, tokens: session.measure(spec, tokens, WAY))
 
 

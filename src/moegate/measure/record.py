@@ -8,11 +8,14 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from moegate.backends.flashinfer import limits
 
 Row = dict[str, Any]
 KEY = ("part", "model", "tokens", "way")
@@ -54,8 +57,8 @@ class Record:
         return tuple(row[name] for name in KEY)
 
 
-def describe_run(command: str, flashinfer: str) -> dict[str, Any]:
-    """The machine, the versions and what was called; `flashinfer` is its version, or why it is absent."""
+def describe_run(command: str) -> dict[str, Any]:
+    """The machine, the versions and what was called."""
     run: dict[str, Any] = {
         "id": uuid.uuid4().hex[:8],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -64,7 +67,7 @@ def describe_run(command: str, flashinfer: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "flashinfer": flashinfer,
+        "flashinfer": limits.installed_version() or "absent",
         "transformers": version("transformers"),
         "gpu": None,
     }
@@ -101,5 +104,5 @@ def _output(command: list[str]) -> str:
 
 
 if __name__ == "__main__":  # the head of results that are kept
-    for name, value in describe_run("make test-gpu", "not used").items():
+    for name, value in describe_run(" ".join(sys.argv[1:])).items():
         print(f"{name}: {value}")

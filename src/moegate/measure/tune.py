@@ -45,9 +45,9 @@ Measure = Callable[[RouterSpec, int], "dict[str, dict[str, Any]]"]
 """A model's router and a number of tokens -> by candidate's key, what `timing.measure` found."""
 
 
-def made_by(command: str, flashinfer: str | None) -> dict[str, Any]:
+def made_by(command: str) -> dict[str, Any]:
     """The table's account of itself."""
-    run = describe_run(command, flashinfer or "absent")
+    run = describe_run(command)
     names = ("date", "command", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
     return {**{name: run.get(name) for name in names}, "moegate": __version__}
 

@@ -73,13 +73,18 @@ def share_of_floor(row: Row) -> float | None:
     return None if floor is None or ours is None else floor / ours
 
 
+def kept_times(row: Row, *, frozen: bool = True) -> list[float]:
+    """The times of the candidates that keep the contract."""
+    behind = "" if frozen else NOT_FROZEN
+    return [time for name in row["keeps_contract"] if (time := time_of(row, name + behind)) is not None]
+
+
 def plan_ratio(row: Row, *, frozen: bool = True) -> float | None:
     """The time of what the plan chose by that of the best candidate that keeps the contract; None: no time for it.
 
     Both as candidates, each in a graph of its own: `DEFAULT` is the chosen one once more, which `timed_twice` tells.
     """
-    behind = "" if frozen else NOT_FROZEN
-    times = [time for name in row["keeps_contract"] if (time := time_of(row, name + behind)) is not None]
+    times = kept_times(row, frozen=frozen)
     chosen = time_of(row, row["plan"] if frozen else row.get("plan_not_frozen", ""))
     return None if chosen is None or not times else chosen / min(times)
 
@@ -151,10 +156,12 @@ def _of_the_plan(rows: list[Row]) -> list[str]:
         if not ratios:
             continue
         worst, row = max(ratios, key=lambda item: item[0])
+        open_cases = sum(len(kept_times(row, frozen=frozen)) > 1 for _, row in ratios)
         kept = "keeps" if worst <= ALLOWED else "MISSES"
         said.append(
             f"The default plan of {gate} {kept} the aim of at most {ALLOWED - 1:.0%} above the best candidate that "
-            f"keeps the contract: at worst {worst:.3f} of its time ({_case(row)}), in {len(ratios)} cases."
+            f"keeps the contract: at worst {worst:.3f} of its time ({_case(row)}), in {len(ratios)} cases, "
+            f"of which {open_cases} have more than one such candidate."
         )
     twice = [(abs(math.log(ratio)), row) for row in rows if (ratio := timed_twice(row)) is not None]
     if twice:

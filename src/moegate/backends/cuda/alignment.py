@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
-
 from torch import Tensor
+
+from moegate.warn import warn_once
 
 _BYTES = 16
 
@@ -28,15 +27,8 @@ def aligned_rows(tensor: Tensor, name: str) -> Tensor:
     """`tensor` [M, K], or a copy of it if a row of it starts between two multiples of 16 bytes."""
     if is_aligned(tensor):
         return tensor
-    _warn_once(name)
-    return tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
-
-
-@cache
-def _warn_once(name: str) -> None:
-    warnings.warn(
-        f"moegate: {name} is copied in every call, because its rows do not start at multiples of {_BYTES} bytes; "
-        "allocate it so to avoid the copy",
-        RuntimeWarning,
-        stacklevel=2,
+    warn_once(
+        f"{name} is copied in every call, because its rows do not start at multiples of {_BYTES} bytes; allocate it so "
+        "to avoid the copy"
     )
+    return tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()

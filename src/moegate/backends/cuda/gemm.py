@@ -28,6 +28,11 @@ def unsupported(hidden_size: int) -> str | None:
     return None if hidden_size % 8 == 0 else f"K = {hidden_size} is not a multiple of 8, which a lane loads at once"
 
 
+def in_place_of(hidden_size: int) -> str:
+    """What a warning says of such a K."""
+    return f"{unsupported(hidden_size)}: PyTorch's matrix product takes the kernel's place"
+
+
 class GemmKernels:
     """The kernels for one shape and set of dtypes, loaded for a device; `gemm_kernels` makes them."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, TOKENS_OF_TILE
 from moegate.backends.torch import gemm as torch_gemm
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
+from moegate.warn import warn_once
 
 
 class TensorDtypes(NamedTuple):
@@ -61,7 +60,7 @@ class CudaRouter:
         self._logits_dtype: torch.dtype = getattr(torch, spec.logits_dtype)
         self._has_gemm = gemm.unsupported(spec.hidden_size) is None
         if not self._has_gemm:
-            _warn_once(f"{gemm.unsupported(spec.hidden_size)}: PyTorch's matrix product takes its place")
+            warn_once(gemm.in_place_of(spec.hidden_size))
         self._gemm_by_dtype: dict[torch.dtype, gemm.GemmKernels] = {}
         self._split_by_dtype: dict[torch.dtype, split.SplitKernels] = {}
         self._select_by_inputs: dict[tuple[torch.dtype | None, bool], selection.SelectKernels] = {}
@@ -152,8 +151,3 @@ class CudaRouter:
             logits = empty((hidden.shape[0], self._spec.num_gate_rows), self._logits_dtype)
         kernels.product(hidden, weight, tensors.bias, logits, stream)
         return logits
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(f"moegate: {message}", RuntimeWarning, stacklevel=2)

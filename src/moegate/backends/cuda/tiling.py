@@ -91,7 +91,8 @@ def _steps_ahead(warps: int, steps_of_warp: int, operand_parts: tuple[int, int],
     # A warp that comes back for further steps keeps the sums of all its tokens meanwhile.
     is_loop = not chip.has_clusters or steps_of_warp > _STEPS_AT_ONCE
     is_plain = max(operand_parts) == 1
-    most_tiles = (2 if operand_parts[0] == 3 else 8 if is_plain else 4) // (2 if is_loop else 1)
+    halvings = is_loop + (warps > _FEW_WARPS)  # many warps have few registers each
+    most_tiles = (2 if operand_parts[0] == 3 else 8 if is_plain else 4) >> halvings
     most_ahead = {1: 2, 2: 2, 4: 2 if is_plain else 1}
     return {tiles: min(steps_of_warp, count) for tiles, count in most_ahead.items() if tiles <= most_tiles}
 

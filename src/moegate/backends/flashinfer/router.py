@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ from moegate.backends.flashinfer.limits import TINYGEMM, Function
 from moegate.backends.torch import gemm as torch_gemm
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
+from moegate.warn import warn_once
 
 _failures: dict[tuple[str, torch.device], str] = {}
 
@@ -178,15 +177,8 @@ def _dense(tensor: Tensor, name: str) -> Tensor:
     """`tensor` [M, K], or a copy: FlashInfer's products take rows that follow each other, from a multiple of 16."""
     if tensor.is_contiguous() and is_aligned(tensor):
         return tensor
-    _warn_of_copy(name)
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-@cache
-def _warn_of_copy(name: str) -> None:
-    warnings.warn(
-        f"moegate: {name} is copied in every call, because FlashInfer takes neither rows that are apart nor rows "
-        "between two multiples of 16 bytes; allocate it dense to avoid the copy",
-        RuntimeWarning,
-        stacklevel=2,
+    warn_once(
+        f"{name} is copied in every call, because FlashInfer takes neither rows that are apart nor rows between two "
+        "multiples of 16 bytes; allocate it dense to avoid the copy"
     )
+    return tensor.clone(memory_format=torch.contiguous_format)

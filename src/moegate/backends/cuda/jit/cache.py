@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import warnings
-from functools import cache
 from pathlib import Path
 
 from platformdirs import user_cache_path
+
+from moegate.warn import warn_once
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -41,14 +41,7 @@ def write(key: str, code: bytes) -> None:
     except OSError as error:
         if name is not None:
             Path(name).unlink(missing_ok=True)
-        _warn_once(str(target), str(error))
-
-
-@cache
-def _warn_once(target: str, error: str) -> None:
-    warnings.warn(
-        f"moegate: cannot keep compiled kernels in {target} ({error}); each process compiles its own. "
-        "XDG_CACHE_HOME names another place.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+        warn_once(
+            f"cannot keep compiled kernels in {target} ({error}); each process compiles its own. XDG_CACHE_HOME names "
+            "another place."
+        )

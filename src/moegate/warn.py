@@ -1,0 +1,12 @@
+"""Warnings of what is slow or ignored."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A `RuntimeWarning`, once a process for each text: a model has a router in every layer."""
+    warnings.warn(f"moegate: {message}", RuntimeWarning, stacklevel=3)

@@ -15,7 +15,7 @@ test: env
 # On a GPU host, with what PYTHON has there (torch, pytest, hypothesis and pytest-xdist): the contract's tests on
 # the GPU, then the tests that are about a GPU. What they say is kept in RESULTS.
 RESULTS ?= benchmarks/results/h100
-GPU_TESTS := PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) $(PYTHON) -m pytest -q -n auto -p no:cacheprovider
+GPU_TESTS := PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) $(PYTHON) -m pytest -q -n auto -p no:cacheprovider -p no:benchmark
 
 test-gpu:
 	mkdir -p $(RESULTS)

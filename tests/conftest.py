@@ -70,8 +70,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if found:
         terminalreporter.section("registers of the kernels, none spilled")
     for arch, kernels in sorted(found.items()):
-        ranges = (f"{kernel} {min(counts)} to {max(counts)}" for kernel, counts in sorted(kernels.items()))
-        terminalreporter.write_line(f"{arch}: {', '.join(ranges)}")
+        shown = (f"{kernel} {min(counts)}-{max(counts)}" for kernel, counts in sorted(kernels.items()))
+        terminalreporter.write_line(f"{arch:<8} {'  '.join(shown)}")
 
 
 @pytest.fixture(autouse=True)

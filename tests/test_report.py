@@ -57,6 +57,7 @@ def test_a_plan_is_held_against_other_kernels_and_the_gate_against_its_own(conte
     assert "at worst 50.0% (deepseek-v3, M = 64, trigger)" in twice
 
     assert numbers.plan_ratio(row, frozen=False) is None  # as before gates that are not frozen had plans of their own
+    row["candidates"][other]["us"] = 70.0
     row["plan_not_frozen"] = chosen + ", not frozen"
     row["candidates"] |= {
         name + ", not frozen": {"us": us, "ok": True} for name, us in ((chosen, 9.0), ("cuda:cublas+select", 10.0))
@@ -64,6 +65,8 @@ def test_a_plan_is_held_against_other_kernels_and_the_gate_against_its_own(conte
     assert numbers.plan_ratio(row, frozen=False) == 1.0
     row["plan_not_frozen"] = "cuda:cublas+select, not frozen"
     assert numbers.plan_ratio(row, frozen=False) == pytest.approx(10 / 9)
+    row["candidates"][other]["us"] = 8.0  # one time for both kinds of gate: its kernels are the same
+    assert numbers.plan_ratio(row, frozen=False) == pytest.approx(10 / 8)
     assert "one that is not frozen MISSES the aim" in numbers.verdicts(content["rows"])[1]
 
 

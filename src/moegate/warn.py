@@ -9,4 +9,4 @@ from functools import cache
 @cache
 def warn_once(message: str) -> None:
     """A `RuntimeWarning`, once a process for each text: a model has a router in every layer."""
-    warnings.warn(f"moegate: {message}", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"moegate: {message}", RuntimeWarning, stacklevel=2)

@@ -79,6 +79,7 @@ class Timing:
 
     median_us: float
     repeats: int
+    """Of so many measurements `median_us` is the median: of one call each, on a GPU of 20."""
     graph_us: float | None = None
     """Of a call in a CUDA graph, in which the host takes no part; None without a GPU."""
 

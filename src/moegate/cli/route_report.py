@@ -98,10 +98,10 @@ def print_report(summary: Summary, out: Console) -> None:
     out.print(Text("contract  ").append(kept).append(rows if comparison.ok else ""))
     for problem in comparison.problems:
         out.print(f"          {problem}", soft_wrap=True)
-    eager = f"{timing.median_us:.1f} µs a call"
+    shown = f"{timing.median_us:.1f} µs a call"
     if timing.graph_us is not None:
-        eager = f"{timing.graph_us:.1f} µs a call in a CUDA graph, {timing.median_us:.1f} µs from Python"
-    out.print(f"time      {eager} (median of {timing.repeats}) on {summary.device}", soft_wrap=True)
+        shown = f"{timing.graph_us:.1f} µs a call in a CUDA graph, {timing.median_us:.1f} µs from Python"
+    out.print(f"time      {shown} (median of {timing.repeats}) on {summary.device}", soft_wrap=True)
 
 
 def _print_head(summary: Summary, out: Console) -> None:

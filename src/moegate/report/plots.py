@@ -12,7 +12,7 @@ from moegate.report.numbers import Row, is_peer, label, models, share_of_floor, 
 
 _GRID = "rgba(128,128,128,0.25)"
 # Okabe and Ito's colours, told apart by all eyes and on light and dark. There is one symbol more than colours, so that
-# candidates of one colour have different symbols.
+# candidates of one colour have different symbols; moegate's two lines are told apart by the dash.
 _OURS, _NO_ROUTER = "#d55e00", "#999999"
 _COLOURS = ("#3a93d0", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#b07d4f")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")

@@ -17,7 +17,6 @@ from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS
 from moegate.backends.torch import gemm as torch_gemm
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
-from moegate.warn import warn_once
 
 _OLDEST = (8, 0)
 
@@ -59,10 +58,8 @@ class CudaBackend:
         num_tokens, hidden_size = hidden.shape
         is_many, rows = num_tokens > MAX_DECODE_TOKENS, weight.shape[0]
         is_split = split.unsupported(hidden.dtype, weight.dtype, None) is None
-        has_gemm = gemm.unsupported(hidden_size) is None
-        if not has_gemm:
-            warn_once(gemm.in_place_of(hidden_size))
-        if not has_gemm or (is_many and not is_split):
+        gemm.warn_if_unsupported(hidden_size)
+        if gemm.unsupported(hidden_size) or (is_many and not is_split):
             return torch_gemm.router_gemm(hidden, weight, bias, out_dtype)
         logits = torch.empty((num_tokens, rows), dtype=out_dtype, device=hidden.device)
         if num_tokens == 0:

@@ -19,6 +19,7 @@ from moegate.backends.cuda.tiling import (
     parts,
     plan_gemm,
 )
+from moegate.warn import warn_once
 
 _FIELDS = "PPPPPqqi0q"  # GemmArguments of router_gemm.cuh, with the padding at its end
 
@@ -28,9 +29,11 @@ def unsupported(hidden_size: int) -> str | None:
     return None if hidden_size % 8 == 0 else f"K = {hidden_size} is not a multiple of 8, which a lane loads at once"
 
 
-def in_place_of(hidden_size: int) -> str:
-    """What a warning says of such a K."""
-    return f"{unsupported(hidden_size)}: PyTorch's matrix product takes the kernel's place"
+def warn_if_unsupported(hidden_size: int) -> None:
+    """Says once that PyTorch's product runs in the kernel's place, if it does."""
+    reason = unsupported(hidden_size)
+    if reason is not None:
+        warn_once(f"{reason}: PyTorch's matrix product takes the kernel's place")
 
 
 class GemmKernels:

@@ -14,7 +14,6 @@ from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, TOKENS_OF_TILE
 from moegate.backends.torch import gemm as torch_gemm
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
-from moegate.warn import warn_once
 
 
 class TensorDtypes(NamedTuple):
@@ -59,8 +58,7 @@ class CudaRouter:
         self._gemm_tokens = gemm_tokens
         self._logits_dtype: torch.dtype = getattr(torch, spec.logits_dtype)
         self._has_gemm = gemm.unsupported(spec.hidden_size) is None
-        if not self._has_gemm:
-            warn_once(gemm.in_place_of(spec.hidden_size))
+        gemm.warn_if_unsupported(spec.hidden_size)
         self._gemm_by_dtype: dict[torch.dtype, gemm.GemmKernels] = {}
         self._split_by_dtype: dict[torch.dtype, split.SplitKernels] = {}
         self._select_by_inputs: dict[tuple[torch.dtype | None, bool], selection.SelectKernels] = {}

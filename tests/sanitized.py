@@ -12,10 +12,12 @@ from cuda_kernels import gate_on_gpu, random_hidden, run
 from routers import SPECS, token_ids
 from torch import Tensor
 
-from moegate import get_spec
+from moegate import RouterSpec, get_spec
 from moegate.backends.cuda import CudaBackend
+from moegate.backends.cuda.selection import select_dtypes, select_kernels
 from moegate.backends.cuda.split import split_kernels
 from moegate.backends.cuda.tiling import MAX_GEMM_TOKENS
+from moegate.routing import RouterTensors
 
 _FEW, _ALL = (1, 9), (1, 8, 9, 17, 33, 64)
 _MORE = 150  # router_gemm in groups of tokens
@@ -24,15 +26,21 @@ _MANY = 1100  # a selection's blocks have several warps there; cuBLAS, whose fin
 _REAL = ("deepseek-v3", "minimax-m2", "longcat-flash", "gemma-4-26b-a4b")
 
 
-def take_apart(weight: Tensor, bias: Tensor | None) -> None:
-    """What runs before and after cuBLAS."""
-    stream = torch.cuda.current_stream().cuda_stream
-    rows, hidden_size = weight.shape
-    bias_dtype = None if bias is None else bias.dtype
-    kernels = split_kernels(hidden_size, rows, bias_dtype, torch.float32, weight.device, pdl=True)
-    kernels.parts(weight, stream)
-    logits = torch.empty((_MANY, rows), device=weight.device)
-    kernels.add_up(torch.randn(_MANY, 3 * rows, device=weight.device), bias, logits, stream)
+def beside_cublas(weight: Tensor, spec: RouterSpec, tensors: RouterTensors, ids: Tensor | None) -> None:
+    """What runs before and after it."""
+    device, stream = weight.device, torch.cuda.current_stream().cuda_stream
+    bias_dtype = None if tensors.bias is None else tensors.bias.dtype
+    products, logits_dtype = 1, getattr(torch, spec.logits_dtype)
+    logits = torch.empty((_MANY, spec.num_gate_rows), dtype=logits_dtype, device=device)
+    if weight.dtype == torch.float32:
+        products = 3
+        kernels = split_kernels(*weight.shape[::-1], bias_dtype, logits_dtype, device, pdl=True)
+        kernels.parts(weight, stream)
+        kernels.add_up(torch.randn(_MANY, 3 * logits.shape[1], device=device), tensors.bias, logits, stream)
+    dtypes = select_dtypes(logits_dtype, tensors, None if ids is None else ids.dtype)._replace(bias=bias_dtype)
+    select = select_kernels(spec, dtypes, device, aligned=True, frozen=False, pdl=True, products=products)
+    made = torch.randn(_MANY, products * logits.shape[1], device=device)
+    select.launch(select.outputs(logits), tensors, ids, stream, products=made)
 
 
 def main() -> None:
@@ -50,8 +58,7 @@ def main() -> None:
             logits = torch.randn(_MANY, spec.num_gate_rows, device="cuda", dtype=getattr(torch, spec.logits_dtype))
             ids = token_ids(_MANY).cuda() if spec.hash_routing else None
             CudaBackend().select(logits, spec, tensors, ids)
-            if weight.dtype == torch.float32:
-                take_apart(weight, tensors.bias)
+            beside_cublas(weight, spec, tensors, ids)
             print(name, flush=True)
     torch.cuda.synchronize()
 

@@ -125,6 +125,18 @@ def test_selections_do_not_spill(arch: str) -> None:
     assert problems == []
 
 
+@pytest.mark.parametrize("products", [1, 3])
+@pytest.mark.parametrize("arch", MAIN_ARCHS)
+def test_selections_that_make_the_logits_do_not_spill(arch: str, products: int) -> None:
+    problems = [
+        problem
+        for name, spec in SPECS.items()
+        for aligned in (True, False)
+        for problem in problems_of(select_text(spec, aligned=aligned, products=products), arch, name)
+    ]
+    assert problems == []
+
+
 @pytest.mark.parametrize("arch", MAIN_ARCHS)
 def test_selections_that_read_one_logit_at_a_time_do_not_spill(arch: str) -> None:
     problems = [

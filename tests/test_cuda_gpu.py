@@ -171,7 +171,7 @@ def test_a_failed_launch_leaves_the_next_call_right(rows: int) -> None:
     gate, hidden = gate_on_gpu(SPEC), random_hidden(SPEC, rows)
     expected = run(gate, hidden)
     assert isinstance(gate._prepared, router.CudaRouter)
-    of_selection = next(iter(gate._prepared._select_by_inputs.values()))
+    of_selection = next(iter(gate._prepared._select_by_inputs.values())).of_logits
     of_gemm = next(iter(gate._prepared._gemm_by_dtype.values()))
     for kernel in {of_selection._few[1], *of_gemm._kernels.values()}:
         nothing = kernel._pack.unpack(bytes(kernel._pack.size))

@@ -69,7 +69,7 @@ class CudaBackend:
             stream = torch.cuda.current_stream().cuda_stream
             if is_many:
                 parts = split.split_kernels(hidden_size, rows, bias_dtype, out_dtype, device, pdl=True)
-                parts.product(hidden, weight, bias, logits, stream)
+                parts.add_up(parts.products(hidden, weight, stream), bias, logits, stream)
             else:
                 dtypes = GemmDtypes(hidden.dtype, weight.dtype, bias_dtype, None, out_dtype)
                 kernels = gemm.gemm_kernels(hidden_size, rows, dtypes, None, device, frozen=False, pdl=True)

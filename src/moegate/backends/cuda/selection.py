@@ -1,4 +1,4 @@
-"""Launches select.cuh: logits to experts and weights."""
+"""Launches select.cuh: logits, or the products that they are made of, to experts and weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moegate.backends.cuda.sources import SelectDtypes, select_source
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
-_FIELDS = "PPPPPPPPPPqqqii"  # SelectArguments of select.cuh
+_FIELDS = "PPPPPPPPPPPPqqqii"  # SelectArguments of select.cuh
 # A token is a warp. Few are in blocks of two, up to so many in blocks of one; more are cheaper to start in larger ones.
 _MOST_SPREAD = 1024
 
@@ -30,11 +30,13 @@ class SelectKernels:
         aligned: bool,
         frozen: bool,
         pdl: bool,
+        products: int = 0,
         arch: str | None = None,
     ) -> None:
         self._spec = spec
         self._weights_dtype = getattr(torch, spec.topk_weights_dtype)
-        module = jit.load(select_source(spec, dtypes, aligned=aligned, frozen=frozen), device, arch)
+        text = select_source(spec, dtypes, aligned=aligned, frozen=frozen, products=products)
+        module = jit.load(text, device, arch)
         # Select::kWords of select.cuh, or more.
         words = spec.top_k + (2 if spec.n_group > 1 else 1) * spec.num_selectable + spec.n_group + 6
 
@@ -75,14 +77,17 @@ class SelectKernels:
         input_ids: Tensor | None,
         stream: int,
         *,
+        products: Tensor | None = None,
         holds_dependents: bool = False,
     ) -> None:
         """Fills the routing from its logits [M, R], whose rows may be apart, on the stream; M is at least 1.
 
+        `products`: float32 [M, R] or [M, 3 R], of which the kernels for products make the logits, too.
         `holds_dependents`: what is launched after it starts only when the kernel before it has ended.
         """
         logits, table = routing.logits, tensors.tid2eid
         assert logits is not None
+        source = logits if products is None else products
         num_tokens = logits.shape[0]
         if num_tokens <= self._most_few:
             warps, kernel = self._few
@@ -91,17 +96,19 @@ class SelectKernels:
         kernel.launch(
             (-(-num_tokens // warps), 1),
             stream,
-            logits.data_ptr(),
+            source.data_ptr(),
             _address(tensors.e_score_correction_bias),
             _address(tensors.per_expert_scale),
             _address(tensors.global_scale),
             _address(table),
             _address(input_ids),
+            _address(tensors.bias),
+            logits.data_ptr(),
             routing.topk_ids.data_ptr(),
             routing.topk_weights.data_ptr(),
             _address(routing.shared_weights),
             _address(routing.identity_weight),
-            logits.stride(0),
+            source.stride(0),
             0 if table is None else table.stride(0),
             0 if table is None else table.shape[0],
             num_tokens,

@@ -39,10 +39,13 @@ class SelectDtypes(NamedTuple):
     """The dtypes of a selection; None: there is no such tensor."""
 
     logits: torch.dtype
+    """Of those that it reads, or makes of products."""
     per_expert_scale: torch.dtype | None
     global_scale: torch.dtype | None
     tid2eid: torch.dtype | None
     input_ids: torch.dtype | None
+    bias: torch.dtype | None = None
+    """Of the linear bias that it adds to products."""
 
 
 def gemm_source(
@@ -99,8 +102,10 @@ def split_source(hidden_size: int, rows: int, bias: torch.dtype | None, logits: 
     return '#include "split.cuh"\n' + _config(types, constants) + "".join(kernels)
 
 
-def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, frozen: bool) -> str:
+def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, frozen: bool, products: int = 0) -> str:
     """select.cuh for one spec. `aligned`: 4 logits or biases can be read at once, if E allows.
+
+    `products`: of so many float32 products it makes each logit, 1 or 3; 0: it is given the logits.
 
     Two kernels that are alike, `select_few` and `select_many`: the driver is told of each how it is to be run.
     """
@@ -109,6 +114,8 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
         "int kSelectable": spec.num_selectable,
         "int kRows": spec.num_gate_rows,
         "int kTopK": spec.top_k,
+        "int kProducts": products,
+        "bool kHasBias": dtypes.bias is not None,
         "Score kScore": f"Score::{_SCORES[spec.scoring_func]}",
         "int kLogitKeys": 0,
         "int kTransformedKeys": 1,
@@ -141,6 +148,7 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
         "GlobalScale": dtypes.global_scale or torch.float32,
         "Table": dtypes.tid2eid or torch.int32,
         "InputIds": dtypes.input_ids or torch.int32,
+        "Bias": dtypes.bias or torch.float32,
     }
     return (
         '#include "select.cuh"\n'

@@ -46,10 +46,9 @@ class SplitKernels:
         self._sum = module.kernel("sum_products", _SUM_FIELDS, _THREADS, pdl=pdl)
         self._most_blocks = _BLOCKS_OF_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
-    def product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor, stream: int) -> None:
-        """[M, K] and [R, K] -> logits [M, R], written on the stream, the current one; M is at least 1."""
-        products = torch.mm(hidden, self.parts(weight, stream).t(), out_dtype=torch.float32)
-        self.add_up(products, bias, logits, stream)
+    def products(self, hidden: Tensor, weight: Tensor, stream: int) -> Tensor:
+        """[M, K] and [R, K] -> the products [M, 3 R] of its parts, on the stream, the current one; M is at least 1."""
+        return torch.mm(hidden, self.parts(weight, stream).t(), out_dtype=torch.float32)
 
     def parts(self, weight: Tensor, stream: int) -> Tensor:
         """[R, K] float32 -> [3 R, K] bfloat16, on the current device."""

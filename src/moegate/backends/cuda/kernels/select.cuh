@@ -6,19 +6,22 @@
 // Everything that the spec decides is a compile-time constant; the number of tokens is not.
 #pragma once
 #include "groups.cuh"
+#include "logits.cuh"
 
 struct SelectArguments {
-  const void* logits;
+  const void* logits;      // or the float32 products of which logits.cuh makes them
   const float* correction_bias;
   const void* per_expert_scale;
   const void* global_scale;
   const void* tid2eid;
   const void* input_ids;
-  int32* topk_ids;         // [M, k], contiguous, like all outputs
+  const void* bias;        // the linear one, of products
+  void* made_logits;       // of products: [M, R], contiguous, like all outputs
+  int32* topk_ids;         // [M, k]
   void* topk_weights;
   void* shared_weights;
   void* identity_weight;
-  int64 logits_stride;     // elements from row to row
+  int64 logits_stride;     // elements from row to row, of the products, too
   int64 table_stride;
   int64 table_rows;
   int32 num_tokens;
@@ -36,7 +39,6 @@ struct Select {
   static constexpr bool kPartsAreScores = kWeightsAreScores and kKeysAreScores;
   static constexpr bool kNeedsSoftmaxSum = kIsSoftmax and (kWeightsAreScores or kKeysAreScores);
   static constexpr bool kGroupsAreLanes = Config::kGroups <= 32 and 32 % Config::kGroups == 0 and E % 32 == 0;
-  using Logits = typename Config::Logits;
 
   // A warp's shared memory, in words: what a weight is made of by expert, the chosen ids, what groups.cuh needs.
   static constexpr int kChosen = ceil_div(E, 4) * 4, kForGroups = kChosen + k;
@@ -46,11 +48,8 @@ struct Select {
   const SelectArguments& arguments;
   const int token;
   uint32* const shared;
+  const TokenLogits<Config> logits;
   const int lane = threadIdx.x % 32;
-
-  __forceinline__ const Logits* logits() const {
-    return static_cast<const Logits*>(arguments.logits) + token * arguments.logits_stride;
-  }
 
   // A softmax's largest logit and sum, over the selectable experts.
   float largest = 0.0f, inverse_sum = 0.0f;
@@ -60,44 +59,6 @@ struct Select {
       return exp_of_negative(value - largest) * inverse_sum;
     } else {
       return score_of<Config::kScore>(value);
-    }
-  }
-
-  // The lane's logits, and whether any of the row's is NaN.
-  __forceinline__ bool load(float (&values)[kPerLane]) const {
-    bool is_nan = false;
-    constexpr int kVector = Config::kAligned and kPerLane % 4 == 0 and R % 4 == 0 and E % 4 == 0 ? 4 : 1;
-    if constexpr (kVector == 4) {
-      load_vectors(values);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const int id = lane * kPerLane + i;
-        values[i] = id < E ? widen(logits()[id]) : 0.0f;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) is_nan |= isnan(values[i]);
-    for (int id = E + lane; id < R; id += 32) is_nan |= isnan(widen(logits()[id]));
-    return __any_sync(~0u, is_nan);
-  }
-
-  __forceinline__ void load_vectors(float (&values)[kPerLane]) const {
-#pragma unroll
-    for (int i = 0; i < kPerLane; i += 4) {
-      if (lane * kPerLane + i >= E) {
-        values[i] = values[i + 1] = values[i + 2] = values[i + 3] = 0.0f;
-        continue;
-      }
-      const Logits* source = logits() + lane * kPerLane + i;
-      if constexpr (sizeof(Logits) == 4) {
-        const float4 four = *reinterpret_cast<const float4*>(source);
-        values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
-      } else {
-        const uint2 four = *reinterpret_cast<const uint2*>(source);
-        values[i] = widen(bf16{uint16(four.x)}), values[i + 1] = widen(bf16{uint16(four.x >> 16)});
-        values[i + 2] = widen(bf16{uint16(four.y)}), values[i + 3] = widen(bf16{uint16(four.y >> 16)});
-      }
     }
   }
 
@@ -186,7 +147,7 @@ struct Select {
   }
 
   __forceinline__ float part_of(int id) const {
-    if constexpr (Config::kIsHash) return transformed<Config>(finite(widen(logits()[id])));
+    if constexpr (Config::kIsHash) return transformed<Config>(finite(logits.at(id)));
     return reinterpret_cast<const float*>(shared)[id];
   }
 
@@ -204,7 +165,7 @@ struct Select {
     return has_expert ? weight : 0.0f;
   }
 
-  __forceinline__ float shared_score(int gate) const { return score(transformed<Config>(finite(widen(logits()[E + gate])))); }
+  __forceinline__ float shared_score(int gate) const { return score(transformed<Config>(finite(logits.at(E + gate)))); }
 
   __forceinline__ void store_weights(int id, bool is_nan) const {
     using Weights = typename Config::Weights;
@@ -252,7 +213,7 @@ struct Select {
     trigger_dependents();
     if (token >= arguments.num_tokens) return;
     if constexpr (not Config::kFrozen) load_bias(bias);
-    bool is_nan = load(values);
+    bool is_nan = logits.load(values);
     if constexpr (kNeedsSoftmaxSum) sum_softmax(values);
     int id;
     if constexpr (Config::kIsHash) {
@@ -270,5 +231,8 @@ template <class Config>
 __forceinline__ void select(const SelectArguments& arguments) {
   extern __shared__ uint32 shared[];
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  Select<Config>{arguments, int(blockIdx.x) * warps + warp, shared + warp * Select<Config>::kWords}.run();
+  const int token = int(blockIdx.x) * warps + warp;
+  const auto logits = TokenLogits<Config>::of(arguments.logits, arguments.logits_stride, arguments.bias,
+                                              arguments.made_logits, token);
+  Select<Config>{arguments, token, shared + warp * Select<Config>::kWords, logits}.run();
 }

@@ -1,4 +1,4 @@
-"""Float32 weights behind cuBLAS: taken apart into bfloat16 numbers, and their products summed."""
+"""Many tokens: the products of cuBLAS, of a float32 weight that is taken apart, too, and the logits made of them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_kernels import assert_same_bits, copy_of, gate_on_gpu, problems_of, random_hidden, random_weight, run
-from routers import tensors_of
+from cuda_kernels import (
+    assert_same_bits,
+    copy_of,
+    gate_on_gpu,
+    on_gpu,
+    problems_of,
+    random_hidden,
+    random_weight,
+    run,
+)
+from routers import SPECS, tensors_of, token_ids, with_bfloat16_logits
+from torch import Tensor
 
 import moegate
 from moegate import RouterSpec
-from moegate.backends.cuda import CudaBackend, split
+from moegate.backends.cuda import CudaBackend, selection, split
 from moegate.backends.cuda.router import CudaRouter
 from moegate.choice import planned
 
@@ -27,6 +37,7 @@ SHAPES = {
     "bfloat16 logits": dataclasses.replace(MINIMAX, logits_dtype="bfloat16"),
     "many rows": RouterSpec(6144, 768, 12, correction_bias="score", weight_dtype="float32"),
 }
+ALL = {**SPECS, **{f"{name}, bfloat16 logits": with_bfloat16_logits(spec) for name, spec in SPECS.items()}}
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +47,28 @@ def cublas_beyond_64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     planned.planned.cache_clear()
     yield
     planned.planned.cache_clear()
+
+
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_every_spec(name: str, weight: torch.dtype) -> None:
+    """As the contract has it, and as the selection does it that is given the logits."""
+    spec = ALL[name]
+    tensors, ids = on_gpu(tensors_of(spec)), token_ids(65).cuda() if spec.hash_routing else None
+    for hidden_dtype in (torch.bfloat16, torch.float16):  # the second is no operand of the first's product
+        hidden = random_hidden(spec, 65, hidden_dtype)
+        for frozen in (False, True):
+            gate = gate_on_gpu(spec, weight, frozen=frozen)
+            routing = run(gate, hidden)
+            assert problems_of(routing, hidden, gate.weight, spec, tensors_of(spec)) == []
+            assert routing.logits is not None
+            assert_same_bits(routing, CudaBackend().select(routing.logits, spec, tensors, ids))
+
+
+def test_float16() -> None:
+    spec = with_bfloat16_logits(SPECS["softmax of selected"])
+    gate, hidden = gate_on_gpu(spec, torch.float16), random_hidden(spec, 300, torch.float16)
+    assert problems_of(run(gate, hidden), hidden, gate.weight, spec, tensors_of(spec)) == []
 
 
 @pytest.mark.parametrize("rows", [65, 257, 3000])
@@ -48,7 +81,7 @@ def test_the_contract_is_kept(name: str, rows: int) -> None:
     assert problems_of(expected, hidden, safe.weight, spec, tensors_of(spec)) == []
     for gate in (frozen, gate_on_gpu(spec, torch.float32, pdl=False)):
         assert isinstance(gate._prepared, CudaRouter)
-        assert gate._prepared._split_by_dtype
+        assert all(kernels.of_products for kernels in gate._prepared._select_by_inputs.values())
         assert_same_bits(run(gate, hidden), expected)
     out = copy_of(expected)
     for part in out:
@@ -84,6 +117,40 @@ def test_the_kernels_to_the_bit(
     expected = one + (two + three)
     expected = expected if bias is None else expected + bias.float()
     assert logits.equal(expected.to(logits_dtype))
+
+
+def products_of(name: str, products: int) -> Tensor:
+    """[M, products * R], in which some tokens have what no product should be."""
+    made = torch.randn(300, products * ALL[name].num_gate_rows, device="cuda")
+    for token, value in enumerate((torch.nan, torch.inf, -torch.inf, 3e38, 1e-42)):
+        made[token, :: token + 1] = value
+    return made
+
+
+@pytest.mark.parametrize("products", [1, 3])
+@pytest.mark.parametrize("name", ALL)
+def test_logits_of_products_to_the_bit(name: str, products: int) -> None:
+    """Also by ones, as it is for a logits tensor of the caller's that starts anywhere."""
+    spec, tensors = ALL[name], on_gpu(tensors_of(ALL[name]))
+    ids = token_ids(300).cuda() if spec.hash_routing else None
+    given, stream = products_of(name, products), torch.cuda.current_stream().cuda_stream
+    one, *others = given.split(spec.num_gate_rows, 1)
+    logits = one + (others[0] + others[1]) if others else one
+    logits = logits if tensors.bias is None else logits + tensors.bias
+    logits = logits.to(getattr(torch, spec.logits_dtype))
+    expected = CudaBackend().select(logits, spec, tensors, ids)
+    dtypes = selection.select_dtypes(logits.dtype, tensors, None if ids is None else ids.dtype)
+    dtypes = dtypes._replace(bias=None if tensors.bias is None else tensors.bias.dtype)
+    for aligned in (True, False):
+        kernels = selection.select_kernels(
+            spec, dtypes, given.device, aligned=aligned, frozen=False, pdl=True, products=products
+        )
+        room = torch.full((logits.numel() + 1,), -1, dtype=logits.dtype, device="cuda")
+        routing = kernels.outputs(room[0 if aligned else 1 :][: logits.numel()].view_as(logits))
+        kernels.launch(routing, tensors, ids, stream, products=given)
+        for part, right in zip(routing, expected, strict=True):
+            if part is not None and right is not None:
+                torch.testing.assert_close(part, right, rtol=0, atol=0, equal_nan=True)
 
 
 def test_rows_that_are_apart_or_do_not_start_at_16_bytes() -> None:

@@ -53,7 +53,7 @@ def gemm_texts(
     return list(dict.fromkeys(texts))
 
 
-def select_text(spec: RouterSpec, *, aligned: bool = True, frozen: bool = False, products: int = 0) -> str:
+def select_text(spec: RouterSpec, *, aligned: bool = True, frozen: bool = False, weight_parts: int = 0) -> str:
     """The text of a selection, with the dtypes of routers.tensors_of."""
     tensors = tensors_of(spec)
     dtypes = sources.SelectDtypes(
@@ -62,9 +62,9 @@ def select_text(spec: RouterSpec, *, aligned: bool = True, frozen: bool = False,
         None if tensors.global_scale is None else tensors.global_scale.dtype,
         None if tensors.tid2eid is None else tensors.tid2eid.dtype,
         torch.int64 if spec.hash_routing else None,
-        None if tensors.bias is None or products == 0 else tensors.bias.dtype,
+        None if tensors.bias is None or weight_parts == 0 else tensors.bias.dtype,
     )
-    return sources.select_source(spec, dtypes, aligned=aligned, frozen=frozen, products=products)
+    return sources.select_source(spec, dtypes, aligned=aligned, frozen=frozen, weight_parts=weight_parts)
 
 
 def on_gpu(tensors: RouterTensors) -> RouterTensors:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moegate import RouterSpec, get_spec
 from moegate.backends.cuda import CudaBackend
+from moegate.backends.cuda.product import product_of, sum_of
 from moegate.backends.cuda.selection import select_dtypes, select_kernels
-from moegate.backends.cuda.split import split_kernels
 from moegate.backends.cuda.tiling import MAX_GEMM_TOKENS
 from moegate.routing import RouterTensors
 
@@ -29,18 +29,20 @@ _REAL = ("deepseek-v3", "minimax-m2", "longcat-flash", "gemma-4-26b-a4b")
 def beside_cublas(weight: Tensor, spec: RouterSpec, tensors: RouterTensors, ids: Tensor | None) -> None:
     """What runs before and after it."""
     device, stream = weight.device, torch.cuda.current_stream().cuda_stream
-    bias_dtype = None if tensors.bias is None else tensors.bias.dtype
-    products, logits_dtype = 1, getattr(torch, spec.logits_dtype)
-    logits = torch.empty((_MANY, spec.num_gate_rows), dtype=logits_dtype, device=device)
-    if weight.dtype == torch.float32:
-        products = 3
-        kernels = split_kernels(*weight.shape[::-1], bias_dtype, logits_dtype, device, pdl=True)
-        kernels.parts(weight, stream)
-        kernels.add_up(torch.randn(_MANY, 3 * logits.shape[1], device=device), tensors.bias, logits, stream)
+    bias_dtype, logits_dtype = None if tensors.bias is None else tensors.bias.dtype, getattr(torch, spec.logits_dtype)
+    rows, hidden_size = weight.shape
+    product = product_of(hidden_size, rows, weight.dtype, device, pdl=True)
+    if product.weight_parts > 1:
+        product.parts(weight, stream)
     dtypes = select_dtypes(logits_dtype, tensors, None if ids is None else ids.dtype)._replace(bias=bias_dtype)
-    select = select_kernels(spec, dtypes, device, aligned=True, frozen=False, pdl=True, products=products)
-    made = torch.randn(_MANY, products * logits.shape[1], device=device)
-    select.launch(select.outputs(logits), tensors, ids, stream, products=made)
+    select = select_kernels(
+        spec, dtypes, device, aligned=True, frozen=False, pdl=True, weight_parts=product.weight_parts
+    )
+    for shares in (1, 3):
+        products = torch.randn(shares, _MANY, product.weight_parts * rows, device=device)
+        logits = torch.empty((_MANY, rows), dtype=logits_dtype, device=device)
+        select.launch(select.outputs(logits), tensors, ids, stream, products=products)
+        sum_of(rows, product.weight_parts, bias_dtype, logits_dtype, device)(products, tensors.bias, logits, stream)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from routers import SPECS
 
 from moegate.backends.cuda import jit
 from moegate.backends.cuda.jit import compiler, module
-from moegate.backends.cuda.sources import GemmDtypes, split_source
+from moegate.backends.cuda.sources import GemmDtypes, split_source, sum_source
 
 pytestmark = [
     pytest.mark.cpu,
@@ -114,9 +114,10 @@ def test_gemms_do_not_spill_on_other_chips(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])
-def test_what_splits_a_weight_does_not_spill(arch: str) -> None:
-    cases = [(3072, 256, None, FP32), (2880, 33, FP32, BF16), (6144, 768, BF16, FP32)]
-    assert [problem for case in cases for problem in problems_of(split_source(*case), arch, case)] == []
+def test_what_is_around_a_product_does_not_spill(arch: str) -> None:
+    texts = [split_source(3072, 256), split_source(1000, 33)]
+    texts += [sum_source(256, 1, None, FP32), sum_source(33, 1, FP32, BF16), sum_source(768, 3, BF16, FP32)]
+    assert [problem for at, text in enumerate(texts) for problem in problems_of(text, arch, at)] == []
 
 
 @pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])
@@ -125,14 +126,14 @@ def test_selections_do_not_spill(arch: str) -> None:
     assert problems == []
 
 
-@pytest.mark.parametrize("products", [1, 3])
+@pytest.mark.parametrize("weight_parts", [1, 3])
 @pytest.mark.parametrize("arch", MAIN_ARCHS)
-def test_selections_that_make_the_logits_do_not_spill(arch: str, products: int) -> None:
+def test_selections_that_make_the_logits_do_not_spill(arch: str, weight_parts: int) -> None:
     problems = [
         problem
         for name, spec in SPECS.items()
         for aligned in (True, False)
-        for problem in problems_of(select_text(spec, aligned=aligned, products=products), arch, name)
+        for problem in problems_of(select_text(spec, aligned=aligned, weight_parts=weight_parts), arch, name)
     ]
     assert problems == []
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cuda_kernels import (
+    DEEPSEEK_V3,
     assert_same_bits,
     copy_of,
     gate_on_gpu,
@@ -23,7 +24,8 @@ from torch import Tensor
 
 import moegate
 from moegate import RouterSpec
-from moegate.backends.cuda import CudaBackend, selection, split
+from moegate.backends.cuda import CudaBackend, selection
+from moegate.backends.cuda.product import product_of, sum_of, unsupported
 from moegate.backends.cuda.router import CudaRouter
 from moegate.choice import planned
 
@@ -90,67 +92,88 @@ def test_the_contract_is_kept(name: str, rows: int) -> None:
     assert_same_bits(safe(hidden, return_logits=True, out=out), expected)
 
 
-BIASES = (None, torch.float32, torch.bfloat16)
-
-
-@pytest.mark.parametrize("bias_dtype", BIASES, ids=str)
-@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("hidden_size", "rows"), [(3072, 256), (1000, 7), (8, 1), (64, 1024)])
-def test_the_kernels_to_the_bit(
-    hidden_size: int, rows: int, logits_dtype: torch.dtype, bias_dtype: torch.dtype | None
-) -> None:
-    """Three parts that add up to the weight, and sums in the order that is written there."""
+def test_the_parts_of_a_weight_to_the_bit(hidden_size: int, rows: int) -> None:
     weight = torch.randn(rows, hidden_size, device="cuda")
-    device, stream = weight.device, torch.cuda.current_stream().cuda_stream
-    kernels = split.split_kernels(hidden_size, rows, bias_dtype, logits_dtype, device, pdl=True)
     first = weight.bfloat16()
     second = (weight - first.float()).bfloat16()
     third = (weight - first.float() - second.float()).bfloat16()
     assert weight.equal(first.float() + (second.float() + third.float()))
-    assert kernels.parts(weight, stream).equal(torch.cat([first, second, third]))
-
-    products = torch.randn(300, 3 * rows, device="cuda")
-    bias = None if bias_dtype is None else torch.randn(rows, device="cuda").to(bias_dtype)
-    logits = torch.full((300, rows), torch.nan, device="cuda", dtype=logits_dtype)
-    kernels.add_up(products, bias, logits, stream)
-    one, two, three = products.split(rows, 1)
-    expected = one + (two + three)
-    expected = expected if bias is None else expected + bias.float()
-    assert logits.equal(expected.to(logits_dtype))
+    product = product_of(hidden_size, rows, weight.dtype, weight.device, pdl=True)
+    assert product.parts(weight, torch.cuda.current_stream().cuda_stream).equal(torch.cat([first, second, third]))
 
 
-def products_of(name: str, products: int) -> Tensor:
-    """[M, products * R], in which some tokens have what no product should be."""
-    made = torch.randn(300, products * ALL[name].num_gate_rows, device="cuda")
+def random_products(shares: int, columns: int) -> Tensor:
+    """[S, 300, columns], in which some tokens have what no product should be."""
+    made = torch.randn(shares, 300, columns, device="cuda")
     for token, value in enumerate((torch.nan, torch.inf, -torch.inf, 3e38, 1e-42)):
-        made[token, :: token + 1] = value
+        made[-1, token, :: token + 1] = value
     return made
 
 
-@pytest.mark.parametrize("products", [1, 3])
+def logits_of(products: Tensor, rows: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[S, M, parts * R] -> [M, R], added up in the order that products.cuh has."""
+    logits = torch.zeros(products.shape[1], rows, device="cuda")
+    for share in products:
+        first, *others = share.split(rows, 1)
+        logits += first + (others[0] + others[1]) if others else first
+    return (logits if bias is None else logits + bias.float()).to(dtype)
+
+
+@pytest.mark.parametrize("shares", [1, 2, 5, 8])
+@pytest.mark.parametrize("weight_parts", [1, 3])
 @pytest.mark.parametrize("name", ALL)
-def test_logits_of_products_to_the_bit(name: str, products: int) -> None:
+def test_logits_of_products_to_the_bit(name: str, weight_parts: int, shares: int) -> None:
     """Also by ones, as it is for a logits tensor of the caller's that starts anywhere."""
     spec, tensors = ALL[name], on_gpu(tensors_of(ALL[name]))
     ids = token_ids(300).cuda() if spec.hash_routing else None
-    given, stream = products_of(name, products), torch.cuda.current_stream().cuda_stream
-    one, *others = given.split(spec.num_gate_rows, 1)
-    logits = one + (others[0] + others[1]) if others else one
-    logits = logits if tensors.bias is None else logits + tensors.bias
-    logits = logits.to(getattr(torch, spec.logits_dtype))
+    products = random_products(shares, weight_parts * spec.num_gate_rows)
+    logits = logits_of(products, spec.num_gate_rows, tensors.bias, getattr(torch, spec.logits_dtype))
     expected = CudaBackend().select(logits, spec, tensors, ids)
     dtypes = selection.select_dtypes(logits.dtype, tensors, None if ids is None else ids.dtype)
     dtypes = dtypes._replace(bias=None if tensors.bias is None else tensors.bias.dtype)
     for aligned in (True, False):
         kernels = selection.select_kernels(
-            spec, dtypes, given.device, aligned=aligned, frozen=False, pdl=True, products=products
+            spec, dtypes, logits.device, aligned=aligned, frozen=False, pdl=True, weight_parts=weight_parts
         )
         room = torch.full((logits.numel() + 1,), -1, dtype=logits.dtype, device="cuda")
         routing = kernels.outputs(room[0 if aligned else 1 :][: logits.numel()].view_as(logits))
-        kernels.launch(routing, tensors, ids, stream, products=given)
+        kernels.launch(routing, tensors, ids, torch.cuda.current_stream().cuda_stream, products=products)
         for part, right in zip(routing, expected, strict=True):
             if part is not None and right is not None:
                 torch.testing.assert_close(part, right, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shares", [1, 7])
+@pytest.mark.parametrize("weight_parts", [1, 3])
+def test_sums_of_products_to_the_bit(
+    weight_parts: int, shares: int, dtype: torch.dtype, bias_dtype: torch.dtype | None
+) -> None:
+    rows = 37
+    products = random_products(shares, weight_parts * rows)
+    bias = None if bias_dtype is None else torch.randn(rows, device="cuda").to(bias_dtype)
+    logits = torch.full((300, rows), -1, device="cuda", dtype=dtype)
+    add_up = sum_of(rows, weight_parts, bias_dtype, dtype, logits.device)
+    add_up(products, bias, logits, torch.cuda.current_stream().cuda_stream)
+    torch.testing.assert_close(logits, logits_of(products, rows, bias, dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [65, 300, 700, 8000])
+def test_shares_of_a_product(rows: int) -> None:
+    """Each of them the product that it is to be, of hidden states whose rows are apart, too."""
+    weight, hidden = random_weight(DEEPSEEK_V3), random_hidden(DEEPSEEK_V3, rows)
+    apart = torch.full((rows, 7168 + 8), torch.nan, dtype=torch.bfloat16, device="cuda")[:, :7168].copy_(hidden)
+    product = product_of(7168, 256, weight.dtype, weight.device, pdl=True)
+    for given in (hidden, apart):
+        products = product(given, weight, torch.cuda.current_stream().cuda_stream)
+        assert (products.shape[0] > 1) == (rows <= 700)  # with 78 to 200 multiprocessors
+        step = 7168 // products.shape[0]
+        for share, of_share in enumerate(products):
+            part = slice(share * step, (share + 1) * step)
+            exact = hidden[:, part].double() @ weight[:, part].double().t()
+            torch.testing.assert_close(of_share.double(), exact, rtol=0, atol=1e-5)  # K * 2**-24 of sums around 1
 
 
 def test_rows_that_are_apart_or_do_not_start_at_16_bytes() -> None:
@@ -166,9 +189,10 @@ def test_rows_that_are_apart_or_do_not_start_at_16_bytes() -> None:
                 assert_same_bits(run(gate_on_gpu(MINIMAX, weight=rows, frozen=frozen), hidden), expected)
 
 
-def test_the_product_by_itself_has_the_bits_of_the_gate() -> None:
-    weight, hidden = random_weight(MINIMAX), random_hidden(MINIMAX, 300)
-    expected = run(gate_on_gpu(MINIMAX, weight=weight), hidden).logits
+@pytest.mark.parametrize("spec", [MINIMAX, DEEPSEEK_V3], ids=["minimax-m2", "deepseek-v3"])
+def test_the_product_by_itself_has_the_bits_of_the_gate(spec: RouterSpec) -> None:
+    weight, hidden = random_weight(spec), random_hidden(spec, 300)
+    expected = run(gate_on_gpu(spec, weight=weight), hidden).logits
     assert expected is not None
     assert moegate.router_gemm(hidden, weight).equal(expected)
 
@@ -186,7 +210,7 @@ def test_weights_of_all_magnitudes() -> None:
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float16, torch.float32], ids=str)
 def test_other_hidden_states_take_the_plain_product(hidden_dtype: torch.dtype) -> None:
-    assert split.unsupported(hidden_dtype, torch.float32, None) is not None
+    assert unsupported(hidden_dtype, torch.float32, 3072, None) is not None
     hidden = random_hidden(MINIMAX, 300, hidden_dtype)
     gate = gate_on_gpu(MINIMAX)
     assert problems_of(run(gate, hidden), hidden, gate.weight, MINIMAX, tensors_of(MINIMAX)) == []

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moegate.backends.cuda import gemm, jit, selection, split
+from moegate.backends.cuda import gemm, jit, product, selection
 from moegate.backends.cuda.alignment import is_aligned
 from moegate.backends.cuda.router import CudaRouter, TensorDtypes
 from moegate.backends.cuda.sources import GemmDtypes
@@ -57,9 +57,9 @@ class CudaBackend:
         """See `moegate.router_gemm`."""
         num_tokens, hidden_size = hidden.shape
         is_many, rows = num_tokens > MAX_DECODE_TOKENS, weight.shape[0]
-        is_split = split.unsupported(hidden.dtype, weight.dtype, None) is None
+        has_product = product.unsupported(hidden.dtype, weight.dtype, hidden_size, None) is None
         gemm.warn_if_unsupported(hidden_size)
-        if gemm.unsupported(hidden_size) or (is_many and not is_split):
+        if gemm.unsupported(hidden_size) or (is_many and not has_product):
             return torch_gemm.router_gemm(hidden, weight, bias, out_dtype)
         logits = torch.empty((num_tokens, rows), dtype=out_dtype, device=hidden.device)
         if num_tokens == 0:
@@ -68,8 +68,9 @@ class CudaBackend:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
             if is_many:
-                parts = split.split_kernels(hidden_size, rows, bias_dtype, out_dtype, device, pdl=True)
-                parts.add_up(parts.products(hidden, weight, stream), bias, logits, stream)
+                multiply = product.product_of(hidden_size, rows, weight.dtype, device, pdl=True)
+                add_up = product.sum_of(rows, multiply.weight_parts, bias_dtype, out_dtype, device)
+                add_up(multiply(hidden, weight, stream), bias, logits, stream)
             else:
                 dtypes = GemmDtypes(hidden.dtype, weight.dtype, bias_dtype, None, out_dtype)
                 kernels = gemm.gemm_kernels(hidden_size, rows, dtypes, None, device, frozen=False, pdl=True)

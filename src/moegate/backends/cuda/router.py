@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moegate.backends.cuda import gemm, selection, split
+from moegate.backends.cuda import gemm, product, selection
 from moegate.backends.cuda.memory import empty
 from moegate.backends.cuda.sources import GemmDtypes, SelectDtypes
 from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, TOKENS_OF_TILE
@@ -37,7 +37,7 @@ class _Selections(NamedTuple):
 
     of_logits: selection.SelectKernels
     of_products: selection.SelectKernels | None
-    """Make the logits of cuBLAS's products; None: one product is the logit."""
+    """Make the logits of cuBLAS's products, where there is a `Product`."""
 
 
 class CudaRouter:
@@ -68,46 +68,45 @@ class CudaRouter:
         self._has_gemm = gemm.unsupported(spec.hidden_size) is None
         gemm.warn_if_unsupported(spec.hidden_size)
         self._gemm_by_dtype: dict[torch.dtype, gemm.GemmKernels] = {}
-        self._split_by_dtype: dict[torch.dtype, split.SplitKernels] = {}
+        self._product: product.Product | None = None
         self._select_by_inputs: dict[tuple[torch.dtype | None, bool], _Selections] = {}
 
     def warmup(self, hidden: torch.dtype, input_ids: torch.dtype | None, *, aligned: bool = True) -> None:
         """Compiles what calls with these dtypes run."""
+        spec = self._spec
+        size = spec.hidden_size, spec.num_gate_rows
+        operand = product.operand_of(self._weight_dtype)
+        if product.unsupported(operand, self._weight_dtype, spec.hidden_size, spec.input_norm_eps) is None:
+            self._product = product.product_of(*size, self._weight_dtype, self._device, pdl=self._pdl)
+        if (input_ids, aligned) not in self._select_by_inputs:
+            self._select_by_inputs[input_ids, aligned] = self._selections(input_ids, aligned=aligned)
         if self._has_gemm and hidden not in self._gemm_by_dtype:
             dtypes = GemmDtypes(
                 hidden, self._weight_dtype, self._dtypes.bias, self._dtypes.input_scale, self._logits_dtype
             )
-            spec = self._spec
-            size = spec.hidden_size, spec.num_gate_rows
-            if split.unsupported(hidden, self._weight_dtype, spec.input_norm_eps) is None:
-                self._split_by_dtype[hidden] = split.split_kernels(
-                    *size, self._dtypes.bias, self._logits_dtype, self._device, pdl=self._pdl
-                )
-            # Last, since calls take it as the sign that all is there.
             self._gemm_by_dtype[hidden] = gemm.gemm_kernels(
                 *size, dtypes, spec.input_norm_eps, self._device, frozen=self._frozen, pdl=self._pdl
             )
-        if (input_ids, aligned) not in self._select_by_inputs:
-            own, products = self._dtypes, self._products_of_logit()
 
-            def kernels(products: int, bias: torch.dtype | None) -> selection.SelectKernels:
-                dtypes = SelectDtypes(
-                    self._logits_dtype, own.per_expert_scale, own.global_scale, own.tid2eid, input_ids, bias
-                )
-                places = {"aligned": aligned, "frozen": self._frozen, "pdl": self._pdl}
-                return selection.select_kernels(self._spec, dtypes, self._device, products=products, **places)
+    def _selections(self, input_ids: torch.dtype | None, *, aligned: bool) -> _Selections:
+        own = self._dtypes
+        dtypes = SelectDtypes(self._logits_dtype, own.per_expert_scale, own.global_scale, own.tid2eid, input_ids)
 
-            self._select_by_inputs[input_ids, aligned] = _Selections(
-                kernels(0, None), kernels(products, own.bias) if products else None
+        def kernels(dtypes: SelectDtypes, weight_parts: int) -> selection.SelectKernels:
+            return selection.select_kernels(
+                self._spec,
+                dtypes,
+                self._device,
+                aligned=aligned,
+                frozen=self._frozen,
+                pdl=self._pdl,
+                weight_parts=weight_parts,
             )
 
-    def _products_of_logit(self) -> int:
-        """Of how many of cuBLAS's products the selection makes a logit; 0: it is given the logits."""
-        if self._spec.input_norm_eps is not None:
-            return 0
-        if self._weight_dtype == torch.float32:
-            return 3 if self._has_gemm else 0
-        return 1 if self._logits_dtype != torch.float32 or self._dtypes.bias is not None else 0
+        of_products = None
+        if self._product is not None:
+            of_products = kernels(dtypes._replace(bias=own.bias), self._product.weight_parts)
+        return _Selections(kernels(dtypes, 0), of_products)
 
     def route(
         self,
@@ -165,25 +164,25 @@ class CudaRouter:
         select: _Selections,
         stream: int,
     ) -> Routing:
-        """By cuBLAS's product, and the selection, which does what is left to be done to that."""
-        given = None if out is None else out.logits
-        products = self._products(hidden, weight, stream)
-        if products is None or select.of_products is None:
-            logits = torch_gemm.logits(hidden, weight, self._spec, tensors, None) if products is None else products
-            routing = select.of_logits.outputs(logits if given is None else given.copy_(logits), out)
-            select.of_logits.launch(routing, tensors, input_ids, stream)
+        """By cuBLAS's product, of which the selection makes the logits."""
+        logits, kernels, products = None if out is None else out.logits, select.of_logits, None
+        if self._product is None or hidden.dtype != product.operand_of(self._weight_dtype):
+            computed = torch_gemm.logits(hidden, weight, self._spec, tensors, None)
+            logits = computed if logits is None else logits.copy_(computed)
         else:
-            logits = empty((hidden.shape[0], self._spec.num_gate_rows), self._logits_dtype) if given is None else given
-            routing = select.of_products.outputs(logits, out)
-            select.of_products.launch(routing, tensors, input_ids, stream, products=products)
+            self._check_dtype(weight)
+            products = self._product(hidden, weight, stream)
+            if logits is None and self._is_logits(products):
+                logits, products = products[0], None
+            else:
+                assert select.of_products is not None
+                kernels = select.of_products
+        if logits is None:
+            logits = empty((hidden.shape[0], self._spec.num_gate_rows), self._logits_dtype)
+        routing = kernels.outputs(logits, out)
+        kernels.launch(routing, tensors, input_ids, stream, products=products)
         return routing
 
-    def _products(self, hidden: Tensor, weight: Tensor, stream: int) -> Tensor | None:
-        """[M, K] -> float32 products, of which the logits are made; None: not of these dtypes."""
-        kernels = self._split_by_dtype.get(hidden.dtype)
-        if kernels is not None:
-            self._check_dtype(weight)
-            return kernels.products(hidden, weight, stream)
-        if hidden.dtype == weight.dtype != torch.float32 and self._spec.input_norm_eps is None:
-            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-        return None
+    def _is_logits(self, products: Tensor) -> bool:
+        is_one = products.shape[0] == 1 and products.shape[2] == self._spec.num_gate_rows
+        return is_one and self._logits_dtype == torch.float32 and self._dtypes.bias is None

@@ -13,7 +13,7 @@ from moegate.backends.cuda.sources import SelectDtypes, select_source
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
-_FIELDS = "PPPPPPPPPPPPqqqii"  # SelectArguments of select.cuh
+_FIELDS = "PPPPPPPPPPPPqqqiii0q"  # SelectArguments of select.cuh, with the padding at its end
 # A token is a warp. Few are in blocks of two, up to so many in blocks of one; more are cheaper to start in larger ones.
 _MOST_SPREAD = 1024
 
@@ -30,12 +30,12 @@ class SelectKernels:
         aligned: bool,
         frozen: bool,
         pdl: bool,
-        products: int = 0,
+        weight_parts: int = 0,
         arch: str | None = None,
     ) -> None:
         self._spec = spec
         self._weights_dtype = getattr(torch, spec.topk_weights_dtype)
-        text = select_source(spec, dtypes, aligned=aligned, frozen=frozen, products=products)
+        text = select_source(spec, dtypes, aligned=aligned, frozen=frozen, weight_parts=weight_parts)
         module = jit.load(text, device, arch)
         # Select::kWords of select.cuh, or more.
         words = spec.top_k + (2 if spec.n_group > 1 else 1) * spec.num_selectable + spec.n_group + 6
@@ -82,7 +82,7 @@ class SelectKernels:
     ) -> None:
         """Fills the routing from its logits [M, R], whose rows may be apart, on the stream; M is at least 1.
 
-        `products`: float32 [M, R] or [M, 3 R], of which the kernels for products make the logits, too.
+        `products`: [S, M, R] or [S, M, 3 R], of which kernels for a weight in one or three parts make the logits, too.
         `holds_dependents`: what is launched after it starts only when the kernel before it has ended.
         """
         logits, table = routing.logits, tensors.tid2eid
@@ -108,10 +108,11 @@ class SelectKernels:
             routing.topk_weights.data_ptr(),
             _address(routing.shared_weights),
             _address(routing.identity_weight),
-            source.stride(0),
+            source.stride(-2),
             0 if table is None else table.stride(0),
             0 if table is None else table.shape[0],
             num_tokens,
+            0 if products is None else products.shape[0],
             holds_dependents,
         )
 

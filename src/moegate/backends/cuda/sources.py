@@ -25,6 +25,13 @@ _SCORES = {
 }
 
 
+_SPLIT, _SUM = (
+    f'extern "C" __global__ void __launch_bounds__(256)\n'
+    f"{name}(const __grid_constant__ {arguments} arguments) {{ {name}<Config>(arguments); }}\n"
+    for name, arguments in (("split_weight", "SplitArguments"), ("sum_products", "SumArguments"))
+)
+
+
 class GemmDtypes(NamedTuple):
     """The dtypes of a router GEMM; None: there is no such tensor."""
 
@@ -90,22 +97,22 @@ def gemm_source(
     )
 
 
-def split_source(hidden_size: int, rows: int, bias: torch.dtype | None, logits: torch.dtype) -> str:
-    """split.cuh for one float32 weight: the kernels `split_weight` and `sum_products`."""
+def split_source(hidden_size: int, rows: int) -> str:
+    """products.cuh's `split_weight` for one float32 weight."""
+    return '#include "products.cuh"\n' + _config({}, {"int kHidden": hidden_size, "int kRows": rows}) + _SPLIT
+
+
+def sum_source(rows: int, weight_parts: int, bias: torch.dtype | None, logits: torch.dtype) -> str:
+    """products.cuh's `sum_products` for the products of one shape."""
     types = {"Bias": bias or torch.float32, "Logits": logits}
-    constants: dict[str, object] = {"int kHidden": hidden_size, "int kRows": rows, "bool kHasBias": bias is not None}
-    kernels = (
-        f'extern "C" __global__ void __launch_bounds__(256)\n'
-        f"{name}(const __grid_constant__ {arguments} arguments) {{ {name}<Config>(arguments); }}\n"
-        for name, arguments in (("split_weight", "SplitArguments"), ("sum_products", "SumArguments"))
-    )
-    return '#include "split.cuh"\n' + _config(types, constants) + "".join(kernels)
+    constants: dict[str, object] = {"int kRows": rows, "int kParts": weight_parts, "bool kHasBias": bias is not None}
+    return '#include "products.cuh"\n' + _config(types, constants) + _SUM
 
 
-def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, frozen: bool, products: int = 0) -> str:
+def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, frozen: bool, weight_parts: int = 0) -> str:
     """select.cuh for one spec. `aligned`: 4 logits or biases can be read at once, if E allows.
 
-    `products`: of so many float32 products it makes each logit, 1 or 3; 0: it is given the logits.
+    `weight_parts`: it makes the logits of products, of a weight in so many parts, 1 or 3; 0: it is given the logits.
 
     Two kernels that are alike, `select_few` and `select_many`: the driver is told of each how it is to be run.
     """
@@ -114,7 +121,7 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
         "int kSelectable": spec.num_selectable,
         "int kRows": spec.num_gate_rows,
         "int kTopK": spec.top_k,
-        "int kProducts": products,
+        "int kParts": weight_parts,
         "bool kHasBias": dtypes.bias is not None,
         "Score kScore": f"Score::{_SCORES[spec.scoring_func]}",
         "int kLogitKeys": 0,
@@ -150,12 +157,14 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
         "InputIds": dtypes.input_ids or torch.int32,
         "Bias": dtypes.bias or torch.float32,
     }
+    # Two blocks of 256: with registers for more, ptxas schedules a lane's experts one behind the other. One where a
+    # lane's products alone take most of these.
+    blocks = 2 if weight_parts * spec.num_selectable <= 32 * 64 else 1
     return (
         '#include "select.cuh"\n'
         + _config(types, constants)
-        # Two blocks of 256: with registers for more, ptxas schedules a lane's experts one behind the other.
         + "".join(
-            'extern "C" __global__ void __launch_bounds__(256, 2)\n'
+            f'extern "C" __global__ void __launch_bounds__(256, {blocks})\n'
             f"{name}(const __grid_constant__ SelectArguments arguments) {{ select<Config>(arguments); }}\n"
             for name in ("select_few", "select_many")
         )

@@ -1,37 +1,41 @@
 // A token's logits, as a warp of the selection has them: lane l those of the experts l * kPerLane and on.
 //
-// They are read; or, behind a library's product (kProducts > 0), made here, so that this takes no kernel of its own. Then
-// the token's row holds float32 products, R of them or 3 R of a weight that was taken apart (split.cuh). What they add
-// up to gets the linear bias, is rounded, and stored.
+// They are read; or, behind a library's product (kParts > 0), made here, so that this takes no kernel of its own: what the
+// products (products.cuh) add up to gets the linear bias, is rounded, and stored.
 #pragma once
-#include "device.cuh"
+#include "products.cuh"
+
+// What a row consists of: logits, or products.
+template <int kParts, class Logits>
+struct SourceOf {
+  using Type = float;
+};
+template <class Logits>
+struct SourceOf<0, Logits> {
+  using Type = Logits;
+};
 
 template <class Config>
 struct TokenLogits {
   static constexpr int E = Config::kSelectable, R = Config::kRows, kPerLane = ceil_div(E, 32);
-  static constexpr int kProducts = Config::kProducts;
+  static constexpr int kParts = Config::kParts;  // 0: the logits are given
   static constexpr bool kByFours = Config::kAligned and kPerLane % 4 == 0 and R % 4 == 0 and E % 4 == 0;
-  static_assert(kProducts == 0 or kProducts == 1 or kProducts == 3, "none, of a plain weight, of one in three parts");
   using Logits = typename Config::Logits;
   using Bias = typename Config::Bias;
+  using Source = typename SourceOf<kParts, Logits>::Type;
 
-  const void* row;  // kProducts == 0: the logits
+  const Source* row;  // of the logits, or of the first share's products
+  int64 share_stride;
+  int shares;
   const Bias* bias;
   Logits* made;
   const int lane = threadIdx.x % 32;
 
-  static __forceinline__ TokenLogits of(const void* source, int64 stride, const void* bias, void* made, int token) {
-    const int64 first = token * stride;
-    const void* row = kProducts == 0 ? static_cast<const void*>(static_cast<const Logits*>(source) + first)
-                                     : static_cast<const float*>(source) + first;
-    return {row, static_cast<const Bias*>(bias), static_cast<Logits*>(made) + int64(token) * R};
-  }
-
   // The lane's, 0 beyond the experts; and whether any of the row's is NaN.
   __forceinline__ bool load(float (&values)[kPerLane]) const {
     bool is_nan = false;
-    if constexpr (kProducts == 0) {
-      load_part(static_cast<const Logits*>(row), values);
+    if constexpr (kParts == 0) {
+      load_part(row, values);
     } else {
       make(values);
       store_part(values);
@@ -41,23 +45,21 @@ struct TokenLogits {
     for (int id = E + lane; id < R; id += 32) {
       const float logit = at(id);
       is_nan |= isnan(logit);
-      if constexpr (kProducts > 0) made[id] = narrow<Logits>(logit);
+      if constexpr (kParts > 0) made[id] = narrow<Logits>(logit);
     }
     return __any_sync(~0u, is_nan);
   }
 
   // Any of the row, fetched anew.
   __forceinline__ float at(int id) const {
-    if constexpr (kProducts == 0) {
-      return widen(static_cast<const Logits*>(row)[id]);
+    if constexpr (kParts == 0) {
+      return widen(row[id]);
     } else {
-      const float* products = static_cast<const float*>(row) + id;
-      return made_of(products[0], kProducts == 3 ? products[R] + products[2 * R] : 0.0f, id);
+      return made_of(sum_of_products<kParts>(row + id, R, share_stride, shares), id);
     }
   }
 
-  template <class T>
-  __forceinline__ void load_part(const T* source, float (&values)[kPerLane]) const {
+  __forceinline__ void load_part(const Source* source, float (&values)[kPerLane]) const {
 #pragma unroll
     for (int i = 0; i < kPerLane; i += kByFours ? 4 : 1) {
       const int id = lane * kPerLane + i;
@@ -65,7 +67,7 @@ struct TokenLogits {
         values[i] = id < E ? widen(source[id]) : 0.0f;
       } else if (id >= E) {
         values[i] = values[i + 1] = values[i + 2] = values[i + 3] = 0.0f;
-      } else if constexpr (sizeof(T) == 4) {
+      } else if constexpr (sizeof(Source) == 4) {
         const float4 four = *reinterpret_cast<const float4*>(source + id);
         values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
       } else {
@@ -76,28 +78,37 @@ struct TokenLogits {
     }
   }
 
-  // In the order of sum_products (split.cuh), so that a logit has the same bits from either.
-  __forceinline__ float made_of(float first, float others, int id) const {
-    float logit = kProducts == 3 ? first + others : first;
-    if constexpr (Config::kHasBias) logit += widen(bias[id]);
-    return widen(narrow<Logits>(logit));
+  __forceinline__ float made_of(float sum, int id) const {
+    if constexpr (Config::kHasBias) sum += widen(bias[id]);
+    return widen(narrow<Logits>(sum));
   }
 
+  // As many shares in flight at once as there are registers for.
   __forceinline__ void make(float (&values)[kPerLane]) const {
-    const float* products = static_cast<const float*>(row);
-    float others[kPerLane] = {};
-    if constexpr (kProducts == 3) {
-      float third[kPerLane];
-      load_part(products + R, others);
-      load_part(products + 2 * R, third);
+    constexpr int kMost = (72 - kPerLane) / (kPerLane * kParts), kAtOnce = kMost > 8 ? 8 : kMost < 1 ? 1 : kMost;
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) others[i] += third[i];
+    for (int i = 0; i < kPerLane; ++i) values[i] = 0.0f;
+#pragma unroll 1
+    for (int first = 0; first < shares; first += kAtOnce) {
+      float parts[kAtOnce][kParts][kPerLane];
+#pragma unroll
+      for (int i = 0; i < kAtOnce * kParts; ++i) {
+        const Source* share = row + (first + i / kParts) * share_stride;
+        if (first + i / kParts < shares) load_part(share + i % kParts * R, parts[i / kParts][i % kParts]);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i >= shares) break;
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) {
+          values[j] += sum_of_parts<kParts>(parts[i][0][j], parts[i][kParts / 2][j], parts[i][kParts - 1][j]);
+        }
+      }
     }
-    load_part(products, values);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int id = lane * kPerLane + i;
-      if (id < E) values[i] = made_of(values[i], others[i], id);
+      if (id < E) values[i] = made_of(values[i], id);
     }
   }
 

@@ -9,7 +9,7 @@
 #include "logits.cuh"
 
 struct SelectArguments {
-  const void* logits;      // or the float32 products of which logits.cuh makes them
+  const void* logits;      // or the products of which logits.cuh makes them
   const float* correction_bias;
   const void* per_expert_scale;
   const void* global_scale;
@@ -21,10 +21,11 @@ struct SelectArguments {
   void* topk_weights;
   void* shared_weights;
   void* identity_weight;
-  int64 logits_stride;     // elements from row to row, of the products, too
+  int64 logits_stride;     // elements from row to row; products are contiguous
   int64 table_stride;
   int64 table_rows;
   int32 num_tokens;
+  int32 shares;            // of products
   int32 holds_dependents;  // they start only when the wait is over
 };
 
@@ -228,11 +229,20 @@ struct Select {
 };
 
 template <class Config>
+__forceinline__ TokenLogits<Config> logits_of(const SelectArguments& arguments, int token) {
+  using Source = typename TokenLogits<Config>::Source;
+  return {static_cast<const Source*>(arguments.logits) + token * arguments.logits_stride,
+          arguments.num_tokens * arguments.logits_stride,
+          arguments.shares,
+          static_cast<const typename Config::Bias*>(arguments.bias),
+          static_cast<typename Config::Logits*>(arguments.made_logits) + int64(token) * Config::kRows};
+}
+
+template <class Config>
 __forceinline__ void select(const SelectArguments& arguments) {
   extern __shared__ uint32 shared[];
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int token = int(blockIdx.x) * warps + warp;
-  const auto logits = TokenLogits<Config>::of(arguments.logits, arguments.logits_stride, arguments.bias,
-                                              arguments.made_logits, token);
+  const auto logits = logits_of<Config>(arguments, token);
   Select<Config>{arguments, token, shared + warp * Select<Config>::kWords, logits}.run();
 }

@@ -1,7 +1,10 @@
-// A float32 weight on tensor cores, by a library that multiplies bfloat16: the weight as the sum of three bfloat16
-// numbers, before, and the sum of the three products, after.
+// Around a library's product for many tokens: products[S, M, P * R], of which the logits [M, R] are the sums.
 //
-// Both are bound by memory, and neighbours take neighbours: eight elements of the weight a thread, one logit.
+// - S shares of K, each a product of its own, so that few tokens are enough for all multiprocessors.
+// - P = 3 parts of a float32 weight, which is taken apart here: a library multiplies bfloat16 numbers on tensor cores,
+//   and a float32 is the sum of three. P = 1 of any other weight.
+//
+// Both kernels are bound by memory, and neighbours take neighbours: eight elements of the weight a thread, one logit.
 #pragma once
 #include "pieces.cuh"
 
@@ -12,10 +15,11 @@ struct SplitArguments {
 };
 
 struct SumArguments {
-  const float* products;  // [M, 3 R]
+  const float* products;
   const void* bias;
-  void* logits;  // [M, R]
-  int64 count;   // M * R
+  void* logits;
+  int64 count;  // M * R
+  int32 shares;
 };
 
 template <class Config>
@@ -35,17 +39,34 @@ __forceinline__ void split_weight(const SplitArguments& arguments) {
   }
 }
 
+// The order in which all kernels add, so that a logit has the same bits from any of them: the parts of a share, smaller
+// ones first; then share after share.
+template <int kParts>
+__forceinline__ float sum_of_parts(float first, float second, float third) {
+  return kParts == 3 ? first + (second + third) : first;
+}
+
+template <int kParts>
+__forceinline__ float sum_of_products(const float* first, int rows, int64 share_stride, int shares) {
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int share = 0; share < shares; ++share, first += share_stride) {
+    sum += sum_of_parts<kParts>(first[0], first[kParts / 2 * rows], first[(kParts - 1) * rows]);
+  }
+  return sum;
+}
+
 template <class Config>
 __forceinline__ void sum_products(const SumArguments& arguments) {
-  constexpr int R = Config::kRows;
+  constexpr int R = Config::kRows, kParts = Config::kParts;
   trigger_dependents();
   wait_for_predecessor();
   const int64 step = int64(gridDim.x) * blockDim.x;
   for (int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x; i < arguments.count; i += step) {
     const int64 token = i / R;
     const int row = i % R;
-    const float* of_token = arguments.products + token * 3 * R + row;
-    float logit = of_token[0] + (of_token[R] + of_token[2 * R]);
+    const float* first = arguments.products + token * kParts * R + row;
+    float logit = sum_of_products<kParts>(first, R, arguments.count * kParts, arguments.shares);
     if constexpr (Config::kHasBias) logit += widen(static_cast<const typename Config::Bias*>(arguments.bias)[row]);
     static_cast<typename Config::Logits*>(arguments.logits)[i] = narrow<typename Config::Logits>(logit);
   }

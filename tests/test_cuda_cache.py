@@ -29,6 +29,7 @@ from moegate.backends.cuda.tiling import (
     parts,
     plan_gemm,
     shared_bytes,
+    shares_of_product,
 )
 
 pytestmark = pytest.mark.cpu
@@ -253,6 +254,23 @@ H100 = Chip(132, True, 227 << 10)
 )
 def test_tokens_are_cut_as_was_fastest_on_an_h100(hidden_size: int, rows: int, tokens: int, cut: Cut) -> None:
     assert cut_tokens(tokens, plan_gemm(hidden_size, rows, (1, 1), H100), H100) == cut
+
+
+@pytest.mark.parametrize(
+    ("tokens", "columns", "hidden_size", "shares"),
+    [
+        (128, 256, 7168, 8),
+        (512, 256, 7168, 4),
+        (1024, 256, 7168, 2),
+        (4096, 256, 7168, 1),
+        (512, 128, 2880, 5),  # 6, 7 and 8 would cut steps of 64 apart
+        (256, 768, 3072, 4),
+        (65, 8, 448, 1),  # two would be shorter than 256
+        (65, 8, 1000, 1),
+    ],
+)
+def test_products_are_cut_as_was_fastest_on_an_h100(tokens: int, columns: int, hidden_size: int, shares: int) -> None:
+    assert shares_of_product(tokens, columns, hidden_size, H100.num_sms) == shares
 
 
 def test_a_chip_with_little_shared_memory_gets_smaller_blocks() -> None:

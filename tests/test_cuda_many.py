@@ -173,7 +173,9 @@ def test_shares_of_a_product(rows: int) -> None:
         for share, of_share in enumerate(products):
             part = slice(share * step, (share + 1) * step)
             exact = hidden[:, part].double() @ weight[:, part].double().t()
-            torch.testing.assert_close(of_share.double(), exact, rtol=0, atol=1e-5)  # K * 2**-24 of sums around 1
+            torch.testing.assert_close(
+                of_share.double(), exact, rtol=0, atol=4e-4
+            )  # K * 2**-24 of terms that add up to 1
 
 
 def test_rows_that_are_apart_or_do_not_start_at_16_bytes() -> None:

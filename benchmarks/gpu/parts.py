@@ -25,7 +25,7 @@ Key = tuple[str, int, str]
 """Model, tokens, way."""
 
 _SMALL = (1, 2, 4, 8, 16, 32, 64)
-_PREFILL = (256, 1024, 4096, 16384)
+_PREFILL = (128, 512, 1024, 4096, 16384)
 _FLOAT32_SHAPES = {"3072x256 float32": (3072, 256), "6144x128 float32": (6144, 128)}
 
 
@@ -34,17 +34,19 @@ def keys(part: str) -> list[Key]:
     if part == "gemm":
         return [("7168x256", m, way) for m in _SMALL for way in ("cold", "hot", "trigger")]
     if part == "route":
-        tokens = (1, 2, 4, 8, 12, 16, 32, 64)
-        return [("deepseek-v3", m, way) for m in tokens for way in ("trigger", "cold", "hot", "norm")]
+        tokens = (*range(1, 17), 32, 64)
+        few = (1, 2, 4, 8, 16, 32, 64)
+        ways = ("trigger", "cold", "hot", "norm")
+        return [("deepseek-v3", m, way) for m in tokens for way in ways if way == "trigger" or m in few]
     if part == "catalog":
         return [(name, m, "trigger") for name in catalog_models() for m in _SMALL]
     if part == "fp32":
         return [(name, m, way) for name in _FLOAT32_SHAPES for m in _SMALL[:-1] for way in ("cold", "trigger")]
     if part == "select":
         short = [(name, m, way) for name in _SELECT for m in _SMALL for way in ("hot", "trigger")]
-        return short + [(name, m, "hot") for name in _SELECT for m in _PREFILL[1:]]
+        return short + [(name, m, "hot") for name in _SELECT for m in _PREFILL[2:]]
     assert part == "prefill", part
-    return [(name, m, "cold") for name in ("deepseek-v3", "minimax-m2") for m in _PREFILL]
+    return [(name, m, "cold") for name in ("deepseek-v3", "gpt-oss-120b", "minimax-m2") for m in _PREFILL]
 
 
 def catalog_models() -> list[str]:

@@ -50,7 +50,7 @@ class SelectKernels:
         # a multiprocessor has room for one block: few are what fills one on each.
         self._few = in_blocks_of(2, "select_few", least_shared=True)
         self._most_few = self._few[0] * torch.cuda.get_device_properties(device).multi_processor_count
-        self._some = in_blocks_of(1, "select_many")
+        self._some = in_blocks_of(1, "select_some" if weight_parts else "select_many")
         self._many = in_blocks_of(8, "select_many")
 
     def outputs(self, logits: Tensor, out: Routing | None = None) -> Routing:

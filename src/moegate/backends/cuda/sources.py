@@ -32,6 +32,11 @@ _SPLIT, _SUM = (
 )
 
 
+# Kernels, and the registers of a lane for products on their way.
+_SELECTIONS = (("select_few", 0), ("select_many", 0))
+_SELECTIONS_OF_PRODUCTS = (("select_few", 64), ("select_some", 64), ("select_many", 16))
+
+
 class GemmDtypes(NamedTuple):
     """The dtypes of a router GEMM; None: there is no such tensor."""
 
@@ -114,7 +119,8 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
 
     `weight_parts`: it makes the logits of products, of a weight in so many parts, 1 or 3; 0: it is given the logits.
 
-    Two kernels that are alike, `select_few` and `select_many`: the driver is told of each how it is to be run.
+    Several kernels that are alike: the driver is told of each how it is to be run, and the more tokens there are, the
+    fewer registers hold products on their way, so that more warps find a place.
     """
     constants = {
         "int kExperts": spec.num_experts,
@@ -158,16 +164,19 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
         "Bias": dtypes.bias or torch.float32,
     }
     # Two blocks of 256: with registers for more, ptxas schedules a lane's experts one behind the other. One where a
-    # lane's products alone take most of these.
-    blocks = 2 if weight_parts * spec.num_selectable <= 32 * 64 else 1
+    # lane holds products of more than 16 experts.
+    blocks = 1 if weight_parts and spec.num_selectable > 32 * 16 else 2
+    kernels = (
+        f'extern "C" __global__ void __launch_bounds__(256, {blocks})\n'
+        f"{name}(const __grid_constant__ SelectArguments arguments) {{ select<With<{registers}>>(arguments); }}\n"
+        for name, registers in (_SELECTIONS if weight_parts == 0 else _SELECTIONS_OF_PRODUCTS)
+    )
     return (
         '#include "select.cuh"\n'
         + _config(types, constants)
-        + "".join(
-            f'extern "C" __global__ void __launch_bounds__(256, {blocks})\n'
-            f"{name}(const __grid_constant__ SelectArguments arguments) {{ select<Config>(arguments); }}\n"
-            for name in ("select_few", "select_many")
-        )
+        + "template <int kRegisters>\nstruct With : Config {\n"
+        + "  static constexpr int kInFlight = kRegisters;\n};\n"
+        + "".join(kernels)
     )
 
 

@@ -12,7 +12,7 @@ COLUMNS_OF_STEP = 32
 _FEW_WARPS = 16
 _STEPS_AT_ONCE = 4  # of a warp, for which it has registers
 _TOKEN_PITCH = 20  # RouterGemm::kPitch, and the most of kSums
-_MOST_SHARES, _LEAST_SHARE, _NUMBERS_OF_SM = 8, 256, 6144  # of `shares_of_product`
+_MOST_SHARES, _LEAST_SHARE, _STEP_OF_TILE, _NUMBERS_OF_SM = 8, 256, 64, 6144  # of `shares_of_product`
 MAX_DECODE_TOKENS = 64
 """Up to so many tokens router_gemm runs in any case, so that a token's bits do not depend on their number."""
 MAX_GEMM_TOKENS = 1024
@@ -149,10 +149,10 @@ def shares_of_product(num_tokens: int, columns: int, hidden_size: int, num_sms: 
     """Into how many shares of K cuBLAS's product [num_tokens, columns] is cut.
 
     As many as give a multiprocessor no more than a few thousand numbers to write, which are read again to be added up;
-    and at least 256 of K to multiply for each. Measured on an H100 (docs/cuda.md).
+    of at least 256 of K each, and whole steps of cuBLAS's tiles. Measured on an H100 (docs/cuda.md).
     """
     most = min(_MOST_SHARES, hidden_size // _LEAST_SHARE, _NUMBERS_OF_SM * num_sms // (num_tokens * columns))
-    return next((count for count in range(most, 1, -1) if hidden_size % (8 * count) == 0), 1)
+    return next((count for count in range(most, 1, -1) if hidden_size % (count * _STEP_OF_TILE) == 0), 1)
 
 
 def parts(hidden: torch.dtype, weight: torch.dtype, norm: bool) -> tuple[int, int, bool]:

@@ -83,9 +83,9 @@ struct TokenLogits {
     return widen(narrow<Logits>(sum));
   }
 
-  // As many shares in flight at once as there are registers for.
+  // As many shares in flight at once as registers are given.
   __forceinline__ void make(float (&values)[kPerLane]) const {
-    constexpr int kMost = (72 - kPerLane) / (kPerLane * kParts), kAtOnce = kMost > 8 ? 8 : kMost < 1 ? 1 : kMost;
+    constexpr int kMost = Config::kInFlight / (kPerLane * kParts), kAtOnce = kMost > 8 ? 8 : kMost < 1 ? 1 : kMost;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) values[i] = 0.0f;
 #pragma unroll 1

@@ -7,6 +7,8 @@ Its allocator keeps nothing (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that a byte b
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from cuda_kernels import gate_on_gpu, random_hidden, run
 from routers import SPECS, token_ids
@@ -20,7 +22,7 @@ from moegate.backends.cuda.tiling import MAX_GEMM_TOKENS
 from moegate.routing import RouterTensors
 
 _FEW, _ALL = (1, 9), (1, 8, 9, 17, 33, 64)
-_MORE = 150  # router_gemm in groups of tokens
+_MORE, _SOME = 150, 600  # router_gemm in groups of tokens; a selection in blocks of one warp
 _MANY = 1100  # a selection's blocks have several warps there; cuBLAS, whose findings are not ours, stays out
 # At their real size: products of one, three and again three parts, and an input norm, over clusters of blocks.
 _REAL = ("deepseek-v3", "minimax-m2", "longcat-flash", "gemma-4-26b-a4b")
@@ -35,12 +37,12 @@ def beside_cublas(weight: Tensor, spec: RouterSpec, tensors: RouterTensors, ids:
     if product.weight_parts > 1:
         product.parts(weight, stream)
     dtypes = select_dtypes(logits_dtype, tensors, None if ids is None else ids.dtype)._replace(bias=bias_dtype)
-    select = select_kernels(
-        spec, dtypes, device, aligned=True, frozen=False, pdl=True, weight_parts=product.weight_parts
-    )
-    for shares in (1, 3):
-        products = torch.randn(shares, _MANY, product.weight_parts * rows, device=device)
-        logits = torch.empty((_MANY, rows), dtype=logits_dtype, device=device)
+    for aligned, tokens, shares in itertools.product((True, False), (_MORE, _SOME, _MANY), (1, 3)):
+        select = select_kernels(
+            spec, dtypes, device, aligned=aligned, frozen=False, pdl=True, weight_parts=product.weight_parts
+        )
+        products = torch.randn(shares, tokens, product.weight_parts * rows, device=device)
+        logits = torch.empty((tokens, rows), dtype=logits_dtype, device=device)
         select.launch(select.outputs(logits), tensors, ids, stream, products=products)
         sum_of(rows, product.weight_parts, bias_dtype, logits_dtype, device)(products, tensors.bias, logits, stream)
 

@@ -156,7 +156,7 @@ def test_aligned_rows_apart_are_read_in_place(dtype: torch.dtype) -> None:
         assert_same_bits(run(gate, apart(hidden, 8)), run(gate, hidden))
 
 
-@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("rows", [1, 9, 100, 1100])
 def test_given_logits_may_start_anywhere(rows: int) -> None:
     gate, hidden = gate_on_gpu(SPEC), random_hidden(SPEC, rows)
     expected = run(gate, hidden)

@@ -103,9 +103,9 @@ def test_the_parts_of_a_weight_to_the_bit(hidden_size: int, rows: int) -> None:
     assert product.parts(weight, torch.cuda.current_stream().cuda_stream).equal(torch.cat([first, second, third]))
 
 
-def random_products(shares: int, columns: int) -> Tensor:
-    """[S, 300, columns], in which some tokens have what no product should be."""
-    made = torch.randn(shares, 300, columns, device="cuda")
+def random_products(shares: int, tokens: int, columns: int) -> Tensor:
+    """[S, M, columns], in which some tokens have what no product should be."""
+    made = torch.randn(shares, tokens, columns, device="cuda")
     for token, value in enumerate((torch.nan, torch.inf, -torch.inf, 3e38, 1e-42)):
         made[-1, token, :: token + 1] = value
     return made
@@ -120,14 +120,15 @@ def logits_of(products: Tensor, rows: int, bias: Tensor | None, dtype: torch.dty
     return (logits if bias is None else logits + bias.float()).to(dtype)
 
 
+@pytest.mark.parametrize("tokens", [65, 600, 1100])  # `select_few`, `select_some` and `select_many`
 @pytest.mark.parametrize("shares", [1, 2, 5, 8])
 @pytest.mark.parametrize("weight_parts", [1, 3])
 @pytest.mark.parametrize("name", ALL)
-def test_logits_of_products_to_the_bit(name: str, weight_parts: int, shares: int) -> None:
+def test_logits_of_products_to_the_bit(name: str, weight_parts: int, shares: int, tokens: int) -> None:
     """Also by ones, as it is for a logits tensor of the caller's that starts anywhere."""
     spec, tensors = ALL[name], on_gpu(tensors_of(ALL[name]))
-    ids = token_ids(300).cuda() if spec.hash_routing else None
-    products = random_products(shares, weight_parts * spec.num_gate_rows)
+    ids = token_ids(tokens).cuda() if spec.hash_routing else None
+    products = random_products(shares, tokens, weight_parts * spec.num_gate_rows)
     logits = logits_of(products, spec.num_gate_rows, tensors.bias, getattr(torch, spec.logits_dtype))
     expected = CudaBackend().select(logits, spec, tensors, ids)
     dtypes = selection.select_dtypes(logits.dtype, tensors, None if ids is None else ids.dtype)
@@ -140,7 +141,8 @@ def test_logits_of_products_to_the_bit(name: str, weight_parts: int, shares: int
         routing = kernels.outputs(room[0 if aligned else 1 :][: logits.numel()].view_as(logits))
         kernels.launch(routing, tensors, ids, torch.cuda.current_stream().cuda_stream, products=products)
         for part, right in zip(routing, expected, strict=True):
-            if part is not None and right is not None:
+            assert (part is None) == (right is None)
+            if part is not None:
                 torch.testing.assert_close(part, right, rtol=0, atol=0, equal_nan=True)
 
 
@@ -152,7 +154,7 @@ def test_sums_of_products_to_the_bit(
     weight_parts: int, shares: int, dtype: torch.dtype, bias_dtype: torch.dtype | None
 ) -> None:
     rows = 37
-    products = random_products(shares, weight_parts * rows)
+    products = random_products(shares, 300, weight_parts * rows)
     bias = None if bias_dtype is None else torch.randn(rows, device="cuda").to(bias_dtype)
     logits = torch.full((300, rows), -1, device="cuda", dtype=dtype)
     add_up = sum_of(rows, weight_parts, bias_dtype, dtype, logits.device)
@@ -178,22 +180,26 @@ def test_shares_of_a_product(rows: int) -> None:
             )  # K * 2**-24 of terms that add up to 1
 
 
-def test_rows_that_are_apart_or_do_not_start_at_16_bytes() -> None:
-    weight, hidden = random_weight(MINIMAX), random_hidden(MINIMAX, 65)
-    expected = run(gate_on_gpu(MINIMAX, weight=weight), hidden)
+@pytest.mark.parametrize("spec", [MINIMAX, DEEPSEEK_V3], ids=["minimax-m2", "deepseek-v3"])
+def test_rows_that_are_apart_or_do_not_start_at_16_bytes(spec: RouterSpec) -> None:
+    """The contract; not the same bits, since cuBLAS may multiply such bfloat16 matrices in another way."""
+    weight, hidden, size = random_weight(spec), random_hidden(spec, 300), spec.hidden_size
     for columns, first in ((8, 0), (1, 1)):
-        wide = torch.full((256, 3072 + columns), torch.nan, device="cuda")
-        rows = wide[:, first : first + 3072]
-        rows.copy_(weight)
+        wide = torch.full((256, size + columns), torch.nan, device="cuda", dtype=weight.dtype)
+        rows = wide[:, first : first + size].copy_(weight)
+        wide_hidden = torch.full((300, size + columns), torch.nan, device="cuda", dtype=hidden.dtype)
+        hidden_rows = wide_hidden[:, first : first + size].copy_(hidden)
         for frozen in (False, True):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a copy in every call
-                assert_same_bits(run(gate_on_gpu(MINIMAX, weight=rows, frozen=frozen), hidden), expected)
+                routing = run(gate_on_gpu(spec, weight=rows, frozen=frozen), hidden_rows)
+            assert problems_of(routing, hidden, weight, spec, tensors_of(spec)) == []
 
 
+@pytest.mark.parametrize("rows", [300, 1100, 4000])
 @pytest.mark.parametrize("spec", [MINIMAX, DEEPSEEK_V3], ids=["minimax-m2", "deepseek-v3"])
-def test_the_product_by_itself_has_the_bits_of_the_gate(spec: RouterSpec) -> None:
-    weight, hidden = random_weight(spec), random_hidden(spec, 300)
+def test_the_product_by_itself_has_the_bits_of_the_gate(spec: RouterSpec, rows: int) -> None:
+    weight, hidden = random_weight(spec), random_hidden(spec, rows)
     expected = run(gate_on_gpu(spec, weight=weight), hidden).logits
     assert expected is not None
     assert moegate.router_gemm(hidden, weight).equal(expected)

@@ -34,10 +34,8 @@ def keys(part: str) -> list[Key]:
     if part == "gemm":
         return [("7168x256", m, way) for m in _SMALL for way in ("cold", "hot", "trigger")]
     if part == "route":
-        tokens = (*range(1, 17), 32, 64)
-        few = (1, 2, 4, 8, 16, 32, 64)
-        ways = ("trigger", "cold", "hot", "norm")
-        return [("deepseek-v3", m, way) for m in tokens for way in ways if way == "trigger" or m in few]
+        ways, tokens = ("trigger", "cold", "hot", "norm"), (*range(1, 17), 32, 64)
+        return [("deepseek-v3", m, way) for m in tokens for way in ways if way == "trigger" or m in _SMALL]
     if part == "catalog":
         return [(name, m, "trigger") for name in catalog_models() for m in _SMALL]
     if part == "fp32":
@@ -103,14 +101,14 @@ class Bench:
 
     def _route(self, model: str, tokens: int) -> list[Candidate]:
         stage = self._stage_of(model, tokens)
+        slow = [stage.compiled(), stage.eager()] if tokens in _SMALL else []
         return [
             stage.ours(FROZEN, frozen=True),
             stage.ours(SAFE, frozen=False),
             stage.ours(NO_PDL, frozen=True, pdl=False),
             stage.flashinfer_pair(),
             stage.cublas(may_compile=True),
-            stage.compiled(),
-            stage.eager(),
+            *slow,
             stage.floor(),
         ]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moegate.backends.cuda import gemm, jit, product, selection
 from moegate.backends.cuda.alignment import is_aligned
+from moegate.backends.cuda.memory import empty
 from moegate.backends.cuda.router import CudaRouter, TensorDtypes
 from moegate.backends.cuda.sources import GemmDtypes
 from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS
@@ -61,17 +62,19 @@ class CudaBackend:
         gemm.warn_if_unsupported(hidden_size)
         if gemm.unsupported(hidden_size) or (is_many and not has_product):
             return torch_gemm.router_gemm(hidden, weight, bias, out_dtype)
-        logits = torch.empty((num_tokens, rows), dtype=out_dtype, device=hidden.device)
-        if num_tokens == 0:
-            return logits
         device, bias_dtype = hidden.device, None if bias is None else bias.dtype
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
             if is_many:
                 multiply = product.product_of(hidden_size, rows, weight.dtype, device, pdl=True)
+                products = multiply(hidden, weight, stream)
+                if product.are_logits(products, rows, bias_dtype, out_dtype):
+                    return products[0]
+            logits = empty((num_tokens, rows), out_dtype)
+            if is_many:
                 add_up = product.sum_of(rows, multiply.weight_parts, bias_dtype, out_dtype, device)
-                add_up(multiply(hidden, weight, stream), bias, logits, stream)
-            else:
+                add_up(products, bias, logits, stream)
+            elif num_tokens > 0:
                 dtypes = GemmDtypes(hidden.dtype, weight.dtype, bias_dtype, None, out_dtype)
                 kernels = gemm.gemm_kernels(hidden_size, rows, dtypes, None, device, frozen=False, pdl=True)
                 kernels.launch(hidden, weight, bias, None, logits, stream)

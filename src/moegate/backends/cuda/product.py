@@ -76,6 +76,12 @@ class Product:
 product_of = cache(Product)
 
 
+def are_logits(products: Tensor, rows: int, bias: torch.dtype | None, logits: torch.dtype) -> bool:
+    """True if products [S, M, parts * R] of one share and part need neither a bias nor a rounding."""
+    is_one = products.shape[0] == 1 and products.shape[2] == rows
+    return is_one and bias is None and logits == torch.float32
+
+
 class Sum:
     """What products add up to, where no selection follows; `sum_of` makes them."""
 

@@ -164,25 +164,22 @@ class CudaRouter:
         select: _Selections,
         stream: int,
     ) -> Routing:
-        """By cuBLAS's product, of which the selection makes the logits."""
-        logits, kernels, products = None if out is None else out.logits, select.of_logits, None
+        """By cuBLAS's product, of which the selection makes the logits where it is not these."""
+        logits, rows = None if out is None else out.logits, self._spec.num_gate_rows
+        kernels, products = select.of_logits, None
         if self._product is None or hidden.dtype != product.operand_of(self._weight_dtype):
             computed = torch_gemm.logits(hidden, weight, self._spec, tensors, None)
             logits = computed if logits is None else logits.copy_(computed)
         else:
             self._check_dtype(weight)
             products = self._product(hidden, weight, stream)
-            if logits is None and self._is_logits(products):
+            if logits is None and product.are_logits(products, rows, self._dtypes.bias, self._logits_dtype):
                 logits, products = products[0], None
             else:
                 assert select.of_products is not None
                 kernels = select.of_products
         if logits is None:
-            logits = empty((hidden.shape[0], self._spec.num_gate_rows), self._logits_dtype)
+            logits = empty((hidden.shape[0], rows), self._logits_dtype)
         routing = kernels.outputs(logits, out)
         kernels.launch(routing, tensors, input_ids, stream, products=products)
         return routing
-
-    def _is_logits(self, products: Tensor) -> bool:
-        is_one = products.shape[0] == 1 and products.shape[2] == self._spec.num_gate_rows
-        return is_one and self._logits_dtype == torch.float32 and self._dtypes.bias is None

@@ -25,13 +25,6 @@ _SCORES = {
 }
 
 
-_SPLIT, _SUM = (
-    f'extern "C" __global__ void __launch_bounds__(256)\n'
-    f"{name}(const __grid_constant__ {arguments} arguments) {{ {name}<Config>(arguments); }}\n"
-    for name, arguments in (("split_weight", "SplitArguments"), ("sum_products", "SumArguments"))
-)
-
-
 # Kernels, and the registers of a lane for products on their way.
 _SELECTIONS = (("select_few", 0), ("select_many", 0))
 _SELECTIONS_OF_PRODUCTS = (("select_few", 64), ("select_some", 64), ("select_many", 16))
@@ -104,14 +97,23 @@ def gemm_source(
 
 def split_source(hidden_size: int, rows: int) -> str:
     """products.cuh's `split_weight` for one float32 weight."""
-    return '#include "products.cuh"\n' + _config({}, {"int kHidden": hidden_size, "int kRows": rows}) + _SPLIT
+    return _around_product({}, {"int kHidden": hidden_size, "int kRows": rows}, "split_weight", "SplitArguments")
 
 
 def sum_source(rows: int, weight_parts: int, bias: torch.dtype | None, logits: torch.dtype) -> str:
     """products.cuh's `sum_products` for the products of one shape."""
     types = {"Bias": bias or torch.float32, "Logits": logits}
     constants: dict[str, object] = {"int kRows": rows, "int kParts": weight_parts, "bool kHasBias": bias is not None}
-    return '#include "products.cuh"\n' + _config(types, constants) + _SUM
+    return _around_product(types, constants, "sum_products", "SumArguments")
+
+
+def _around_product(types: dict[str, torch.dtype], constants: dict[str, object], name: str, arguments: str) -> str:
+    return (
+        '#include "products.cuh"\n'
+        + _config(types, constants)
+        + 'extern "C" __global__ void __launch_bounds__(256)\n'
+        + f"{name}(const __grid_constant__ {arguments} arguments) {{ {name}<Config>(arguments); }}\n"
+    )
 
 
 def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, frozen: bool, weight_parts: int = 0) -> str:

@@ -43,19 +43,19 @@ struct TokenLogits {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) is_nan |= isnan(values[i]);
     for (int id = E + lane; id < R; id += 32) {
-      const float logit = at(id);
-      is_nan |= isnan(logit);
-      if constexpr (kParts > 0) made[id] = narrow<Logits>(logit);
+      if constexpr (kParts > 0) made[id] = made_of(sum_of_products<kParts>(row + id, R, share_stride, shares), id);
+      is_nan |= isnan(at(id));
     }
+    if constexpr (kParts > 0) __syncwarp();  // any lane may fetch what another has stored
     return __any_sync(~0u, is_nan);
   }
 
-  // Any of the row, fetched anew.
+  // Any of the row, fetched anew, after `load`.
   __forceinline__ float at(int id) const {
     if constexpr (kParts == 0) {
       return widen(row[id]);
     } else {
-      return made_of(sum_of_products<kParts>(row + id, R, share_stride, shares), id);
+      return widen(made[id]);
     }
   }
 
@@ -78,9 +78,9 @@ struct TokenLogits {
     }
   }
 
-  __forceinline__ float made_of(float sum, int id) const {
+  __forceinline__ Logits made_of(float sum, int id) const {
     if constexpr (Config::kHasBias) sum += widen(bias[id]);
-    return widen(narrow<Logits>(sum));
+    return narrow<Logits>(sum);
   }
 
   // As many shares in flight at once as registers are given.
@@ -108,7 +108,7 @@ struct TokenLogits {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int id = lane * kPerLane + i;
-      if (id < E) values[i] = made_of(values[i], id);
+      if (id < E) values[i] = widen(made_of(values[i], id));
     }
   }
 

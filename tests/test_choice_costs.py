@@ -50,16 +50,16 @@ def test_measured_and_between_and_beyond(shipped: Callable[..., None]) -> None:
 
 
 def test_other_shapes_come_from_the_two_nearest(shipped: Callable[..., None]) -> None:
-    near, far = {128: {CUBLAS: 2.0}}, {128: {CUBLAS: 50.0}}
-    shipped(a_table(kimi_k2=near, glm_5={128: {CUBLAS: 4.0}}, mixtral_8x7b=far))
-    cost = costs.expected(facts("mimo-v2.5-pro"), CUBLAS, 128)  # 6144 x 384: between kimi's 7168 and glm's 256
+    near, far = {128: {OPS: 2.0}}, {128: {OPS: 50.0}}
+    shipped(a_table(kimi_k2=near, glm_5={128: {OPS: 4.0}}, mixtral_8x7b=far))
+    cost = costs.expected(facts("mimo-v2.5-pro"), OPS, 128)  # 6144 x 384: between kimi's 7168 and glm's 256
     assert cost is not None
     assert 2.0 < cost.us < 4.0
     assert cost.evidence == "interpolated from kimi_k2 and glm_5 on GPU X"
-    beyond = costs.expected(facts("mimo-v2.5-pro"), CUBLAS, 4096)
+    beyond = costs.expected(facts("mimo-v2.5-pro"), OPS, 4096)
     assert beyond is not None
     assert beyond.evidence == "extrapolated from kimi_k2 and glm_5 on GPU X"
-    assert costs.expected(facts_of(GPU, get_spec("minimax-m2"), torch.float32), CUBLAS, 128) is None
+    assert costs.expected(facts_of(GPU, get_spec("minimax-m2"), torch.float32), OPS, 128) is None
 
 
 def test_one_neighbour_is_not_the_shape_itself(shipped: Callable[..., None]) -> None:
@@ -97,12 +97,12 @@ def test_the_table_of_the_h100_tells_the_times_of_other_routers() -> None:
 
 def test_of_two_shapes_as_near_the_one_with_the_same_kind_of_router_counts_more(shipped: Callable[..., None]) -> None:
     # trinity-mini is 2048 x 128 too, with sigmoid, bias and bfloat16 logits, as laguna-xs-2.1 is at 2048 x 256.
-    shipped(a_table(laguna_xs_2_1={1: {CUBLAS: 2.0}}, qwen3_5_35b_a3b={1: {CUBLAS: 8.0}}))
-    cost = costs.expected(facts("trinity-mini"), CUBLAS, 1)
+    shipped(a_table(laguna_xs_2_1={1: {OPS: 2.0}}, qwen3_5_35b_a3b={1: {OPS: 8.0}}))
+    cost = costs.expected(facts("trinity-mini"), OPS, 1)
     assert cost is not None
     assert 2.0 < cost.us < 3.9  # the mean of both would be 4
     assert cost.evidence.startswith("interpolated from laguna_xs_2_1 and")
-    far = costs.expected(facts("qwen3-30b-a3b"), CUBLAS, 1)
+    far = costs.expected(facts("qwen3-30b-a3b"), OPS, 1)
     assert far is not None
     assert far.us > 4.1
 

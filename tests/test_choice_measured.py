@@ -72,9 +72,9 @@ def test_router_gemm_runs_as_far_as_it_takes_no_more(
         assert router.gemm_tokens == most
 
 
-def test_where_router_gemm_is_not_latency_a_shape_tells_of_another_by_its_work(shipped: Callable[..., None]) -> None:
+def test_where_a_product_is_not_latency_a_shape_tells_of_another_by_its_work(shipped: Callable[..., None]) -> None:
     """qwen3-30b-a3b (2048 x 128) at 256 tokens has the work of glm-4.5-air (4096 x 128) at 128."""
-    times = {64: {DECODE: 4.0}, 128: {DECODE: 7.0, CUBLAS: 8.0}, 256: {DECODE: 11.0, CUBLAS: 8.0}}
+    times = {64: {DECODE: 4.0}, 128: {DECODE: 7.0, CUBLAS: 8.0}, 256: {DECODE: 11.0, CUBLAS: 9.0}}
     shipped(a_table(glm_4_5_air=times))
     small = facts("qwen3-30b-a3b")
     found = [costs.expected(small, DECODE, tokens) for tokens in (64, 256)]
@@ -111,8 +111,8 @@ def test_the_product_chosen_for_a_shape_that_the_table_lacks(shipped: Callable[.
     print(f"{len(wrong)} of {len(lost)} times:", *(f"{key}: {ratio:.2f};" for key, ratio in wrong.items()))
     mean = math.exp(sum(map(math.log, lost.values())) / len(lost))
     assert len(lost) > 60
-    assert mean < 1.06  # always cuBLAS would take 1.14 times the better one's time
-    assert max(lost.values()) < 2.6
+    assert mean < 1.02  # always cuBLAS would take 1.04 times the better one's time, at worst 1.93 times
+    assert max(lost.values()) < 1.3
 
 
 def test_times_beyond_those_measured_do_not_change_the_choice(shipped: Callable[..., None]) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from moegate.backends.cuda.tiling import ROWS_OF_TILE
-from moegate.choice.candidates import ROUTER_GEMM
+from moegate.choice.candidates import CUBLAS, ROUTER_GEMM
 from moegate.choice.facts import Facts, Machine
 from moegate.choice.tables import Shape, Table, shape_of, table_for
 
@@ -62,7 +62,7 @@ def neighbours(facts: Facts, key: str, num_tokens: int) -> tuple[Neighbour, ...]
         return ()
     curves, shape = _curves(table, key, facts.frozen), shape_of(facts)
     near = [(shape, 1.0)] if shape in curves else _nearest(curves, shape)
-    goes_with_work = key == ROUTER_GEMM.key(facts)
+    goes_with_work = key in (ROUTER_GEMM.key(facts), CUBLAS.key(facts))
     found = []
     for other, weight in near:
         model, curve = curves[other]
@@ -86,9 +86,10 @@ def most_tokens(machine: Machine, key: str) -> int:
 
 
 def _work(shape: Shape) -> int:
-    """What router_gemm's time goes with, for each token, from shape to shape: its product's work, in tiles of 16 rows.
+    """What the cuda backend's time goes with, for each token: its product's work, in tiles of 16 rows.
 
-    That tells times better than the same number of tokens does (test_choice_costs.py holds it against an H100's).
+    That tells times better than the same number of tokens does (test_choice_costs.py and test_choice_measured.py hold
+    it against an H100's).
     """
     return shape.hidden_size * -(-shape.gate_rows // ROWS_OF_TILE)
 

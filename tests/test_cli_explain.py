@@ -182,6 +182,10 @@ def test_a_gate_explains_itself_and_is_logged_once(caplog: pytest.LogCaptureFixt
     ]
     explanation = gate.explain(3)
     assert (explanation.tokens, explanation.backend, explanation.kernel) == (3, "torch", "mm+ops")
+    first, *others = str(explanation).splitlines()
+    assert first == f"3 tokens: torch mm+ops, no known time ({explanation.evidence}); {explanation.why}"
+    assert len(others) == len(explanation.rejected) + len(explanation.notes) > 0
+    assert others[0] == "  not cuda router_gemm+select, no known time: " + explanation.rejected[0].reason
     with pytest.raises(TypeError, match="num_tokens: got str; allowed: an int"):
         gate.explain("16")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="num_tokens: got bool; allowed: an int"):

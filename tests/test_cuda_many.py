@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Iterator
 
@@ -120,27 +121,26 @@ def logits_of(products: Tensor, rows: int, bias: Tensor | None, dtype: torch.dty
     return (logits if bias is None else logits + bias.float()).to(dtype)
 
 
-@pytest.mark.parametrize("tokens", [65, 600, 1100])  # `select_few`, `select_some` and `select_many`
-@pytest.mark.parametrize("shares", [1, 2, 5, 8])
+@pytest.mark.parametrize("aligned", [True, False])  # the second as it is for a caller's logits that start anywhere
 @pytest.mark.parametrize("weight_parts", [1, 3])
 @pytest.mark.parametrize("name", ALL)
-def test_logits_of_products_to_the_bit(name: str, weight_parts: int, shares: int, tokens: int) -> None:
-    """Also by ones, as it is for a logits tensor of the caller's that starts anywhere."""
+def test_logits_of_products_to_the_bit(name: str, weight_parts: int, aligned: bool) -> None:
     spec, tensors = ALL[name], on_gpu(tensors_of(ALL[name]))
-    ids = token_ids(tokens).cuda() if spec.hash_routing else None
-    products = random_products(shares, tokens, weight_parts * spec.num_gate_rows)
-    logits = logits_of(products, spec.num_gate_rows, tensors.bias, getattr(torch, spec.logits_dtype))
-    expected = CudaBackend().select(logits, spec, tensors, ids)
-    dtypes = selection.select_dtypes(logits.dtype, tensors, None if ids is None else ids.dtype)
+    dtype, rows = getattr(torch, spec.logits_dtype), spec.num_gate_rows
+    dtypes = selection.select_dtypes(dtype, tensors, torch.int64 if spec.hash_routing else None)
     dtypes = dtypes._replace(bias=None if tensors.bias is None else tensors.bias.dtype)
-    for aligned in (True, False):
-        kernels = selection.select_kernels(
-            spec, dtypes, logits.device, aligned=aligned, frozen=False, pdl=True, weight_parts=weight_parts
-        )
-        room = torch.full((logits.numel() + 1,), -1, dtype=logits.dtype, device="cuda")
+    device, stream = torch.device("cuda", torch.cuda.current_device()), torch.cuda.current_stream().cuda_stream
+    kernels = selection.select_kernels(
+        spec, dtypes, device, aligned=aligned, frozen=False, pdl=True, weight_parts=weight_parts
+    )
+    for tokens, shares in itertools.product((65, 600, 1100), (1, 2, 5, 8)):  # each of the three kernels
+        ids = token_ids(tokens).cuda() if spec.hash_routing else None
+        products = random_products(shares, tokens, weight_parts * rows)
+        logits = logits_of(products, rows, tensors.bias, dtype)
+        room = torch.full((logits.numel() + 1,), -1, dtype=dtype, device="cuda")
         routing = kernels.outputs(room[0 if aligned else 1 :][: logits.numel()].view_as(logits))
-        kernels.launch(routing, tensors, ids, torch.cuda.current_stream().cuda_stream, products=products)
-        for part, right in zip(routing, expected, strict=True):
+        kernels.launch(routing, tensors, ids, stream, products=products)
+        for part, right in zip(routing, CudaBackend().select(logits, spec, tensors, ids), strict=True):
             assert (part is None) == (right is None)
             if part is not None:
                 torch.testing.assert_close(part, right, rtol=0, atol=0, equal_nan=True)

@@ -41,7 +41,8 @@ Written by `python benchmarks/gpu/report.py DIR`; every number comes from `pytho
 Microseconds of a call, from CUDA graphs of 58 calls or more: medians over replays, the candidates' graphs in turns
 in one run, so that a ratio never mixes two runs. **Cold**: different weights in turn, more than L2 holds where
 256 calls suffice for that. **Hot**: one weight. **In a chain**: a kernel writes `hidden`, then the call, cold;
-less that kernel alone, measured in the same turns. The **floor** reads the weight and `hidden` and computes nothing.
+less that kernel alone, measured in the same turns. **Frozen** and **safe** are gates that are frozen and that are not,
+whose weight may be changed at any time. The **floor** reads the weight and `hidden` and computes nothing.
 A ratio is a peer's time by that of `moegate frozen` (or the first column): above 1, moegate is faster; in brackets
 the 10th and 90th percentile of replays side by side. That is the noise of one pair of graphs; two graphs of the same
 kernels can differ by more (the page of `moegate bench` says by how much). Every call of a timed graph was held against
@@ -197,7 +198,7 @@ def _brackets(ratio: list[float]) -> str:
 def _errors(rows: list[Row]) -> Iterator[str]:
     """The worst of what the checks found, by candidate."""
     names = dict.fromkeys(name for row in rows for name in row["candidates"])
-    said = []
+    said, agree = [], list[str]()
     for name in names:
         found = [row["candidates"].get(name, {}) for row in rows]
         errors = [item["max_error"] for item in found if "max_error" in item]
@@ -205,10 +206,14 @@ def _errors(rows: list[Row]) -> Iterator[str]:
         excused = sum(item.get("excused", 0) for item in found)
         if errors:
             said.append(f"{name} off float64 by {max(errors):.1e} at most")
-        if agreements:
+        if agreements and min(agreements) == 1.0:
+            agree.append(name)
+        elif agreements:
             said.append(f"{name} chooses float64's experts in {min(agreements):.2%} of the rows or more")
         elif excused:
             said.append(f"{name}: {excused} of {sum(item.get('rows', 0) for item in found)} rows near-ties")
+    if agree:
+        said.append(f"float64's experts are chosen in every row by {', '.join(agree)}")
     if said:
         yield "Checked: " + "; ".join(said) + "."
         yield ""

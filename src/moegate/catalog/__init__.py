@@ -85,7 +85,7 @@ def get_model(name: str) -> Model:
     if model is None:
         close = difflib.get_close_matches(short, _by_name(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise ValueError(f"name = {name!r}; {hint}allowed: a name of moegate.catalog.names()")
+        raise ValueError(f"name: got {name!r}; {hint}allowed: a name of moegate.catalog.names()")
     return model
 
 

@@ -129,11 +129,11 @@ def _at(curve: _Curve, num_tokens: float) -> tuple[float, str | None]:
 
 
 def _nearest(curves: dict[Shape, tuple[str, _Curve]], shape: Shape) -> list[tuple[Shape, float]]:
-    """The two nearest shapes with the same dtype of the weight, with the part that each has in the time."""
+    """The two nearest shapes whose product is of the same kind, with the part that each has in the time."""
     apart = sorted(
         (_distance(other, shape), index, other)
         for index, other in enumerate(curves)
-        if other.weight_dtype == shape.weight_dtype
+        if other.weight_dtype == shape.weight_dtype and other.has_input_norm == shape.has_input_norm
     )[:2]
     inverse = [1 / (distance + 1e-3) for distance, _, _ in apart]
     return [(other, part / sum(inverse)) for part, (_, _, other) in zip(inverse, apart, strict=True)]

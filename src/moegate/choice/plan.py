@@ -59,6 +59,19 @@ class Explanation:
         """For JSON."""
         return asdict(self)
 
+    def __str__(self) -> str:
+        """For people: a line for what runs, and one for each other candidate and note."""
+
+        def time(us: float | None) -> str:
+            return "no known time" if us is None else f"{us:.2f} us"
+
+        runs = f"{self.backend} {self.kernel}, {time(self.expected_us)}"
+        lines = [f"{self.tokens} token{'s' * (self.tokens != 1)}: {runs} ({self.evidence}); {self.why}"]
+        lines += [
+            f"  not {each.backend} {each.kernel}, {time(each.expected_us)}: {each.reason}" for each in self.rejected
+        ]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -24,6 +24,7 @@ from moegate.warn import warn_once
 
 SCHEMA = 1
 _WEIGHT_DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
+_INPUT_NORM = "input_norm"
 _MADE = ("date", "command", "moegate", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
 
 
@@ -36,6 +37,11 @@ class Shape(NamedTuple):
     weight_dtype: str
     router: str
     """The kind of selection; see `router_kind`."""
+
+    @property
+    def has_input_norm(self) -> bool:
+        """The product is of normed hidden states, which are float32."""
+        return _INPUT_NORM in self.router.split()
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def router_kind(spec: RouterSpec) -> str:
         "topk_weights_dtype per_expert_scale num_zero_experts num_shared_gates global_scale hash_routing"
     )
     found = [f"{name}={getattr(spec, name)}" for name in names.split() if getattr(spec, name) != getattr(default, name)]
-    return " ".join(found + ["input_norm"] * (spec.input_norm_eps is not None)) or "softmax"
+    return " ".join(found + [_INPUT_NORM] * (spec.input_norm_eps is not None)) or "softmax"
 
 
 def shape_of(facts: Facts) -> Shape:

@@ -118,8 +118,8 @@ def _check_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     name = folder.name.lower()
-    hint = f"did you mean {name!r}? " if name in catalog.names() else ""
-    raise ValueError(f"no folder {folder}; {hint}Nothing is downloaded; `moegate models` lists the names")
+    hint = f"did you mean {name!r}? Nothing" if name in catalog.names() else "nothing"
+    raise ValueError(f"no folder {folder}; {hint} is downloaded; `moegate models` lists the names")
 
 
 def _layers(folder: Path) -> str:

@@ -2,7 +2,8 @@
 
 A library gives each block a tile of the logits, of which few tokens make few. Cut along K into shares, which it
 multiplies as a batch, they are as many as there are multiprocessors. A product of float32 matrices does not use tensor
-cores, for it would round to 11 bits there; a float32 weight as the sum of three bfloat16 ones keeps its bits.
+cores, for it would round to 11 bits there; as the sum of three bfloat16 ones a float32 weight keeps its bits (contract
+1.1 has the ends of the range).
 """
 
 from __future__ import annotations

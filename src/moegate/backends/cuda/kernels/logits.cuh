@@ -1,4 +1,4 @@
-// A token's logits, as a warp of the selection has them: lane l those of the experts l * kPerLane and on.
+// A token's logits, as a warp of the selection has them: lane l those of kPerLane experts, from l * kPerLane on.
 //
 // They are read; or, behind a library's product (kParts > 0), made here, so that this takes no kernel of its own: what the
 // products (products.cuh) add up to gets the linear bias, is rounded, and stored.
@@ -83,7 +83,7 @@ struct TokenLogits {
     return narrow<Logits>(sum);
   }
 
-  // As many shares in flight at once as registers are given.
+  // As many shares in flight at once as registers are given. Of one part, the three that are added are the same.
   __forceinline__ void make(float (&values)[kPerLane]) const {
     constexpr int kMost = Config::kInFlight / (kPerLane * kParts), kAtOnce = kMost > 8 ? 8 : kMost < 1 ? 1 : kMost;
 #pragma unroll

@@ -1,6 +1,6 @@
 // Eight consecutive elements of a row, as operands of a bfloat16 (or float16) tensor-core product.
 //
-// A float32 is the exact sum of three bfloat16 numbers, a float16 of two. The product of two such sums is
+// A float32 of normal size is the exact sum of three bfloat16 numbers, a float16 of two. The product of two such sums is
 // taken over the pairs of parts that can reach float32's last bits: parts i and j with i + j <= 2.
 #pragma once
 #include "device.cuh"

@@ -12,25 +12,9 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from moegate.backends.cuda import jit
 from moegate.backends.cuda.jit import cache, compiler, module
-from moegate.backends.cuda.tiling import (
-    COLUMNS_OF_STEP,
-    MAX_GEMM_TOKENS,
-    TOKENS_OF_TILE,
-    Chip,
-    Cut,
-    bytes_of_block,
-    cut_tokens,
-    parts,
-    plan_gemm,
-    shared_bytes,
-    shares_of_product,
-)
 
 pytestmark = pytest.mark.cpu
 needs_nvrtc = pytest.mark.skipif(jit.missing_compiler() is not None, reason=str(jit.missing_compiler()))
@@ -193,91 +177,6 @@ def test_importing_moegate_imports_no_bindings() -> None:
         "assert not new, new; assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
-
-
-DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
-
-
-@given(
-    steps_of_lane=st.integers(1, 4096),
-    rows=st.integers(1, 1024),
-    hidden=DTYPES,
-    weight=DTYPES,
-    norm=st.booleans(),
-    chip=st.builds(Chip, st.integers(1, 200), st.booleans(), st.sampled_from([99 * 1024, 163 * 1024, 227 * 1024])),
-)
-def test_plans(steps_of_lane: int, rows: int, hidden: torch.dtype, weight: torch.dtype, norm: bool, chip: Chip) -> None:
-    """Every column has an owner, in blocks and clusters that a chip can hold."""
-    plan = plan_gemm(8 * steps_of_lane, rows, parts(hidden, weight, norm)[:2], chip)
-    assert plan.split * plan.warps * plan.steps * COLUMNS_OF_STEP >= 8 * steps_of_lane
-    assert plan.split in (1, 2, 4, 8)
-    assert chip.has_clusters or plan.split == 1
-    assert 32 <= 32 * plan.warps <= 1024
-    assert all(1 <= ahead <= plan.steps for ahead in plan.ahead.values())
-    assert all(shared_bytes(plan.split, plan.warps, tiles) <= chip.shared_bytes for tiles in plan.ahead)
-    assert min(plan.ahead) == 1
-    assert list(plan.ahead) == sorted(plan.ahead)
-
-
-@given(
-    hidden_size=st.integers(1, 2048).map(lambda pieces: 8 * pieces),
-    rows=st.integers(1, 1024),
-    weight=DTYPES,
-    chip=st.builds(Chip, st.integers(1, 200), st.booleans(), st.sampled_from([99 * 1024, 163 * 1024, 227 * 1024])),
-    tokens=st.integers(1, MAX_GEMM_TOKENS),
-)
-def test_every_token_has_a_block(hidden_size: int, rows: int, weight: torch.dtype, chip: Chip, tokens: int) -> None:
-    """Each once, in blocks that there are kernels for and that a chip can hold; all in one as long as one tile does."""
-    plan = plan_gemm(hidden_size, rows, parts(torch.bfloat16, weight, False)[:2], chip)
-    cut = cut_tokens(tokens, plan, chip)
-    assert cut.tiles in plan.ahead
-    of_block = TOKENS_OF_TILE * cut.tiles
-    assert of_block * (cut.groups - 1) < tokens <= of_block * cut.groups
-    assert bytes_of_block(cut.tiles, plan, chip, is_alone=cut.is_alone) <= chip.shared_bytes
-    assert tokens > TOKENS_OF_TILE or cut == Cut(1, 1, False)
-
-
-H100 = Chip(132, True, 227 << 10)
-
-
-@pytest.mark.parametrize(
-    ("hidden_size", "rows", "tokens", "cut"),
-    [
-        (7168, 256, 16, Cut(2, 1, True)),
-        (7168, 256, 64, Cut(8, 1, True)),
-        (4096, 8, 64, Cut(2, 4, True)),  # few rows: 32 blocks of 16 tokens instead of 8 of 64
-        (5376, 64, 64, Cut(4, 2, True)),
-        (2048, 512, 64, Cut(4, 2, True)),  # clusters of two
-        (2880, 128, 128, Cut(2, 8, False)),  # light blocks side by side
-        (7168, 256, 128, Cut(8, 2, True)),
-    ],
-)
-def test_tokens_are_cut_as_was_fastest_on_an_h100(hidden_size: int, rows: int, tokens: int, cut: Cut) -> None:
-    assert cut_tokens(tokens, plan_gemm(hidden_size, rows, (1, 1), H100), H100) == cut
-
-
-@pytest.mark.parametrize(
-    ("tokens", "columns", "hidden_size", "shares"),
-    [
-        (128, 256, 7168, 8),
-        (512, 256, 7168, 4),
-        (1024, 256, 7168, 2),
-        (4096, 256, 7168, 1),
-        (512, 128, 2880, 5),  # 6, 7 and 8 would cut steps of 64 apart
-        (256, 768, 3072, 4),
-        (65, 8, 448, 1),  # two would be shorter than 256
-        (65, 8, 1000, 1),
-    ],
-)
-def test_products_are_cut_as_was_fastest_on_an_h100(tokens: int, columns: int, hidden_size: int, shares: int) -> None:
-    assert shares_of_product(tokens, columns, hidden_size, H100.num_sms) == shares
-
-
-def test_a_chip_with_little_shared_memory_gets_smaller_blocks() -> None:
-    large, small = (plan_gemm(8192, 256, (1, 1), Chip(132, True, kib << 10)) for kib in (227, 99))
-    assert max(large.ahead) == 8
-    assert max(small.ahead) == 4
-    assert (small.split, small.warps, small.steps) == (large.split, large.warps, large.steps)
 
 
 @needs_nvrtc  # comes with the driver's binding

@@ -62,22 +62,15 @@ class CudaBackend:
         gemm.warn_if_unsupported(hidden_size)
         if gemm.unsupported(hidden_size) or (is_many and not has_product):
             return torch_gemm.router_gemm(hidden, weight, bias, out_dtype)
-        device, bias_dtype = hidden.device, None if bias is None else bias.dtype
+        device = hidden.device
         with torch.cuda.device(device):
-            stream = torch.cuda.current_stream().cuda_stream
             if is_many:
-                multiply = product.product_of(hidden_size, rows, weight.dtype, device, pdl=True)
-                products = multiply(hidden, weight, stream)
-                if product.are_logits(products, rows, bias_dtype, out_dtype):
-                    return products[0]
+                return product.logits(hidden, weight, bias, out_dtype)
             logits = empty((num_tokens, rows), out_dtype)
-            if is_many:
-                add_up = product.sum_of(rows, multiply.weight_parts, bias_dtype, out_dtype, device)
-                add_up(products, bias, logits, stream)
-            elif num_tokens > 0:
-                dtypes = GemmDtypes(hidden.dtype, weight.dtype, bias_dtype, None, out_dtype)
+            if num_tokens > 0:
+                dtypes = GemmDtypes(hidden.dtype, weight.dtype, None if bias is None else bias.dtype, None, out_dtype)
                 kernels = gemm.gemm_kernels(hidden_size, rows, dtypes, None, device, frozen=False, pdl=True)
-                kernels.launch(hidden, weight, bias, None, logits, stream)
+                kernels.launch(hidden, weight, bias, None, logits, torch.cuda.current_stream().cuda_stream)
         return logits
 
     def select(self, logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:

@@ -21,7 +21,7 @@ from moegate.backends.cuda.tiling import shares_of_product
 
 _SPLIT_FIELDS, _SUM_FIELDS = "PPq", "PPPqi0q"  # SplitArguments and SumArguments of products.cuh, with the padding
 _THREADS = 256
-_BLOCKS_OF_SM = 8  # as many as are on a multiprocessor at once
+_BLOCKS_OF_SM = 8  # of 256 threads: as many as are on a multiprocessor at once
 
 
 def operand_of(weight: torch.dtype) -> torch.dtype:
@@ -101,6 +101,19 @@ class Sum:
 
 
 sum_of = cache(Sum)
+
+
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """[M, K] and [R, K] (+ [R]) -> [M, R], on the current stream of the current device; M is at least 1."""
+    (rows, hidden_size), device, stream = weight.shape, hidden.device, torch.cuda.current_stream().cuda_stream
+    bias_dtype = None if bias is None else bias.dtype
+    product = product_of(hidden_size, rows, weight.dtype, device, pdl=True)
+    products = product(hidden, weight, stream)
+    if are_logits(products, rows, bias_dtype, out_dtype):
+        return products[0]
+    made = empty((len(hidden), rows), out_dtype)
+    sum_of(rows, product.weight_parts, bias_dtype, out_dtype, device)(products, bias, made, stream)
+    return made
 
 
 def _grid(pieces: int, num_sms: int) -> tuple[int, int]:

@@ -125,34 +125,9 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
     fewer registers hold products on their way, so that more warps find a place.
     """
     constants = {
-        "int kExperts": spec.num_experts,
-        "int kSelectable": spec.num_selectable,
-        "int kRows": spec.num_gate_rows,
-        "int kTopK": spec.top_k,
+        **_constants_of(spec),
         "int kParts": weight_parts,
         "bool kHasBias": dtypes.bias is not None,
-        "Score kScore": f"Score::{_SCORES[spec.scoring_func]}",
-        "int kLogitKeys": 0,
-        "int kTransformedKeys": 1,
-        "int kScoreKeys": 2,
-        "int kKeys": _keys(spec),
-        "bool kHasCorrectionBias": spec.correction_bias is not None,
-        "int kGroups": spec.n_group,
-        "int kTopkGroup": spec.topk_group,
-        "bool kGroupsByTop2Sum": spec.group_score == "top2_sum",
-        "int kFromScore": 0,
-        "int kSoftmaxOfSelected": 1,
-        "int kSigmoidOfSelected": 2,
-        "int kWeights": _weights(spec),
-        "bool kRenormalize": spec.renormalize and not spec.softmax_over_selected,
-        "float kEps": spec.renormalize_eps,
-        "float kLeastSum": least_sum(spec),
-        "float kFactor": spec.routed_scaling_factor,
-        "float kLogitMultiplier": spec.logit_multiplier,
-        "float kSoftcap": spec.logit_softcapping or 0.0,
-        "bool kHasExpertScale": spec.per_expert_scale,
-        "bool kHasGlobalScale": spec.global_scale,
-        "bool kIsHash": spec.hash_routing,
         "bool kAligned": aligned,
         "bool kFrozen": frozen,
     }
@@ -180,6 +155,37 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
         + "  static constexpr int kInFlight = kRegisters;\n};\n"
         + "".join(kernels)
     )
+
+
+def _constants_of(spec: RouterSpec) -> dict[str, object]:
+    return {
+        "int kExperts": spec.num_experts,
+        "int kSelectable": spec.num_selectable,
+        "int kRows": spec.num_gate_rows,
+        "int kTopK": spec.top_k,
+        "Score kScore": f"Score::{_SCORES[spec.scoring_func]}",
+        "int kLogitKeys": 0,
+        "int kTransformedKeys": 1,
+        "int kScoreKeys": 2,
+        "int kKeys": _keys(spec),
+        "bool kHasCorrectionBias": spec.correction_bias is not None,
+        "int kGroups": spec.n_group,
+        "int kTopkGroup": spec.topk_group,
+        "bool kGroupsByTop2Sum": spec.group_score == "top2_sum",
+        "int kFromScore": 0,
+        "int kSoftmaxOfSelected": 1,
+        "int kSigmoidOfSelected": 2,
+        "int kWeights": _weights(spec),
+        "bool kRenormalize": spec.renormalize and not spec.softmax_over_selected,
+        "float kEps": spec.renormalize_eps,
+        "float kLeastSum": least_sum(spec),
+        "float kFactor": spec.routed_scaling_factor,
+        "float kLogitMultiplier": spec.logit_multiplier,
+        "float kSoftcap": spec.logit_softcapping or 0.0,
+        "bool kHasExpertScale": spec.per_expert_scale,
+        "bool kHasGlobalScale": spec.global_scale,
+        "bool kIsHash": spec.hash_routing,
+    }
 
 
 def _keys(spec: RouterSpec) -> int:

@@ -18,6 +18,7 @@ from moegate import RouterSpec, get_spec
 from moegate.backends.cuda import CudaBackend
 from moegate.backends.cuda.product import product_of, sum_of
 from moegate.backends.cuda.selection import select_dtypes, select_kernels
+from moegate.backends.cuda.sources import InputNorm
 from moegate.backends.cuda.tiling import MAX_GEMM_TOKENS
 from moegate.routing import RouterTensors
 
@@ -32,10 +33,11 @@ def beside_cublas(weight: Tensor, spec: RouterSpec, tensors: RouterTensors, ids:
     """What runs before and after it."""
     device, stream = weight.device, torch.cuda.current_stream().cuda_stream
     bias_dtype, logits_dtype = None if tensors.bias is None else tensors.bias.dtype, getattr(torch, spec.logits_dtype)
-    rows, hidden_size = weight.shape
-    product = product_of(hidden_size, rows, weight.dtype, device, pdl=True)
+    (rows, hidden_size), scale, eps, factors = weight.shape, tensors.input_scale, spec.input_norm_eps, None
+    norm = None if scale is None or eps is None else InputNorm(eps, scale.dtype)
+    product = product_of(hidden_size, rows, weight.dtype, device, norm, pdl=True)
     if product.weight_parts > 1:
-        product.parts(weight, stream)
+        _, factors = product.prepared(random_hidden(spec, _MANY), weight, scale, stream)
     dtypes = select_dtypes(logits_dtype, tensors, None if ids is None else ids.dtype)._replace(bias=bias_dtype)
     for aligned, tokens, shares in itertools.product((True, False), (_MORE, _SOME, _MANY), (1, 3)):
         select = select_kernels(
@@ -43,7 +45,7 @@ def beside_cublas(weight: Tensor, spec: RouterSpec, tensors: RouterTensors, ids:
         )
         products = torch.randn(shares, tokens, product.weight_parts * rows, device=device)
         logits = torch.empty((tokens, rows), dtype=logits_dtype, device=device)
-        select.launch(select.outputs(logits), tensors, ids, stream, products=products)
+        select.launch(select.outputs(logits), tensors, ids, stream, products=products, norm_factors=factors)
         sum_of(rows, product.weight_parts, bias_dtype, logits_dtype, device)(products, tensors.bias, logits, stream)
 
 

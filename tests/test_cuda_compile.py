@@ -14,7 +14,7 @@ from routers import SPECS
 
 from moegate.backends.cuda import gemm, jit, product, selection
 from moegate.backends.cuda.jit import compiler, module
-from moegate.backends.cuda.sources import GemmDtypes, split_source, sum_source
+from moegate.backends.cuda.sources import GemmDtypes, InputNorm, prepare_source, sum_source
 
 pytestmark = [
     pytest.mark.cpu,
@@ -116,7 +116,9 @@ def test_gemms_do_not_spill_on_other_chips(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])
 def test_what_is_around_a_product_does_not_spill(arch: str) -> None:
-    texts = [split_source(3072, 256), split_source(1000, 33)]
+    norms = [InputNorm(1e-6, BF16), InputNorm(1e-6, FP32)]
+    texts = [prepare_source(3072, 256, BF16, FP32, 3, None), prepare_source(1000, 33, BF16, FP32, 3, None)]
+    texts += [prepare_source(2816, 128, BF16, BF16, 2, norms[0]), prepare_source(1000, 33, BF16, FP32, 3, norms[1])]
     texts += [sum_source(256, 1, None, FP32), sum_source(33, 1, FP32, BF16), sum_source(768, 3, BF16, FP32)]
     assert [problem for at, text in enumerate(texts) for problem in problems_of(text, arch, at)] == []
 
@@ -127,13 +129,14 @@ def test_selections_do_not_spill(arch: str) -> None:
     assert problems == []
 
 
-@pytest.mark.parametrize("weight_parts", [1, 3])
+@pytest.mark.parametrize("weight_parts", [1, 2, 3])
 @pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])
 def test_selections_that_make_the_logits_do_not_spill(arch: str, weight_parts: int) -> None:
     """By fours and by ones in turn, except for the largest, which has the most registers."""
     problems = [
         problem
         for at, (name, spec) in enumerate(SPECS.items())
+        if weight_parts != 2 or spec.input_norm_eps is not None  # two parts are a scaled weight's
         for aligned in ((True, False) if name == "largest" else (at % 2 == 0,))
         for problem in problems_of(select_text(spec, aligned=aligned, weight_parts=weight_parts), arch, name)
     ]
@@ -172,7 +175,7 @@ def test_a_chip_gets_its_own_code_or_what_every_later_one_runs(
     [
         (gemm._FIELDS, "GemmArguments", "router_gemm.cuh"),
         (selection._FIELDS, "SelectArguments", "select.cuh"),
-        (product._SPLIT_FIELDS, "SplitArguments", "products.cuh"),
+        (product._PREPARE_FIELDS, "PrepareArguments", "products.cuh"),
         (product._SUM_FIELDS, "SumArguments", "products.cuh"),
     ],
 )

@@ -26,9 +26,10 @@ from torch import Tensor
 import moegate
 from moegate import RouterSpec
 from moegate.backends.cuda import CudaBackend, selection
-from moegate.backends.cuda.product import product_of, sum_of, unsupported
+from moegate.backends.cuda.product import product_of, sum_of
 from moegate.backends.cuda.router import CudaRouter
 from moegate.choice import planned
+from moegate.warn import warn_once
 
 pytestmark = pytest.mark.gpu
 
@@ -39,6 +40,7 @@ SHAPES = {
     "bias": RouterSpec(2880, 33, 4, "identity", weights_from="softmax_of_selected", linear_bias=True),
     "bfloat16 logits": dataclasses.replace(MINIMAX, logits_dtype="bfloat16"),
     "many rows": RouterSpec(6144, 768, 12, correction_bias="score", weight_dtype="float32"),
+    "input norm": RouterSpec(2816, 128, 8, renormalize=True, input_norm_eps=1e-6, per_expert_scale=True),
 }
 ALL = {**SPECS, **{f"{name}, bfloat16 logits": with_bfloat16_logits(spec) for name, spec in SPECS.items()}}
 
@@ -101,7 +103,10 @@ def test_the_parts_of_a_weight_to_the_bit(hidden_size: int, rows: int) -> None:
     third = (weight - first.float() - second.float()).bfloat16()
     assert weight.equal(first.float() + (second.float() + third.float()))
     product = product_of(hidden_size, rows, weight.dtype, weight.device, pdl=True)
-    assert product.parts(weight, torch.cuda.current_stream().cuda_stream).equal(torch.cat([first, second, third]))
+    hidden = random_hidden(RouterSpec(hidden_size, rows, 1), 1)
+    parts, factors = product.prepared(hidden, weight, None, torch.cuda.current_stream().cuda_stream)
+    assert factors is None
+    assert parts.equal(torch.cat([first, second, third]))
 
 
 def random_products(shares: int, tokens: int, columns: int) -> Tensor:
@@ -112,18 +117,26 @@ def random_products(shares: int, tokens: int, columns: int) -> Tensor:
     return made
 
 
-def logits_of(products: Tensor, rows: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def logits_of(
+    products: Tensor, rows: int, bias: Tensor | None, dtype: torch.dtype, factors: Tensor | None = None
+) -> Tensor:
     """[S, M, parts * R] -> [M, R], added up in the order that products.cuh has."""
     logits = torch.zeros(products.shape[1], rows, device="cuda")
     for share in products:
         first, *others = share.split(rows, 1)
-        logits += first + (others[0] + others[1]) if others else first
+        logits += first + sum(others[1:], others[0]) if others else first
+    if factors is not None:
+        logits *= factors[:, None]
     return (logits if bias is None else logits + bias.float()).to(dtype)
 
 
+def parts_with(spec: RouterSpec) -> tuple[int, int]:
+    """How many parts a weight can have in products."""
+    return (1, 3) if spec.input_norm_eps is None else (2, 3)
+
+
 @pytest.mark.parametrize("aligned", [True, False])  # the second as it is for a caller's logits that start anywhere
-@pytest.mark.parametrize("weight_parts", [1, 3])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "weight_parts"), [(name, parts) for name in ALL for parts in parts_with(ALL[name])])
 def test_logits_of_products_to_the_bit(name: str, weight_parts: int, aligned: bool) -> None:
     spec, tensors = ALL[name], on_gpu(tensors_of(ALL[name]))
     dtype, rows = getattr(torch, spec.logits_dtype), spec.num_gate_rows
@@ -136,10 +149,11 @@ def test_logits_of_products_to_the_bit(name: str, weight_parts: int, aligned: bo
     for tokens, shares in itertools.product((65, 600, 1100), (1, 2, 5, 8)):  # each of the three kernels
         ids = token_ids(tokens).cuda() if spec.hash_routing else None
         products = random_products(shares, tokens, weight_parts * rows)
-        logits = logits_of(products, rows, tensors.bias, dtype)
+        factors = None if spec.input_norm_eps is None else torch.rand(tokens, device="cuda")
+        logits = logits_of(products, rows, tensors.bias, dtype, factors)
         room = torch.full((logits.numel() + 1,), -1, dtype=dtype, device="cuda")
         routing = kernels.outputs(room[0 if aligned else 1 :][: logits.numel()].view_as(logits))
-        kernels.launch(routing, tensors, ids, stream, products=products)
+        kernels.launch(routing, tensors, ids, stream, products=products, norm_factors=factors)
         for part, right in zip(routing, CudaBackend().select(logits, spec, tensors, ids), strict=True):
             assert (part is None) == (right is None)
             if part is not None:
@@ -169,7 +183,7 @@ def test_shares_of_a_product(rows: int) -> None:
     apart = torch.full((rows, 7168 + 8), torch.nan, dtype=torch.bfloat16, device="cuda")[:, :7168].copy_(hidden)
     product = product_of(7168, 256, weight.dtype, weight.device, pdl=True)
     for given in (hidden, apart):
-        products = product(given, weight, torch.cuda.current_stream().cuda_stream)
+        products = product(given, weight, None, torch.cuda.current_stream().cuda_stream).shares
         assert (products.shape[0] > 1) == (rows <= 700)  # with 78 to 200 multiprocessors
         step = 7168 // products.shape[0]
         for share, of_share in enumerate(products):
@@ -217,11 +231,20 @@ def test_weights_of_all_magnitudes() -> None:
 
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float16, torch.float32], ids=str)
-def test_other_hidden_states_take_the_plain_product(hidden_dtype: torch.dtype) -> None:
-    assert unsupported(hidden_dtype, torch.float32, 3072, None) is not None
-    hidden = random_hidden(MINIMAX, 300, hidden_dtype)
-    gate = gate_on_gpu(MINIMAX)
-    assert problems_of(run(gate, hidden), hidden, gate.weight, MINIMAX, tensors_of(MINIMAX)) == []
+@pytest.mark.parametrize("name", ["minimax-m2", "input norm"])
+def test_other_hidden_states_take_the_plain_product_and_it_is_said(name: str, hidden_dtype: torch.dtype) -> None:
+    spec = SHAPES[name]
+    hidden, gate = random_hidden(spec, 300, hidden_dtype), gate_on_gpu(spec)
+    warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=f"cuBLAS takes hidden states in bfloat16, .*{str(hidden_dtype)[6:]}"):
+        routing = run(gate, hidden)
+    assert problems_of(routing, hidden, gate.weight, spec, tensors_of(spec)) == []
+    if spec.input_norm_eps is None:
+        warn_once.cache_clear()
+        with pytest.warns(RuntimeWarning, match="cuBLAS takes hidden states in bfloat16"):
+            logits = moegate.router_gemm(hidden, gate.weight)
+        assert routing.logits is not None
+        assert logits.equal(routing.logits)
 
 
 def test_captured_in_a_graph() -> None:

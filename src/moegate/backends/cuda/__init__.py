@@ -58,9 +58,11 @@ class CudaBackend:
         """See `moegate.router_gemm`."""
         num_tokens, hidden_size = hidden.shape
         is_many, rows = num_tokens > MAX_DECODE_TOKENS, weight.shape[0]
-        has_product = product.unsupported(hidden.dtype, weight.dtype, hidden_size, None) is None
+        refused = product.unsupported(hidden.dtype, weight.dtype, hidden_size, None) if is_many else None
         gemm.warn_if_unsupported(hidden_size)
-        if gemm.unsupported(hidden_size) or (is_many and not has_product):
+        if refused is not None:
+            product.warn_of_plain_product(refused)
+        if gemm.unsupported(hidden_size) or refused is not None:
             return torch_gemm.router_gemm(hidden, weight, bias, out_dtype)
         device = hidden.device
         with torch.cuda.device(device):

@@ -2,13 +2,14 @@
 
 A library gives each block a tile of the logits, of which few tokens make few. Cut along K into shares, which it
 multiplies as a batch, they are as many as there are multiprocessors. A product of float32 matrices does not use tensor
-cores, for it would round to 11 bits there; as the sum of three bfloat16 ones a float32 weight keeps its bits (contract
-1.1 has the ends of the range).
+cores, for it would round to 11 bits there; as the sum of bfloat16 ones a float32 weight keeps its bits (contract 1.1
+has the ends of the range), and so does the weight that an input norm's scale was multiplied into.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,62 +17,110 @@ from torch import Tensor
 from moegate.backends.cuda import jit
 from moegate.backends.cuda.alignment import aligned_rows
 from moegate.backends.cuda.memory import empty
-from moegate.backends.cuda.sources import split_source, sum_source
-from moegate.backends.cuda.tiling import shares_of_product
+from moegate.backends.cuda.sources import InputNorm, prepare_source, sum_source
+from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, shares_of_product
+from moegate.warn import warn_once
 
-_SPLIT_FIELDS, _SUM_FIELDS = "PPq", "PPPqi0q"  # SplitArguments and SumArguments of products.cuh, with the padding
+_PREPARE_FIELDS, _SUM_FIELDS = "PPPPPqqi0q", "PPPqi0q"  # of products.cuh's arguments, with the padding
 _THREADS = 256
 _BLOCKS_OF_SM = 8  # of 256 threads: as many as are on a multiprocessor at once
 
 
-def operand_of(weight: torch.dtype) -> torch.dtype:
+def operand_of(weight: torch.dtype, norm: InputNorm | None) -> torch.dtype:
     """The dtype that cuBLAS multiplies in place of a weight's, and with it."""
-    return torch.bfloat16 if weight == torch.float32 else weight
+    return torch.bfloat16 if weight == torch.float32 or norm is not None else weight
 
 
-def unsupported(hidden: torch.dtype, weight: torch.dtype, hidden_size: int, norm_eps: float | None) -> str | None:
+def unsupported(hidden: torch.dtype, weight: torch.dtype, hidden_size: int, norm: InputNorm | None) -> str | None:
     """None, or why the logits are not made of cuBLAS's products."""
-    if norm_eps is not None:
-        return "the normed input is float32"
-    if hidden != operand_of(weight):
-        return f"{hidden} x {weight} is not {operand_of(weight)} x {weight}"
-    if weight == torch.float32 and hidden_size % 8 != 0:
-        return f"K = {hidden_size} of a float32 weight is not a multiple of 8"
+    operand, what = operand_of(weight, norm), f"weight in {_name(weight)}{' and an input norm' * (norm is not None)}"
+    if hidden != operand:
+        return f"beside a {what}, cuBLAS takes hidden states in {_name(operand)}, and these are in {_name(hidden)}"
+    if parts_of(weight, norm) > 1 and hidden_size % 8 != 0:
+        return f"beside a {what}, K = {hidden_size} is not a multiple of 8"
     return None
+
+
+def warn_of_plain_product(reason: str) -> None:
+    """Says once that PyTorch's operations run where cuBLAS is `unsupported`."""
+    warn_once(f"{reason}: PyTorch's operations make the logits of more than {MAX_DECODE_TOKENS} tokens, more slowly")
+
+
+def parts_of(weight: torch.dtype, norm: InputNorm | None) -> int:
+    """The numbers with 16 bits that an element of the weight, times the norm's scale, is the sum of."""
+    if norm is None:
+        return 3 if weight == torch.float32 else 1
+    return 2 if weight == norm.scale == torch.bfloat16 else 3  # a product of two numbers of 8 bits has 16
+
+
+class Products(NamedTuple):
+    """What the logits are made of."""
+
+    shares: Tensor
+    """[S, M, parts * R] float32, to be added up."""
+    norm_factors: Tensor | None
+    """[M] float32, what the sums are multiplied by, with an input norm."""
 
 
 class Product:
     """The products of one shape and weight dtype on a device; `product_of` makes them."""
 
-    def __init__(self, hidden_size: int, rows: int, weight: torch.dtype, device: torch.device, *, pdl: bool) -> None:
-        self.weight_parts = 3 if weight == torch.float32 else 1
-        """The numbers with 16 bits that an element of the weight is the sum of."""
+    def __init__(
+        self,
+        hidden_size: int,
+        rows: int,
+        weight: torch.dtype,
+        device: torch.device,
+        norm: InputNorm | None = None,
+        *,
+        pdl: bool,
+    ) -> None:
+        self.operand = operand_of(weight, norm)
+        """The dtype of the hidden states."""
+        self.weight_parts = parts_of(weight, norm)
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self._hidden_size, self._rows = hidden_size, rows
-        self._split = None
+        self._hidden_size, self._rows, self._has_norm = hidden_size, rows, norm is not None
+        self._prepare = None
         if self.weight_parts > 1:
-            module = jit.load(split_source(hidden_size, rows), device)
-            self._split = module.kernel("split_weight", _SPLIT_FIELDS, _THREADS, pdl=pdl)
+            text = prepare_source(hidden_size, rows, self.operand, weight, self.weight_parts, norm)
+            self._prepare = jit.load(text, device).kernel("prepare_product", _PREPARE_FIELDS, _THREADS, pdl=pdl)
 
-    def __call__(self, hidden: Tensor, weight: Tensor, stream: int) -> Tensor:
-        """[M, K] and [R, K] -> [S, M, parts * R] float32, on the stream, the current one; M is at least 1."""
-        if self._split is not None:
-            weight = self.parts(weight, stream)
+    def __call__(self, hidden: Tensor, weight: Tensor, input_scale: Tensor | None, stream: int) -> Products:
+        """Of [M, K] and [R, K] on the stream, the current one; M is at least 1."""
+        factors = None
+        if self._prepare is not None:
+            hidden = aligned_rows(hidden, "hidden") if self._has_norm else hidden
+            weight, factors = self.prepared(hidden, weight, input_scale, stream)
         shares = shares_of_product(len(hidden), len(weight), self._hidden_size, self._num_sms)
         if shares == 1:
-            return torch.mm(hidden, weight.t(), out_dtype=torch.float32).unsqueeze(0)
+            return Products(torch.mm(hidden, weight.t(), out_dtype=torch.float32).unsqueeze(0), factors)
         cut = shares, self._hidden_size // shares
         of_hidden, of_weight = hidden.unflatten(1, cut), weight.unflatten(1, cut)
-        return torch.bmm(of_hidden.transpose(0, 1), of_weight.permute(1, 2, 0), out_dtype=torch.float32)
+        products = torch.bmm(of_hidden.transpose(0, 1), of_weight.permute(1, 2, 0), out_dtype=torch.float32)
+        return Products(products, factors)
 
-    def parts(self, weight: Tensor, stream: int) -> Tensor:
-        """[R, K] float32 -> [3 R, K] bfloat16, on the current device."""
-        assert self._split is not None
+    def prepared(
+        self, hidden: Tensor, weight: Tensor, input_scale: Tensor | None, stream: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The parts [parts * R, K] bfloat16 of a weight [R, K], and `Products.norm_factors`, on the current device."""
+        assert self._prepare is not None
         weight = aligned_rows(weight, "weight")
-        parts = empty((3 * self._rows, self._hidden_size), torch.bfloat16)
-        grid = _grid(weight.numel() // 8, self._num_sms)
-        self._split.launch(grid, stream, weight.data_ptr(), parts.data_ptr(), weight.stride(0))
-        return parts
+        parts = empty((self.weight_parts * self._rows, self._hidden_size), torch.bfloat16)
+        factors = empty((len(hidden),), torch.float32) if self._has_norm else None
+        threads = weight.numel() // 8 + (32 * len(hidden) if self._has_norm else 0)
+        self._prepare.launch(
+            _grid(threads, self._num_sms),
+            stream,
+            weight.data_ptr(),
+            parts.data_ptr(),
+            0 if input_scale is None else input_scale.data_ptr(),
+            hidden.data_ptr(),
+            0 if factors is None else factors.data_ptr(),
+            weight.stride(0),
+            hidden.stride(0),
+            len(hidden),
+        )
+        return parts, factors
 
 
 product_of = cache(Product)
@@ -108,7 +157,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch
     (rows, hidden_size), device, stream = weight.shape, hidden.device, torch.cuda.current_stream().cuda_stream
     bias_dtype = None if bias is None else bias.dtype
     product = product_of(hidden_size, rows, weight.dtype, device, pdl=True)
-    products = product(hidden, weight, stream)
+    products = product(hidden, weight, None, stream).shares
     if are_logits(products, rows, bias_dtype, out_dtype):
         return products[0]
     made = empty((len(hidden), rows), out_dtype)
@@ -116,5 +165,9 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch
     return made
 
 
-def _grid(pieces: int, num_sms: int) -> tuple[int, int]:
-    return min(_BLOCKS_OF_SM * num_sms, -(-pieces // _THREADS)), 1
+def _grid(threads: int, num_sms: int) -> tuple[int, int]:
+    return min(_BLOCKS_OF_SM * num_sms, -(-threads // _THREADS)), 1
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moegate.backends.cuda import gemm, product, selection
 from moegate.backends.cuda.memory import empty
-from moegate.backends.cuda.sources import GemmDtypes, SelectDtypes
+from moegate.backends.cuda.sources import GemmDtypes, InputNorm, SelectDtypes
 from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, TOKENS_OF_TILE
 from moegate.backends.torch import gemm as torch_gemm
 from moegate.routing import RouterTensors, Routing
@@ -62,6 +62,8 @@ class CudaRouter:
         self._index = device.index or 0
         self._weight_dtype = weight
         self._dtypes = dtypes
+        scale, eps = dtypes.input_scale, spec.input_norm_eps
+        self._norm = None if scale is None or eps is None else InputNorm(eps, scale)
         self._frozen, self._pdl = frozen, pdl
         self._gemm_tokens = gemm_tokens
         self._logits_dtype: torch.dtype = getattr(torch, spec.logits_dtype)
@@ -75,9 +77,9 @@ class CudaRouter:
         """Compiles what calls with these dtypes run."""
         spec = self._spec
         size = spec.hidden_size, spec.num_gate_rows
-        operand = product.operand_of(self._weight_dtype)
-        if product.unsupported(operand, self._weight_dtype, spec.hidden_size, spec.input_norm_eps) is None:
-            self._product = product.product_of(*size, self._weight_dtype, self._device, pdl=self._pdl)
+        operand = product.operand_of(self._weight_dtype, self._norm)
+        if self._refuses_product(operand) is None:
+            self._product = product.product_of(*size, self._weight_dtype, self._device, self._norm, pdl=self._pdl)
         if (input_ids, aligned) not in self._select_by_inputs:
             self._select_by_inputs[input_ids, aligned] = self._selections(input_ids, aligned=aligned)
         if self._has_gemm and hidden not in self._gemm_by_dtype:
@@ -166,13 +168,16 @@ class CudaRouter:
     ) -> Routing:
         """By cuBLAS's product, of which the selection makes the logits where it is not these."""
         logits, rows = None if out is None else out.logits, self._spec.num_gate_rows
-        kernels, products = select.of_logits, None
-        if self._product is None or hidden.dtype != product.operand_of(self._weight_dtype):
+        kernels, products, factors = select.of_logits, None, None
+        reason = self._refuses_product(hidden.dtype)
+        if reason is not None:
+            product.warn_of_plain_product(reason)
             computed = torch_gemm.logits(hidden, weight, self._spec, tensors, None)
             logits = computed if logits is None else logits.copy_(computed)
         else:
+            assert self._product is not None
             self._check_dtype(weight)
-            products = self._product(hidden, weight, stream)
+            products, factors = self._product(hidden, weight, tensors.input_scale, stream)
             if logits is None and product.are_logits(products, rows, self._dtypes.bias, self._logits_dtype):
                 logits, products = products[0], None
             else:
@@ -181,5 +186,8 @@ class CudaRouter:
         if logits is None:
             logits = empty((hidden.shape[0], rows), self._logits_dtype)
         routing = kernels.outputs(logits, out)
-        kernels.launch(routing, tensors, input_ids, stream, products=products)
+        kernels.launch(routing, tensors, input_ids, stream, products=products, norm_factors=factors)
         return routing
+
+    def _refuses_product(self, hidden: torch.dtype) -> str | None:
+        return product.unsupported(hidden, self._weight_dtype, self._spec.hidden_size, self._norm)

@@ -13,7 +13,7 @@ from moegate.backends.cuda.sources import SelectDtypes, select_source
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
-_FIELDS = "PPPPPPPPPPPPqqqiii0q"  # SelectArguments of select.cuh, with the padding at its end
+_FIELDS = "PPPPPPPPPPPPPqqqiii0q"  # SelectArguments of select.cuh, with the padding at its end
 # A token is a warp. Few are in blocks of two, up to so many in blocks of one; more are cheaper to start in larger ones.
 _MOST_SPREAD = 1024
 
@@ -78,11 +78,13 @@ class SelectKernels:
         stream: int,
         *,
         products: Tensor | None = None,
+        norm_factors: Tensor | None = None,
         holds_dependents: bool = False,
     ) -> None:
         """Fills the routing from its logits [M, R], whose rows may be apart, on the stream; M is at least 1.
 
-        `products`: [S, M, R] or [S, M, 3 R], of which kernels for a weight in one or three parts make the logits, too.
+        `products`: [S, M, parts * R], of which kernels for a weight in so many parts make the logits, too, with the
+        `norm_factors` [M] if the spec has an input norm.
         `holds_dependents`: what is launched after it starts only when the kernel before it has ended.
         """
         logits, table = routing.logits, tensors.tid2eid
@@ -103,6 +105,7 @@ class SelectKernels:
             _address(table),
             _address(input_ids),
             _address(tensors.bias),
+            _address(norm_factors),
             logits.data_ptr(),
             routing.topk_ids.data_ptr(),
             routing.topk_weights.data_ptr(),

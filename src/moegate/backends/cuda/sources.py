@@ -68,9 +68,7 @@ def gemm_source(
         "int kWeightParts": weight_parts,
         "bool kIsFp16": is_fp16,
         "bool kHasBias": dtypes.bias is not None,
-        "bool kNorm": norm_eps is not None,
-        "float kNormEps": norm_eps or 0.0,
-        "float kInputFactor": hidden_size**-0.5,
+        **_constants_of_norm(hidden_size, norm_eps),
         "bool kFrozen": frozen,
     }
     types = {
@@ -95,9 +93,26 @@ def gemm_source(
     )
 
 
-def split_source(hidden_size: int, rows: int) -> str:
-    """products.cuh's `split_weight` for one float32 weight."""
-    return _around_product({}, {"int kHidden": hidden_size, "int kRows": rows}, "split_weight", "SplitArguments")
+class InputNorm(NamedTuple):
+    """The norm of hidden states before a product; see `RouterSpec.input_norm_eps`."""
+
+    eps: float
+    scale: torch.dtype
+    """Of `input_scale`."""
+
+
+def prepare_source(
+    hidden_size: int, rows: int, hidden: torch.dtype, weight: torch.dtype, weight_parts: int, norm: InputNorm | None
+) -> str:
+    """products.cuh's `prepare_product` for one weight."""
+    types = {"Hidden": hidden, "Weight": weight, "InputScale": torch.float32 if norm is None else norm.scale}
+    constants = {
+        "int kHidden": hidden_size,
+        "int kRows": rows,
+        "int kParts": weight_parts,
+        **_constants_of_norm(hidden_size, None if norm is None else norm.eps),
+    }
+    return _around_product(types, constants, "prepare_product", "PrepareArguments")
 
 
 def sum_source(rows: int, weight_parts: int, bias: torch.dtype | None, logits: torch.dtype) -> str:
@@ -105,6 +120,10 @@ def sum_source(rows: int, weight_parts: int, bias: torch.dtype | None, logits: t
     types = {"Bias": bias or torch.float32, "Logits": logits}
     constants: dict[str, object] = {"int kRows": rows, "int kParts": weight_parts, "bool kHasBias": bias is not None}
     return _around_product(types, constants, "sum_products", "SumArguments")
+
+
+def _constants_of_norm(hidden_size: int, eps: float | None) -> dict[str, object]:
+    return {"bool kNorm": eps is not None, "float kNormEps": eps or 0.0, "float kInputFactor": hidden_size**-0.5}
 
 
 def _around_product(types: dict[str, torch.dtype], constants: dict[str, object], name: str, arguments: str) -> str:
@@ -119,7 +138,7 @@ def _around_product(types: dict[str, torch.dtype], constants: dict[str, object],
 def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, frozen: bool, weight_parts: int = 0) -> str:
     """select.cuh for one spec. `aligned`: 4 logits or biases can be read at once, if E allows.
 
-    `weight_parts`: it makes the logits of products, of a weight in so many parts, 1 or 3; 0: it is given the logits.
+    `weight_parts`: it makes the logits of products, of a weight in so many parts, 1 to 3; 0: it is given the logits.
 
     Several kernels that are alike: the driver is told of each how it is to be run, and the more tokens there are, the
     fewer registers hold products on their way, so that more warps find a place.
@@ -127,6 +146,7 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
     constants = {
         **_constants_of(spec),
         "int kParts": weight_parts,
+        "bool kNorm": weight_parts > 0 and spec.input_norm_eps is not None,
         "bool kHasBias": dtypes.bias is not None,
         "bool kAligned": aligned,
         "bool kFrozen": frozen,

@@ -68,4 +68,12 @@ __forceinline__ fp16 narrow<fp16>(float value) {
   return result;
 }
 
+// Over the first kLanes lanes, a power of two, in each of them.
+template <int kLanes = 32>
+__forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  return value;
+}
+
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }

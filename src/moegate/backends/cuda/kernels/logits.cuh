@@ -1,7 +1,7 @@
 // A token's logits, as a warp of the selection has them: lane l those of kPerLane experts, from l * kPerLane on.
 //
 // They are read; or, behind a library's product (kParts > 0), made here, so that this takes no kernel of its own: what the
-// products (products.cuh) add up to gets the linear bias, is rounded, and stored.
+// products (products.cuh) add up to gets the factor of the input norm and the linear bias, is rounded, and stored.
 #pragma once
 #include "products.cuh"
 
@@ -27,6 +27,7 @@ struct TokenLogits {
   const Source* row;  // of the logits, or of the first share's products
   int64 share_stride;
   int shares;
+  const float* norm_factor;  // the token's
   const Bias* bias;
   Logits* made;
   const int lane = threadIdx.x % 32;
@@ -34,16 +35,17 @@ struct TokenLogits {
   // The lane's, 0 beyond the experts; and whether any of the row's is NaN.
   __forceinline__ bool load(float (&values)[kPerLane]) const {
     bool is_nan = false;
+    const float factor = Config::kNorm ? *norm_factor : 1.0f;
     if constexpr (kParts == 0) {
       load_part(row, values);
     } else {
-      make(values);
+      make(values, factor);
       store_part(values);
     }
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) is_nan |= isnan(values[i]);
     for (int id = E + lane; id < R; id += 32) {
-      if constexpr (kParts > 0) made[id] = made_of(sum_of_products<kParts>(row + id, R, share_stride, shares), id);
+      if constexpr (kParts > 0) made[id] = made_of(sum_of_products<kParts>(row + id, R, share_stride, shares), id, factor);
       is_nan |= isnan(at(id));
     }
     if constexpr (kParts > 0) __syncwarp();  // any lane may fetch what another has stored
@@ -78,13 +80,14 @@ struct TokenLogits {
     }
   }
 
-  __forceinline__ Logits made_of(float sum, int id) const {
+  __forceinline__ Logits made_of(float sum, int id, float factor) const {
+    if constexpr (Config::kNorm) sum *= factor;
     if constexpr (Config::kHasBias) sum += widen(bias[id]);
     return narrow<Logits>(sum);
   }
 
   // As many shares in flight at once as registers are given. Of one part, the three that are added are the same.
-  __forceinline__ void make(float (&values)[kPerLane]) const {
+  __forceinline__ void make(float (&values)[kPerLane], float factor) const {
     constexpr int kMost = Config::kInFlight / (kPerLane * kParts), kAtOnce = kMost > 8 ? 8 : kMost < 1 ? 1 : kMost;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) values[i] = 0.0f;
@@ -108,7 +111,7 @@ struct TokenLogits {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int id = lane * kPerLane + i;
-      if (id < E) values[i] = widen(made_of(values[i], id));
+      if (id < E) values[i] = widen(made_of(values[i], id, factor));
     }
   }
 

@@ -69,6 +69,13 @@ __forceinline__ void unpack(const Raw<T>& raw, float (&values)[8]) {
   }
 }
 
+// What an input norm multiplies a token's logits with, by the sum of squares of its elements: contract 1.2, less the
+// scale of each element.
+template <class Config>
+__forceinline__ float norm_factor(float square) {
+  return Config::kInputFactor / sqrtf(square / float(Config::kHidden) + Config::kNormEps);
+}
+
 // kParts operands, each of four registers with two elements.
 template <int kParts>
 struct Operand {

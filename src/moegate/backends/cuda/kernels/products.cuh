@@ -3,15 +3,23 @@
 // - S shares of K, each a product of its own, so that few tokens are enough for all multiprocessors.
 // - P = 3 parts of a float32 weight, which is taken apart here: a library multiplies bfloat16 numbers on tensor cores,
 //   and a float32 is the sum of three. P = 1 of any other weight.
+// - With an input norm, a weight that is multiplied by the norm's scale here, and then is a float32, too (P = 2 is all
+//   of it, if both are bfloat16); and a factor for each token, by which its logits are multiplied in the end.
 //
 // Both kernels are bound by memory, and neighbours take neighbours: eight elements of the weight a thread, one logit.
+// A token's norm is a warp's.
 #pragma once
 #include "pieces.cuh"
 
-struct SplitArguments {
-  const float* weight;
-  void* parts;          // [3 R, K] bfloat16: the first parts of all rows, then the second, then the third
-  int64 weight_stride;  // elements from row to row
+struct PrepareArguments {
+  const void* weight;
+  void* parts;              // [P R, K] bfloat16: the first parts of all rows, then the second, then the third
+  const void* input_scale;  // [K]; this and what follows with an input norm
+  const void* hidden;       // [M, K]
+  float* factors;           // [M]
+  int64 weight_stride;      // elements from row to row
+  int64 hidden_stride;
+  int32 num_tokens;
 };
 
 struct SumArguments {
@@ -23,27 +31,66 @@ struct SumArguments {
 };
 
 template <class Config>
-__forceinline__ void split_weight(const SplitArguments& arguments) {
-  constexpr int kPieces = Config::kHidden / 8, kCount = Config::kRows * kPieces;
+__forceinline__ void split_weight(const PrepareArguments& arguments) {
+  constexpr int kPieces = Config::kHidden / 8, kCount = Config::kRows * kPieces, kParts = Config::kParts;
   static_assert(Config::kHidden % 8 == 0, "a thread takes 8 elements");
-  trigger_dependents();
-  wait_for_predecessor();  // which may be writing the weight, or reading what was where the parts are to be
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < kCount; i += gridDim.x * blockDim.x) {
-    const float* source = arguments.weight + i / kPieces * arguments.weight_stride + i % kPieces * 8;
-    const Operand<3> parts = as_operand<3>(load_piece<false>(source, true));
+    const int column = i % kPieces * 8;
+    const auto* row = static_cast<const typename Config::Weight*>(arguments.weight) + i / kPieces * arguments.weight_stride;
+    float values[8];
+    unpack(load_piece<false>(row + column, true), values);
+    if constexpr (Config::kNorm) {
+      const auto* scale = static_cast<const typename Config::InputScale*>(arguments.input_scale) + column;
 #pragma unroll
-    for (int part = 0; part < 3; ++part) {
+      for (int j = 0; j < 8; ++j) values[j] *= widen(scale[j]);
+    }
+    const Operand<kParts> parts = split<kParts>(values);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
       const auto& pairs = parts.pairs[part];
       static_cast<uint4*>(arguments.parts)[part * kCount + i] = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
     }
   }
 }
 
+// From the last warp on, since the first ones have the weight to do.
+template <class Config>
+__forceinline__ void norm_tokens(const PrepareArguments& arguments) {
+  constexpr int K = Config::kHidden, kAtOnce = 4;
+  const int lane = threadIdx.x % 32, warps = gridDim.x * blockDim.x / 32;
+  for (int token = warps - 1 - (blockIdx.x * blockDim.x + threadIdx.x) / 32; token < arguments.num_tokens; token += warps) {
+    const auto* row = static_cast<const typename Config::Hidden*>(arguments.hidden) + token * arguments.hidden_stride;
+    float square = 0.0f;
+    for (int first = lane * 8; first < K; first += kAtOnce * 256) {
+      Raw<typename Config::Hidden> pieces[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) pieces[i] = load_piece<false>(row + first + i * 256, first + i * 256 < K);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        float values[8];
+        unpack(pieces[i], values);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) square += values[j] * values[j];
+      }
+    }
+    square = warp_sum(square);
+    if (lane == 0) arguments.factors[token] = norm_factor<Config>(square);
+  }
+}
+
+template <class Config>
+__forceinline__ void prepare_product(const PrepareArguments& arguments) {
+  trigger_dependents();
+  wait_for_predecessor();  // which may be writing what is read here, or reading what was where the parts are to be
+  split_weight<Config>(arguments);
+  if constexpr (Config::kNorm) norm_tokens<Config>(arguments);
+}
+
 // The order in which all kernels add, so that a logit has the same bits from any of them: the parts of a share, smaller
 // ones first; then share after share.
 template <int kParts>
 __forceinline__ float sum_of_parts(float first, float second, float third) {
-  return kParts == 3 ? first + (second + third) : first;
+  return kParts == 3 ? first + (second + third) : kParts == 2 ? first + second : first;
 }
 
 template <int kParts>

@@ -221,9 +221,7 @@ struct RouterGemm {
     using Logits = typename Config::Logits;
     const int token = index / kSums, r = index % kSums;
     if (r >= 16 or first_row + r >= R) return;
-    if constexpr (kNorm) {
-      logit *= Config::kInputFactor / sqrtf(squares_of_tokens[token] / float(K) + Config::kNormEps);
-    }
+    if constexpr (kNorm) logit *= norm_factor<Config>(squares_of_tokens[token]);
     if constexpr (Config::kHasBias) {
       logit += widen(static_cast<const typename Config::Bias*>(arguments.bias)[first_row + r]);
     }

@@ -17,14 +17,6 @@ __forceinline__ float from_ordered(uint32 key) {
   return __uint_as_float(key ^ (uint32(int32(~key) >> 31) | 0x80000000u));
 }
 
-// Over the first kLanes lanes, a power of two, in each of them.
-template <int kLanes = 32>
-__forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-  return value;
-}
-
 __forceinline__ float warp_max(float value) { return from_ordered(__reduce_max_sync(~0u, ordered(value))); }
 
 enum class Score { kSoftmax, kSigmoid, kSqrtSoftplus, kIdentity };

@@ -15,9 +15,10 @@ struct SelectArguments {
   const void* global_scale;
   const void* tid2eid;
   const void* input_ids;
-  const void* bias;        // the linear one, of products
-  void* made_logits;       // of products: [M, R], contiguous, like all outputs
-  int32* topk_ids;         // [M, k]
+  const void* bias;           // the linear one, of products
+  const float* norm_factors;  // [M], of products with an input norm
+  void* made_logits;          // of products: [M, R], contiguous, like all outputs
+  int32* topk_ids;            // [M, k]
   void* topk_weights;
   void* shared_weights;
   void* identity_weight;
@@ -234,6 +235,7 @@ __forceinline__ TokenLogits<Config> logits_of(const SelectArguments& arguments, 
   return {static_cast<const Source*>(arguments.logits) + token * arguments.logits_stride,
           arguments.num_tokens * arguments.logits_stride,
           arguments.shares,
+          arguments.norm_factors + token,
           static_cast<const typename Config::Bias*>(arguments.bias),
           static_cast<typename Config::Logits*>(arguments.made_logits) + int64(token) * Config::kRows};
 }

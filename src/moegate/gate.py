@@ -179,11 +179,13 @@ class Gate(nn.Module):
                 backend=self.backend,
                 policy=self.policy,
             ).into(out)
-        elif torch.is_grad_enabled():
-            with torch.no_grad():
-                routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared, out)
         else:
-            routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared, out)
+            had_grad = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(False)  # all that torch.no_grad() comes to, in a tenth of its time
+            try:
+                routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared, out)
+            finally:
+                torch._C._set_grad_enabled(had_grad)
         return routing if return_logits else routing.without_logits()
 
     def warmup(self, *hidden_dtypes: torch.dtype) -> None:

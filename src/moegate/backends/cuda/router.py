@@ -119,7 +119,7 @@ class CudaRouter:
         out: Routing | None = None,
     ) -> Routing:
         """[M, K] -> the routing, with its logits, in `out` if that is given; see `moegate.route`."""
-        if torch.cuda.current_device() != self._index:
+        if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._index):
                 return self.route(hidden, weight, tensors, input_ids, out)
         ids_dtype = None if input_ids is None else input_ids.dtype

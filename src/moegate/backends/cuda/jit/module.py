@@ -53,8 +53,10 @@ class Kernel:
         except AttributeError:
             config = self._set_up(here)
         self._pack.pack_into(here.buffer, 0, *arguments)
-        config.gridDimX, config.gridDimY = grid
-        config.hStream = stream
+        if here.place != (grid, stream):  # setting a field of the driver's takes time
+            config.gridDimX, config.gridDimY = grid
+            config.hStream = stream
+            here.place = grid, stream
         (error,) = _driver().cuLaunchKernelEx(config, self._function, here.parameters, 0)
         if error == 201:  # CUDA_ERROR_INVALID_CONTEXT: a thread in which nothing has used the GPU yet
             _make_context_current()
@@ -84,7 +86,7 @@ class Kernel:
         here.buffer = ctypes.create_string_buffer(self._pack.size)
         here.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(here.buffer))
         here.parameters = ctypes.addressof(here.pointers)
-        here.config = config
+        here.config, here.place = config, None
         return config
 
 

@@ -36,14 +36,14 @@ def beside_cublas(weight: Tensor, spec: RouterSpec, tensors: RouterTensors, ids:
     (rows, hidden_size), scale, eps, factors = weight.shape, tensors.input_scale, spec.input_norm_eps, None
     norm = None if scale is None or eps is None else InputNorm(eps, scale.dtype)
     product = product_of(hidden_size, rows, weight.dtype, device, norm, pdl=True)
-    if product.weight_parts > 1:
+    if product.weight_parts > 1 or rows % 8 != 0:
         _, factors = product.prepared(random_hidden(spec, _MANY), weight, scale, stream)
     dtypes = select_dtypes(logits_dtype, tensors, None if ids is None else ids.dtype)._replace(bias=bias_dtype)
     for aligned, tokens, shares in itertools.product((True, False), (_MORE, _SOME, _MANY), (1, 3)):
         select = select_kernels(
             spec, dtypes, device, aligned=aligned, frozen=False, pdl=True, weight_parts=product.weight_parts
         )
-        products = torch.randn(shares, tokens, product.weight_parts * rows, device=device)
+        products = torch.randn(shares, tokens, -(-product.weight_parts * rows // 8) * 8, device=device)
         logits = torch.empty((tokens, rows), dtype=logits_dtype, device=device)
         select.launch(select.outputs(logits), tensors, ids, stream, products=products, norm_factors=factors)
         sum_of(rows, product.weight_parts, bias_dtype, logits_dtype, device)(products, tensors.bias, logits, stream)

@@ -117,8 +117,10 @@ def test_gemms_do_not_spill_on_other_chips(arch: str) -> None:
 @pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])
 def test_what_is_around_a_product_does_not_spill(arch: str) -> None:
     norms = [InputNorm(1e-6, BF16), InputNorm(1e-6, FP32)]
-    texts = [prepare_source(3072, 256, BF16, FP32, 3, None), prepare_source(1000, 33, BF16, FP32, 3, None)]
-    texts += [prepare_source(2816, 128, BF16, BF16, 2, norms[0]), prepare_source(1000, 33, BF16, FP32, 3, norms[1])]
+    texts = [prepare_source(3072, 256, BF16, FP32, 3, 768, None), prepare_source(1000, 33, BF16, FP32, 3, 104, None)]
+    texts += [prepare_source(2048, 60, FP16, FP16, 1, 64, None), prepare_source(6144, 258, BF16, BF16, 1, 264, None)]
+    texts += [prepare_source(2816, 128, BF16, BF16, 2, 256, norms[0])]
+    texts += [prepare_source(1000, 33, BF16, FP32, 3, 104, norms[1])]
     texts += [sum_source(256, 1, None, FP32), sum_source(33, 1, FP32, BF16), sum_source(768, 3, BF16, FP32)]
     assert [problem for at, text in enumerate(texts) for problem in problems_of(text, arch, at)] == []
 

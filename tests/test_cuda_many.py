@@ -106,7 +106,27 @@ def test_the_parts_of_a_weight_to_the_bit(hidden_size: int, rows: int) -> None:
     hidden = random_hidden(RouterSpec(hidden_size, rows, 1), 1)
     parts, factors = product.prepared(hidden, weight, None, torch.cuda.current_stream().cuda_stream)
     assert factors is None
-    assert parts.equal(torch.cat([first, second, third]))
+    assert len(parts) == -(-3 * rows // 8) * 8
+    assert parts[: 3 * rows].equal(torch.cat([first, second, third]))
+    assert not parts[3 * rows :].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("hidden_size", "rows"), [(6144, 258), (2048, 60), (1000, 7), (8, 1)])
+def test_rows_of_zeros_where_their_number_is_no_multiple_of_8(hidden_size: int, rows: int, dtype: torch.dtype) -> None:
+    wide = torch.randn(rows, hidden_size + 8, device="cuda").to(dtype)
+    for weight in (wide[:, :hidden_size].contiguous(), wide[:, :hidden_size]):
+        product = product_of(hidden_size, rows, dtype, weight.device, pdl=True)
+        for tokens in (65, 2000):
+            hidden = torch.randn(tokens, hidden_size, device="cuda").to(dtype)
+            shares = product(hidden, weight, None, torch.cuda.current_stream().cuda_stream).shares
+            assert shares.shape[2] % 8 == 0
+            assert not shares[:, :, rows:].any()
+            exact = hidden.double() @ weight.double().t()
+            bound = (
+                4 * hidden_size**0.5 * 2.0**-24 * (hidden.double().abs() @ weight.double().abs().t())
+            )  # contract 1.1
+            assert ((shares[:, :, :rows].double().sum(0) - exact).abs() <= bound).all()
 
 
 def random_products(shares: int, tokens: int, columns: int) -> Tensor:
@@ -148,7 +168,8 @@ def test_logits_of_products_to_the_bit(name: str, weight_parts: int, aligned: bo
     )
     for tokens, shares in itertools.product((65, 600, 1100), (1, 2, 5, 8)):  # each of the three kernels
         ids = token_ids(tokens).cuda() if spec.hash_routing else None
-        products = random_products(shares, tokens, weight_parts * rows)
+        # Rows that are apart, as they are behind a weight with rows of zeros.
+        products = random_products(shares, tokens, weight_parts * rows + 8)[:, :, : weight_parts * rows]
         factors = None if spec.input_norm_eps is None else torch.rand(tokens, device="cuda")
         logits = logits_of(products, rows, tensors.bias, dtype, factors)
         room = torch.full((logits.numel() + 1,), -1, dtype=dtype, device="cuda")
@@ -168,12 +189,14 @@ def test_sums_of_products_to_the_bit(
     weight_parts: int, shares: int, dtype: torch.dtype, bias_dtype: torch.dtype | None
 ) -> None:
     rows = 37
-    products = random_products(shares, 300, weight_parts * rows)
+    columns = weight_parts * rows
+    products = random_products(shares, 300, columns + 5)
     bias = None if bias_dtype is None else torch.randn(rows, device="cuda").to(bias_dtype)
     logits = torch.full((300, rows), -1, device="cuda", dtype=dtype)
     add_up = sum_of(rows, weight_parts, bias_dtype, dtype, logits.device)
     add_up(products, bias, logits, torch.cuda.current_stream().cuda_stream)
-    torch.testing.assert_close(logits, logits_of(products, rows, bias, dtype), rtol=0, atol=0, equal_nan=True)
+    expected = logits_of(products[:, :, :columns], rows, bias, dtype)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("rows", [65, 300, 700, 8000])

@@ -95,7 +95,9 @@ def test_a_case_of_bench(here: session.Session) -> None:
     assert "absent" in found["floor"]  # the one kernel that a CPU does not have
 
 
-@pytest.mark.parametrize("model", ["deepseek-v3", "qwen3-30b-a3b", "gpt-oss-120b", "mixtral-8x7b", "glm-5"])
+@pytest.mark.parametrize(
+    "model", ["deepseek-v3", "qwen3-30b-a3b", "gpt-oss-120b", "mixtral-8x7b", "glm-5", "openai-privacy-filter"]
+)
 def test_transformers_router_chooses_like_float64(model: str) -> None:
     spec = get_spec(model)
     weight, tensors = random_tensors(spec, seed=3)

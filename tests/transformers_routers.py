@@ -38,8 +38,6 @@ class Quirk:
     bias_is_argument: bool = False
     """the correction bias lives on the block around the router, which passes it to each call"""
     unpack: Callable[["TransformersRouter", Any], Output] | None = None
-    output_factor: Callable[[PreTrainedConfig], float] | None = None
-    """a factor that the model applies to the summed expert output; the adapter puts it on the weights"""
     batch_dimension: bool = False
     float32_weight: bool = False
     """the gate's weight stays in float32 when the model is in another dtype"""
@@ -74,8 +72,9 @@ class TransformersRouter:
         else:
             logits, weights, ids, shared = self._quirk.unpack(self, output)
         weights = weights.float()
-        if self._quirk.output_factor is not None:
-            weights = weights * self._quirk.output_factor(self.config)
+        output_factor = catalog_types()[self.config.model_type].output_factor
+        if output_factor is not None:
+            weights = weights * getattr(self.config, output_factor)
         return logits, ids, weights, None if shared is None else shared.float()
 
 
@@ -229,8 +228,7 @@ _ERNIE = Quirk(
 
 QUIRKS: dict[str, Quirk] = {
     "afmoe": Quirk(names={"weight": "gate.weight"}, bias_is_argument=True, batch_dimension=True),
-    # BeamMoE multiplies the output of the experts.
-    "beam": Quirk(float32_weight=True, output_factor=lambda config: config.routed_scaling_factor),
+    "beam": Quirk(float32_weight=True),
     "dbrx": Quirk(
         construct=lambda router, config: router(config.ffn_config),
         names={"weight": "layer.weight"},
@@ -261,8 +259,6 @@ QUIRKS: dict[str, Quirk] = {
         names={"weight": "layer.weight"},
         unpack=_jetmoe,
     ),
-    # LagunaSparseMoeBlock multiplies the output of the experts.
-    "laguna": Quirk(output_factor=lambda config: config.moe_routed_scaling_factor),
     "lfm2_moe": Quirk(bias_is_argument=True),
     "llama4_text": Quirk(unpack=_llama4),
     "longcat_flash": Quirk(
@@ -273,14 +269,10 @@ QUIRKS: dict[str, Quirk] = {
     # Engines hold the gates of MiniMax-M2, M3 and Step in float32. No class of Transformers pins them, but
     # these multiply in the dtype of the weight.
     "minimax_m2": Quirk(bias_is_argument=True, float32_weight=True),
-    # MiniMaxM3VLSparseMoeBlock multiplies the output of the experts.
-    "minimax_m3_vl_text": Quirk(float32_weight=True, output_factor=lambda config: config.routed_scaling_factor),
+    "minimax_m3_vl_text": Quirk(float32_weight=True),
     "mistral_large4_text": Quirk(float32_weight=True),
     "muse_spark_text": Quirk(
         float32_weight=True, weight_std=lambda config, k: 1.25 * k**-0.5 / config.output_multiplier
     ),
-    # OpenAIPrivacyFilterMLP multiplies the output by k, which undoes the router's division of the weights.
-    "openai_privacy_filter": Quirk(output_factor=lambda config: config.num_experts_per_tok),
-    # Step3p7SparseMoeBlock multiplies the output of the experts.
-    "step3p5": Quirk(float32_weight=True, output_factor=lambda config: config.moe_router_scaling_factor),
+    "step3p5": Quirk(float32_weight=True),
 }

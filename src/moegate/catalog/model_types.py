@@ -27,6 +27,7 @@ class ModelType:
     hash_routing_layers: dict[str, Any] | None = None
     layers: str = "layers"
     dtype: str = "float32"
+    output_factor: str | None = None
     becomes: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -54,7 +55,7 @@ def _resolved(table: dict[str, Any], tables: dict[str, Any], templates: dict[str
     if parent_name is None:
         return table
     parent = _resolved(templates.get(parent_name) or tables[parent_name], tables, templates)
-    for own in ("router", "source", "note", "becomes"):
+    for own in ("router", "source", "note", "becomes", "output_factor"):
         parent.pop(own, None)
     for merged in _MERGED:
         table[merged] = {**parent.get(merged, {}), **table.get(merged, {})}

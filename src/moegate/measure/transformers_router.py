@@ -26,7 +26,7 @@ def transformers_router(
         Whatever importing Transformers or building a config raises passes through.
     """
     model_type = str(config["model_type"])
-    name = model_types()[model_type].router
+    name, factor = model_types()[model_type].router, model_types()[model_type].output_factor
     if name is None or tensors.tid2eid is not None:
         raise NotImplementedError(f"Transformers has no class for this router of {model_type!r}")
     mapping = import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
@@ -46,6 +46,7 @@ def transformers_router(
         found = router(hidden)
         if not isinstance(found, tuple) or len(found) != 3 or found[2].is_floating_point():
             raise NotImplementedError(f"{name} does not return (logits, weights, ids)")
-        return found[2], found[1]
+        # What the block around the class does to the summed output.
+        return found[2], found[1] if factor is None else found[1] * getattr(built, factor)
 
     return route

@@ -15,7 +15,8 @@ from moegate.measure.names import NOT_FROZEN
 from moegate.measure.record import describe_run
 from moegate.spec import RouterSpec
 
-# A spread of the catalog: each size of a gate from small to large, each kind of selection, both dtypes of a weight.
+# A spread of the catalog: each size of a gate from small to large, each kind of selection, both dtypes of a weight, and
+# an input norm.
 MODELS = (
     "deepseek-v3",
     "kimi-k2",
@@ -34,6 +35,8 @@ MODELS = (
     "ernie-4.5-21b-a3b",
     "grok-1",
     "longcat-flash",
+    "unlimited-ocr",
+    "gemma-4-26b-a4b",
 )
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 WAY = "trigger"

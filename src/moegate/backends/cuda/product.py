@@ -21,7 +21,7 @@ from moegate.backends.cuda.sources import InputNorm, prepare_source, sum_source
 from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, shares_of_product
 from moegate.warn import warn_once
 
-_PREPARE_FIELDS, _SUM_FIELDS = "PPPPPqqi0q", "PPPqi0q"  # of products.cuh's arguments, with the padding
+_PREPARE_FIELDS, _SUM_FIELDS = "PPPPPqqi0q", "PPPqqi0q"  # of products.cuh's arguments, with the padding
 _THREADS = 256
 _BLOCKS_OF_SM = 8  # of 256 threads: as many as are on a multiprocessor at once
 
@@ -57,7 +57,7 @@ class Products(NamedTuple):
     """What the logits are made of."""
 
     shares: Tensor
-    """[S, M, parts * R] float32, to be added up."""
+    """[S, M, C] float32, to be added up; C is parts * R, or more."""
     norm_factors: Tensor | None
     """[M] float32, what the sums are multiplied by, with an input norm."""
 
@@ -78,11 +78,14 @@ class Product:
         self.operand = operand_of(weight, norm)
         """The dtype of the hidden states."""
         self.weight_parts = parts_of(weight, norm)
+        columns = self.weight_parts * rows
+        # Any other number takes cuBLAS two to four times as long (docs/cuda.md).
+        self._columns = -(-columns // 8) * 8 if hidden_size % 8 == 0 else columns
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self._hidden_size, self._rows, self._has_norm = hidden_size, rows, norm is not None
+        self._hidden_size, self._has_norm = hidden_size, norm is not None
         self._prepare = None
-        if self.weight_parts > 1:
-            text = prepare_source(hidden_size, rows, self.operand, weight, self.weight_parts, norm)
+        if self._columns != rows:
+            text = prepare_source(hidden_size, rows, self.operand, weight, self.weight_parts, self._columns, norm)
             self._prepare = jit.load(text, device).kernel("prepare_product", _PREPARE_FIELDS, _THREADS, pdl=pdl)
 
     def __call__(self, hidden: Tensor, weight: Tensor, input_scale: Tensor | None, stream: int) -> Products:
@@ -102,10 +105,10 @@ class Product:
     def prepared(
         self, hidden: Tensor, weight: Tensor, input_scale: Tensor | None, stream: int
     ) -> tuple[Tensor, Tensor | None]:
-        """The parts [parts * R, K] bfloat16 of a weight [R, K], and `Products.norm_factors`, on the current device."""
+        """The parts [C, K] of a weight [R, K], and `Products.norm_factors`, on the current device."""
         assert self._prepare is not None
         weight = aligned_rows(weight, "weight")
-        parts = empty((self.weight_parts * self._rows, self._hidden_size), torch.bfloat16)
+        parts = empty((self._columns, self._hidden_size), self.operand)
         factors = empty((len(hidden),), torch.float32) if self._has_norm else None
         threads = weight.numel() // 8 + (32 * len(hidden) if self._has_norm else 0)
         self._prepare.launch(
@@ -127,7 +130,7 @@ product_of = cache(Product)
 
 
 def are_logits(products: Tensor, rows: int, bias: torch.dtype | None, logits: torch.dtype) -> bool:
-    """True if products [S, M, parts * R] of one share and part need neither a bias nor a rounding."""
+    """True if products [S, M, C] of one share and part need neither a bias nor a rounding."""
     is_one = products.shape[0] == 1 and products.shape[2] == rows
     return is_one and bias is None and logits == torch.float32
 
@@ -143,10 +146,11 @@ class Sum:
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
 
     def __call__(self, products: Tensor, bias: Tensor | None, logits: Tensor, stream: int) -> None:
-        """[S, M, parts * R] -> logits [M, R]; both contiguous."""
+        """[S, M, C] -> logits [M, R]; both contiguous."""
         address, count = 0 if bias is None else bias.data_ptr(), logits.numel()
         grid = _grid(count, self._num_sms)
-        self._sum.launch(grid, stream, products.data_ptr(), address, logits.data_ptr(), count, len(products))
+        shares, _, columns = products.shape
+        self._sum.launch(grid, stream, products.data_ptr(), address, logits.data_ptr(), count, columns, shares)
 
 
 sum_of = cache(Sum)

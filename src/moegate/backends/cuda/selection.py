@@ -83,8 +83,8 @@ class SelectKernels:
     ) -> None:
         """Fills the routing from its logits [M, R], whose rows may be apart, on the stream; M is at least 1.
 
-        `products`: [S, M, parts * R], of which kernels for a weight in so many parts make the logits, too, with the
-        `norm_factors` [M] if the spec has an input norm.
+        `products`: [S, M, C], of which kernels for a weight in so many parts make the logits, too, with `norm_factors`
+        [M] if the spec has an input norm: see `product.Products`.
         `holds_dependents`: what is launched after it starts only when the kernel before it has ended.
         """
         logits, table = routing.logits, tensors.tid2eid

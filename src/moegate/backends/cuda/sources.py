@@ -102,7 +102,13 @@ class InputNorm(NamedTuple):
 
 
 def prepare_source(
-    hidden_size: int, rows: int, hidden: torch.dtype, weight: torch.dtype, weight_parts: int, norm: InputNorm | None
+    hidden_size: int,
+    rows: int,
+    hidden: torch.dtype,
+    weight: torch.dtype,
+    weight_parts: int,
+    columns: int,
+    norm: InputNorm | None,
 ) -> str:
     """products.cuh's `prepare_product` for one weight."""
     types = {"Hidden": hidden, "Weight": weight, "InputScale": torch.float32 if norm is None else norm.scale}
@@ -110,6 +116,7 @@ def prepare_source(
         "int kHidden": hidden_size,
         "int kRows": rows,
         "int kParts": weight_parts,
+        "int kColumns": columns,
         **_constants_of_norm(hidden_size, None if norm is None else norm.eps),
     }
     return _around_product(types, constants, "prepare_product", "PrepareArguments")

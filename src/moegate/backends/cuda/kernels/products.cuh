@@ -1,10 +1,12 @@
-// Around a library's product for many tokens: products[S, M, P * R], of which the logits [M, R] are the sums.
+// Around a library's product for many tokens: products[S, M, C], of which the logits [M, R] are the sums.
 //
 // - S shares of K, each a product of its own, so that few tokens are enough for all multiprocessors.
 // - P = 3 parts of a float32 weight, which is taken apart here: a library multiplies bfloat16 numbers on tensor cores,
 //   and a float32 is the sum of three. P = 1 of any other weight.
 // - With an input norm, a weight that is multiplied by the norm's scale here, and then is a float32, too (P = 2 is all
 //   of it, if both are bfloat16); and a factor for each token, by which its logits are multiplied in the end.
+// - C = P * R columns, or the next multiple of 8, of a copy with rows of zeros: cuBLAS takes two to four times as long
+//   for any other number.
 //
 // Both kernels are bound by memory, and neighbours take neighbours: eight elements of the weight a thread, one logit.
 // A token's norm is a warp's.
@@ -13,7 +15,7 @@
 
 struct PrepareArguments {
   const void* weight;
-  void* parts;              // [P R, K] bfloat16: the first parts of all rows, then the second, then the third
+  void* parts;              // [C, K]: the first parts of all rows, then the second, then the third
   const void* input_scale;  // [K]; this and what follows with an input norm
   const void* hidden;       // [M, K]
   float* factors;           // [M]
@@ -26,29 +28,48 @@ struct SumArguments {
   const float* products;
   const void* bias;
   void* logits;
-  int64 count;  // M * R
+  int64 count;   // M * R
+  int64 stride;  // C
   int32 shares;
 };
 
 template <class Config>
+__forceinline__ Operand<Config::kParts> scaled_operand(const Raw<typename Config::Weight>& piece, const void* input_scale,
+                                                       int column) {
+  float values[8];
+  unpack(piece, values);
+  if constexpr (Config::kNorm) {
+    const auto* scale = static_cast<const typename Config::InputScale*>(input_scale) + column;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] *= widen(scale[i]);
+  }
+  return split<Config::kParts>(values);
+}
+
+template <class Config>
 __forceinline__ void split_weight(const PrepareArguments& arguments) {
   constexpr int kPieces = Config::kHidden / 8, kCount = Config::kRows * kPieces, kParts = Config::kParts;
+  constexpr int kZeros = Config::kColumns * kPieces - kParts * kCount;
   static_assert(Config::kHidden % 8 == 0, "a thread takes 8 elements");
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < kCount; i += gridDim.x * blockDim.x) {
+  static_assert(kZeros >= 0, "every part has a place");
+  auto* parts = static_cast<uint4*>(arguments.parts);
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < kCount + kZeros; i += gridDim.x * blockDim.x) {
+    if (i >= kCount) {
+      parts[(kParts - 1) * kCount + i] = uint4{};
+      continue;
+    }
     const int column = i % kPieces * 8;
     const auto* row = static_cast<const typename Config::Weight*>(arguments.weight) + i / kPieces * arguments.weight_stride;
-    float values[8];
-    unpack(load_piece<false>(row + column, true), values);
-    if constexpr (Config::kNorm) {
-      const auto* scale = static_cast<const typename Config::InputScale*>(arguments.input_scale) + column;
+    const auto piece = load_piece<false>(row + column, true);
+    if constexpr (kParts == 1) {
+      parts[i] = piece.bits;
+    } else {
+      const Operand<kParts> operand = scaled_operand<Config>(piece, arguments.input_scale, column);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) values[j] *= widen(scale[j]);
-    }
-    const Operand<kParts> parts = split<kParts>(values);
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const auto& pairs = parts.pairs[part];
-      static_cast<uint4*>(arguments.parts)[part * kCount + i] = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+      for (int part = 0; part < kParts; ++part) {
+        const auto& pairs = operand.pairs[part];
+        parts[part * kCount + i] = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+      }
     }
   }
 }
@@ -112,8 +133,8 @@ __forceinline__ void sum_products(const SumArguments& arguments) {
   for (int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x; i < arguments.count; i += step) {
     const int64 token = i / R;
     const int row = i % R;
-    const float* first = arguments.products + token * kParts * R + row;
-    float logit = sum_of_products<kParts>(first, R, arguments.count * kParts, arguments.shares);
+    const float* first = arguments.products + token * arguments.stride + row;
+    float logit = sum_of_products<kParts>(first, R, arguments.count / R * arguments.stride, arguments.shares);
     if constexpr (Config::kHasBias) logit += widen(static_cast<const typename Config::Bias*>(arguments.bias)[row]);
     static_cast<typename Config::Logits*>(arguments.logits)[i] = narrow<typename Config::Logits>(logit);
   }

@@ -75,6 +75,20 @@ def test_of_hidden_states_with_32_bits_no_table_tells(shipped: Callable[..., Non
     assert costs.expected(dataclasses.replace(facts(), hidden=torch.float32), DECODE, 1) is None
 
 
+@pytest.mark.parametrize("model", ["gemma-4-26b-a4b", "deepseek-v3"])
+def test_where_pytorch_makes_the_logits_no_time_of_cublas_is_told_and_a_note_is(
+    model: str, shipped: Callable[..., None]
+) -> None:
+    times = {4096: {CUBLAS: 9.0, OPS: 90.0}}
+    shipped(a_table(gemma_4_26b_a4b=times, deepseek_v3=times))
+    usual = facts(model)
+    explained = [Plan(each).explain(4096) for each in (usual, dataclasses.replace(usual, hidden=torch.float16))]
+    assert [each.kernel for each in explained] == ["cublas+select", "cublas+select"]
+    assert [each.expected_us for each in explained] == [9.0, None]
+    assert explained[0].notes == ()
+    assert "cuBLAS takes hidden states in bfloat16, and these are in float16" in explained[1].notes[0]
+
+
 CATALOG = Path(__file__).parent.parent / "benchmarks" / "results" / "h100" / "catalog.json"
 
 

@@ -181,8 +181,8 @@ class Gate(nn.Module):
             ).into(out)
         else:
             had_grad = torch.is_grad_enabled()
-            torch._C._set_grad_enabled(False)  # all that torch.no_grad() comes to, in a tenth of its time
             try:
+                torch._C._set_grad_enabled(False)  # all that torch.no_grad() comes to, in a tenth of its time
                 routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared, out)
             finally:
                 torch._C._set_grad_enabled(had_grad)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moegate.backends import cuda
 from moegate.backends.cuda import gemm as cuda_gemm
+from moegate.backends.cuda import product
 from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, MAX_GEMM_TOKENS
 from moegate.backends.flashinfer import known_failure, limits
 from moegate.choice.facts import Facts
@@ -54,6 +55,12 @@ def _cublas(facts: Facts, num_tokens: int) -> str | None:
     if _is_decode(facts, num_tokens):
         return f"up to {MAX_DECODE_TOKENS} tokens router_gemm runs, so that a token's bits do not depend on M"
     return _cuda(facts)
+
+
+def plain_product(facts: Facts) -> str | None:
+    """None, or why PyTorch's operations make the logits in cuBLAS's place."""
+    has_norm = facts.spec.input_norm_eps is not None
+    return product.unsupported(facts.hidden, facts.weight, facts.spec.hidden_size, has_norm=has_norm)
 
 
 def _torch_breaks(facts: Facts, num_tokens: int) -> str | None:

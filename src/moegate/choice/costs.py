@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from moegate.backends.cuda.tiling import ROWS_OF_TILE
-from moegate.choice.candidates import CUBLAS, ROUTER_GEMM
+from moegate.choice.candidates import CUBLAS, ROUTER_GEMM, plain_product
 from moegate.choice.facts import Facts, Machine
 from moegate.choice.tables import Shape, Table, shape_of, table_for
 
@@ -58,7 +58,7 @@ def neighbours(facts: Facts, key: str, num_tokens: int) -> tuple[Neighbour, ...]
     """What the table has of a candidate for the shape itself or the two nearest ones; nothing, if no table has any."""
     table = table_for(facts.machine).table
     # Tables are of hidden states with 16 bits; with 32 they tell nothing.
-    if table is None or facts.hidden == torch.float32:
+    if table is None or facts.hidden == torch.float32 or (key == CUBLAS.key(facts) and plain_product(facts)):
         return ()
     curves, shape = _curves(table, key, facts.frozen), shape_of(facts)
     near = [(shape, 1.0)] if shape in curves else _nearest(curves, shape)

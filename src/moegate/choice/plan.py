@@ -13,7 +13,7 @@ import torch
 from moegate.backends import BACKENDS
 from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS
 from moegate.choice import costs
-from moegate.choice.candidates import CANDIDATES, CUBLAS, ROUTER_GEMM, Candidate
+from moegate.choice.candidates import CANDIDATES, CUBLAS, ROUTER_GEMM, Candidate, plain_product
 from moegate.choice.facts import Facts
 from moegate.choice.policies import GEMM_STEPS, POLICIES, Choice, forced, gemm_tokens, measured, sglang
 from moegate.choice.tables import table_for
@@ -138,6 +138,9 @@ class Plan:
         key = choice.candidate.key(self.facts)
         cost = costs.expected(self.facts, key, num_tokens)
         notes = [] if choice.passed_over is None else [choice.passed_over]
+        plain = plain_product(self.facts) if choice.candidate is CUBLAS else None
+        if plain is not None:
+            notes.append(f"{plain}: PyTorch's operations make the logits")
         differs = choice.candidate.backend == "cuda" and not self.facts.frozen
         if cost is not None and differs and not costs.tells_of_not_frozen(self.facts.machine, key):
             notes.append("the times are a frozen gate's; this one is not frozen")

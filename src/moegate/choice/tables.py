@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
     @property
     def has_input_norm(self) -> bool:
-        """The product is of normed hidden states, which are float32."""
+        """The product is of normed hidden states."""
         return _INPUT_NORM in self.router.split()
 
 

@@ -54,6 +54,9 @@ def logit_bound(hidden: Tensor, weight: Tensor, exact: Tensor, spec: RouterSpec,
     if spec.input_norm_eps is not None:
         bound = bound + _NORM_ERROR * magnitude
         bound = bound.masked_fill(hidden.double().abs().amax(dim=-1, keepdim=True) > 2.0**60, torch.inf)
+        assert tensors.input_scale is not None
+        scaled = weight.double() * tensors.input_scale.double()
+        bound = bound.masked_fill(scaled.abs().amax(dim=-1) > 2.0**127, torch.inf)
     if tensors.bias is not None:
         bound = bound + 4 * U * tensors.bias.double().abs()
     if spec.logits_dtype == "bfloat16":

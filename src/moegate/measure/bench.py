@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from moegate.choice.candidates import CANDIDATES
 from moegate.choice.facts import default_weight_dtype, facts_of
 from moegate.choice.plan import Plan
 from moegate.measure import timing
-from moegate.measure.checks import check_choice
+from moegate.measure.checks import Calls, check_choice
 from moegate.measure.layers import Stage
 from moegate.measure.names import DEFAULT, NOT_FROZEN, SAFE, TRANSFORMERS
 from moegate.measure.record import Record
 from moegate.measure.session import Session
-from moegate.measure.transformers_router import transformers_router
+from moegate.measure.transformers_router import TransformersRouter, transformers_router
 from moegate.spec import RouterSpec
 
 SOURCES = ("deepseek-v3", "kimi-k2", "qwen3-30b-a3b", "gpt-oss-120b")
@@ -77,11 +77,16 @@ def _peers(stage: Stage, source: Source) -> list[timing.Candidate]:
 
 
 def _transformers(stage: Stage, source: Source) -> timing.Candidate:
-    weights, made = stage.layers.weights, list[Callable[..., Any]]()
+    weights, made = stage.layers.weights, list[TransformersRouter]()
 
     def call(layer: int, hidden: Any) -> Any:
         if not made:
             made.append(transformers_router(source.config, stage.layers.tensors, stage.layers.device))
-        return made[0](hidden, weights[layer])
+        return made[0].route(hidden, weights[layer])
 
-    return timing.Candidate(TRANSFORMERS, call, check_choice(stage.expected), slow=True)
+    def check(results: list[Any], order: Calls) -> dict[str, Any]:
+        # Not in the call: another kernel does it, beside the router.
+        scaled = [(ids, weights * made[0].output_factor) for ids, weights in results[: len(order)]]
+        return check_choice(stage.expected)(scaled, order)
+
+    return timing.Candidate(TRANSFORMERS, call, check, slow=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,17 @@ from moegate.routing import RouterTensors
 _KNOWN = {"weight", "bias", "e_score_correction_bias"}
 
 
-def transformers_router(
-    config: dict[str, Any], tensors: RouterTensors, device: torch.device
-) -> Callable[[Tensor, Tensor], Chosen]:
-    """(hidden [M, K], weight [R, K]) -> ids and weights, by the class of the config's model type.
+class TransformersRouter(NamedTuple):
+    """The router class of a model."""
+
+    route: Callable[[Tensor, Tensor], Chosen]
+    """(hidden [M, K], weight [R, K]) -> ids and weights."""
+    output_factor: float
+    """What the block around the class multiplies the summed output by: it belongs to the weights."""
+
+
+def transformers_router(config: dict[str, Any], tensors: RouterTensors, device: torch.device) -> TransformersRouter:
+    """The class of the config's model type.
 
     Raises:
         NotImplementedError: There is no class, or one with other tensors or another result than most have.
@@ -46,7 +53,6 @@ def transformers_router(
         found = router(hidden)
         if not isinstance(found, tuple) or len(found) != 3 or found[2].is_floating_point():
             raise NotImplementedError(f"{name} does not return (logits, weights, ids)")
-        # What the block around the class does to the summed output.
-        return found[2], found[1] if factor is None else found[1] * getattr(built, factor)
+        return found[2], found[1]
 
-    return route
+    return TransformersRouter(route, 1.0 if factor is None else getattr(built, factor))

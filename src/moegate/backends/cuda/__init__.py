@@ -58,7 +58,7 @@ class CudaBackend:
         """See `moegate.router_gemm`."""
         num_tokens, hidden_size = hidden.shape
         is_many, rows = num_tokens > MAX_DECODE_TOKENS, weight.shape[0]
-        refused = product.unsupported(hidden.dtype, weight.dtype, hidden_size, None) if is_many else None
+        refused = product.unsupported(hidden.dtype, weight.dtype, hidden_size, has_norm=False) if is_many else None
         gemm.warn_if_unsupported(hidden_size)
         if refused is not None:
             product.warn_of_plain_product(refused)

@@ -18,7 +18,7 @@ from moegate.backends.cuda import jit
 from moegate.backends.cuda.alignment import aligned_rows
 from moegate.backends.cuda.memory import empty
 from moegate.backends.cuda.sources import InputNorm, prepare_source, sum_source
-from moegate.backends.cuda.tiling import MAX_DECODE_TOKENS, shares_of_product
+from moegate.backends.cuda.tiling import shares_of_product
 from moegate.warn import warn_once
 
 _PREPARE_FIELDS, _SUM_FIELDS = "PPPPPqqi0q", "PPPqqi0q"  # of products.cuh's arguments, with the padding
@@ -26,24 +26,25 @@ _THREADS = 256
 _BLOCKS_OF_SM = 8  # of 256 threads: as many as are on a multiprocessor at once
 
 
-def operand_of(weight: torch.dtype, norm: InputNorm | None) -> torch.dtype:
+def operand_of(weight: torch.dtype, *, has_norm: bool) -> torch.dtype:
     """The dtype that cuBLAS multiplies in place of a weight's, and with it."""
-    return torch.bfloat16 if weight == torch.float32 or norm is not None else weight
+    return torch.bfloat16 if weight == torch.float32 or has_norm else weight
 
 
-def unsupported(hidden: torch.dtype, weight: torch.dtype, hidden_size: int, norm: InputNorm | None) -> str | None:
+def unsupported(hidden: torch.dtype, weight: torch.dtype, hidden_size: int, *, has_norm: bool) -> str | None:
     """None, or why the logits are not made of cuBLAS's products."""
-    operand, what = operand_of(weight, norm), f"weight in {_name(weight)}{' and an input norm' * (norm is not None)}"
+    operand, what = operand_of(weight, has_norm=has_norm), f"weight in {_name(weight)}{' and an input norm' * has_norm}"
     if hidden != operand:
         return f"beside a {what}, cuBLAS takes hidden states in {_name(operand)}, and these are in {_name(hidden)}"
-    if parts_of(weight, norm) > 1 and hidden_size % 8 != 0:
+    is_in_parts = weight == torch.float32 or has_norm
+    if is_in_parts and hidden_size % 8 != 0:
         return f"beside a {what}, K = {hidden_size} is not a multiple of 8"
     return None
 
 
 def warn_of_plain_product(reason: str) -> None:
     """Says once that PyTorch's operations run where cuBLAS is `unsupported`."""
-    warn_once(f"{reason}: PyTorch's operations make the logits of more than {MAX_DECODE_TOKENS} tokens, more slowly")
+    warn_once(f"{reason}: PyTorch's operations make the logits where cuBLAS would, more slowly")
 
 
 def parts_of(weight: torch.dtype, norm: InputNorm | None) -> int:
@@ -75,7 +76,7 @@ class Product:
         *,
         pdl: bool,
     ) -> None:
-        self.operand = operand_of(weight, norm)
+        self.operand = operand_of(weight, has_norm=norm is not None)
         """The dtype of the hidden states."""
         self.weight_parts = parts_of(weight, norm)
         columns = self.weight_parts * rows
@@ -160,7 +161,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch
     """[M, K] and [R, K] (+ [R]) -> [M, R], on the current stream of the current device; M is at least 1."""
     (rows, hidden_size), device, stream = weight.shape, hidden.device, torch.cuda.current_stream().cuda_stream
     bias_dtype = None if bias is None else bias.dtype
-    product = product_of(hidden_size, rows, weight.dtype, device, pdl=True)
+    product = product_of(hidden_size, rows, weight.dtype, device, None, pdl=True)
     products = product(hidden, weight, None, stream).shares
     if are_logits(products, rows, bias_dtype, out_dtype):
         return products[0]

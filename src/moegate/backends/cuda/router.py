@@ -77,7 +77,7 @@ class CudaRouter:
         """Compiles what calls with these dtypes run."""
         spec = self._spec
         size = spec.hidden_size, spec.num_gate_rows
-        operand = product.operand_of(self._weight_dtype, self._norm)
+        operand = product.operand_of(self._weight_dtype, has_norm=self._norm is not None)
         if self._refuses_product(operand) is None:
             self._product = product.product_of(*size, self._weight_dtype, self._device, self._norm, pdl=self._pdl)
         if (input_ids, aligned) not in self._select_by_inputs:
@@ -190,4 +190,5 @@ class CudaRouter:
         return routing
 
     def _refuses_product(self, hidden: torch.dtype) -> str | None:
-        return product.unsupported(hidden, self._weight_dtype, self._spec.hidden_size, self._norm)
+        has_norm = self._norm is not None
+        return product.unsupported(hidden, self._weight_dtype, self._spec.hidden_size, has_norm=has_norm)

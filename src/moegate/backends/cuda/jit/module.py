@@ -54,6 +54,7 @@ class Kernel:
             config = self._set_up(here)
         self._pack.pack_into(here.buffer, 0, *arguments)
         if here.place != (grid, stream):  # setting a field of the driver's takes time
+            here.place = None  # whatever stops this halfway, the next launch sets them again
             config.gridDimX, config.gridDimY = grid
             config.hStream = stream
             here.place = grid, stream

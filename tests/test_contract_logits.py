@@ -186,6 +186,17 @@ def test_input_norm(dtype: torch.dtype) -> None:
     assert verify_logits(routing.logits, hidden, weight, candidate, unscaled).problems
 
 
+def test_a_scaled_weight_beyond_the_range_of_its_parts_has_no_bound() -> None:
+    spec = SPECS["input norm and expert scale"]
+    hidden, weight = draw((9, spec.hidden_size, spec.num_gate_rows))
+    exact, tensors = torch.zeros(9, spec.num_gate_rows, dtype=torch.float64), tensors_of(spec)
+    assert tensors.input_scale is not None
+    weight[3, 5], tensors.input_scale[5], hidden[:, 5] = 2.0**100, 2.0**28, 0.0  # so that nothing else is large
+    bound = bounds.logit_bound(hidden, weight, exact, spec, tensors)
+    assert bound.isinf().all(dim=0).nonzero().flatten().tolist() == [3]
+    assert bound[:, :3].isfinite().all()
+
+
 def test_bfloat16_logits_are_rounded_once() -> None:
     """With the bias: a product rounded first and the sum again would miss by up to an ulp."""
     hidden, weight = (part.bfloat16() for part in draw((64, 2880, 128)))

@@ -123,9 +123,8 @@ def test_rows_of_zeros_where_their_number_is_no_multiple_of_8(hidden_size: int, 
             assert shares.shape[2] % 8 == 0
             assert not shares[:, :, rows:].any()
             exact = hidden.double() @ weight.double().t()
-            bound = (
-                4 * hidden_size**0.5 * 2.0**-24 * (hidden.double().abs() @ weight.double().abs().t())
-            )  # contract 1.1
+            magnitude = hidden.double().abs() @ weight.double().abs().t()
+            bound = 4 * hidden_size**0.5 * 2.0**-24 * magnitude  # contract 1.1
             assert ((shares[:, :, :rows].double().sum(0) - exact).abs() <= bound).all()
 
 

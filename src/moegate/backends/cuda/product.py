@@ -28,18 +28,22 @@ _BLOCKS_OF_SM = 8  # of 256 threads: as many as are on a multiprocessor at once
 
 def operand_of(weight: torch.dtype, *, has_norm: bool) -> torch.dtype:
     """The dtype that cuBLAS multiplies in place of a weight's, and with it."""
-    return torch.bfloat16 if weight == torch.float32 or has_norm else weight
+    return torch.bfloat16 if _is_taken_apart(weight, has_norm=has_norm) else weight
 
 
 def unsupported(hidden: torch.dtype, weight: torch.dtype, hidden_size: int, *, has_norm: bool) -> str | None:
     """None, or why the logits are not made of cuBLAS's products."""
-    operand, what = operand_of(weight, has_norm=has_norm), f"weight in {_name(weight)}{' and an input norm' * has_norm}"
+    operand = operand_of(weight, has_norm=has_norm)
+    if hidden == operand and (hidden_size % 8 == 0 or not _is_taken_apart(weight, has_norm=has_norm)):
+        return None  # asked in every call of many tokens, so that no text is made before
+    beside = f"beside a weight in {_name(weight)}{' and an input norm' * has_norm}"
     if hidden != operand:
-        return f"beside a {what}, cuBLAS takes hidden states in {_name(operand)}, and these are in {_name(hidden)}"
-    is_in_parts = weight == torch.float32 or has_norm
-    if is_in_parts and hidden_size % 8 != 0:
-        return f"beside a {what}, K = {hidden_size} is not a multiple of 8"
-    return None
+        return f"{beside}, cuBLAS takes hidden states in {_name(operand)}, and these are in {_name(hidden)}"
+    return f"{beside}, K = {hidden_size} is not a multiple of 8"
+
+
+def _is_taken_apart(weight: torch.dtype, *, has_norm: bool) -> bool:
+    return weight == torch.float32 or has_norm
 
 
 def warn_of_plain_product(reason: str) -> None:

@@ -134,9 +134,13 @@ class RouterSpec:
             ValueError: An unknown model type (the message lists the known ones), a field with
                 neither a value nor a default, or values that make no sense together.
         """
-        from moegate.catalog.config import spec_from_config
+        from moegate.catalog.config import router_fields
 
-        return spec_from_config(config, layer=layer)
+        model_type, fields = router_fields(config, layer=layer)
+        try:
+            return cls(**fields)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"config of model_type {model_type!r}: {error}") from None
 
     @cached_property
     def num_selectable(self) -> int:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from moegate.catalog.config import spec_from_config
 from moegate.catalog.model_types import model_types, read_toml
 from moegate.spec import RouterSpec
 
@@ -30,7 +29,7 @@ class Model:
     @property
     def spec(self) -> RouterSpec:
         """What its router computes."""
-        return spec_from_config(self.config)
+        return RouterSpec.from_config(self.config)
 
     @property
     def model_type(self) -> str:

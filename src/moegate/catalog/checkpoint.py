@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moegate.arguments import FLOATS, INTEGERS
-from moegate.catalog.config import routing_config, spec_from_config
 from moegate.catalog.model_types import ModelType
+from moegate.catalog.parts import routing_config
 from moegate.spec import RouterSpec
 
 _INDEX = "model.safetensors.index.json"
@@ -39,7 +39,7 @@ def read_gate(path: str | os.PathLike[str], layer: int) -> tuple[RouterSpec, dic
     weight, name = _stored(files, model_type, "weight", layer)
     config.setdefault("dtype", str(weight.dtype).removeprefix("torch."))
     with _naming(config_file):
-        spec = spec_from_config(config, layer=layer)
+        spec = RouterSpec.from_config(config, layer=layer)
     tensors = {"weight": _shaped("weight", weight, name, spec)}
     for role in _wanted(spec):
         tensors[role] = _shaped(role, *_stored(files, model_type, role, layer), spec)

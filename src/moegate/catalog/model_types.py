@@ -1,19 +1,23 @@
-"""The model types that carry a router: model_types.toml, read and merged."""
+"""The data about model types: the tables of types/, read and merged. types/README.md says what the entries mean."""
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any
 
-_MERGED = ("spec", "keys", "defaults", "tensors", "choices")
+_ROUTERS = ("deepseek_v3", "sigmoid", "sqrtsoftplus", "softmax", "topk_softmax")
+_MERGED = ("spec", "keys", "defaults", "tensors", "choices", "ignores", "differs")
+_NOT_INHERITED = ("router", "source", "note", "becomes", "also", "architectures", "output_factor")
+_TASK = re.compile(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel|Model)$")
 
 
 @dataclass(frozen=True)
 class ModelType:
-    """One table of model_types.toml; the head of that file says what the entries mean."""
+    """One table of types/, with what it inherits."""
 
     name: str
     source: str
@@ -24,11 +28,43 @@ class ModelType:
     defaults: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, list[Any]] = field(default_factory=dict)
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ignores: dict[str, str] = field(default_factory=dict)
+    differs: dict[str, dict[str, str]] = field(default_factory=dict)
+    dense: list[dict[str, Any]] = field(default_factory=list)
     hash_routing_layers: dict[str, Any] | None = None
     layers: str = "layers"
     dtype: str = "float32"
+    casts_weights: bool = False
     output_factor: str | None = None
     becomes: list[dict[str, str]] = field(default_factory=list)
+    architectures: list[str] = field(default_factory=list)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The RouterSpec fields that the table says something about."""
+        return tuple(dict.fromkeys(("hidden_size", *self.choices, *self.keys, *self.defaults, *self.spec)))
+
+    def keys_of(self, name: str) -> list[str]:
+        """The config keys that a RouterSpec field is read from, the first one present wins."""
+        return self.keys.get(name, ["hidden_size"] if name == "hidden_size" else [])
+
+    @property
+    def read_keys(self) -> frozenset[str]:
+        """Every config key that decides something for this type."""
+        rules = [*self.choices.values(), *self.becomes, *self.dense]
+        listed = [key for name in self.fields for key in self.keys_of(name)]
+        hashed = self.hash_routing_layers or {}
+        return frozenset([*listed, *(rule["key"] for rule in rules), *map(str, hashed.values())])
+
+
+@dataclass(frozen=True)
+class RoutingKeys:
+    """The config keys that some engine reads as routing."""
+
+    states: dict[str, list[str]]
+    """RouterSpec field -> the keys whose value is the field's."""
+    means: dict[str, dict[str, dict[str, Any]]]
+    """Key -> value, as JSON text -> RouterSpec fields that the value states."""
 
 
 def read_toml(name: str) -> dict[str, Any]:
@@ -42,21 +78,67 @@ def read_toml(name: str) -> dict[str, Any]:
 
 @cache
 def model_types() -> dict[str, ModelType]:
-    """All model types by their name in a config.json."""
-    tables = read_toml("model_types.toml")
-    templates = tables.pop("_template")
+    """All model types with a router by their name in a config.json."""
+    templates = read_toml("types/templates.toml")
+    tables: dict[str, dict[str, Any]] = {}
+    for kind in _ROUTERS:
+        for name, table in read_toml(f"types/{kind}.toml").items():
+            assert name not in tables, f"two tables of model type {name}"
+            tables[name] = table
+    for name, table in list(tables.items()):
+        for other, source in table.get("also", {}).items():
+            assert other not in tables, f"two tables of model type {other}"
+            tables[other] = {"like": name, "source": source}
     return {name: ModelType(name=name, **_resolved(table, tables, templates)) for name, table in tables.items()}
 
 
 def _resolved(table: dict[str, Any], tables: dict[str, Any], templates: dict[str, Any]) -> dict[str, Any]:
     """The table with its parents' entries merged in."""
-    table = dict(table)
+    table = {key: value for key, value in table.items() if key != "also"}
     parent_name = table.pop("like", None)
     if parent_name is None:
         return table
     parent = _resolved(templates.get(parent_name) or tables[parent_name], tables, templates)
-    for own in ("router", "source", "note", "becomes", "output_factor"):
+    for own in _NOT_INHERITED:
         parent.pop(own, None)
     for merged in _MERGED:
         table[merged] = {**parent.get(merged, {}), **table.get(merged, {})}
     return {**parent, **table}
+
+
+@cache
+def wrappers() -> dict[str, dict[str, str]]:
+    """By composite type, the config keys that lead to the part that routes, with the type of that part."""
+    tables = read_toml("types/wrappers.toml")
+    return {name: {key: inner for key, inner in table.items() if key != "source"} for name, table in tables.items()}
+
+
+@cache
+def refused() -> dict[str, str]:
+    """By type that moegate refuses, the reason."""
+    return {name: table["reason"] for name, table in read_toml("types/refused.toml").items()}
+
+
+@cache
+def routing_keys() -> RoutingKeys:
+    """The config keys that some engine reads as routing."""
+    table = read_toml("types/routing_keys.toml")
+    return RoutingKeys(table["states"], table["means"])
+
+
+@cache
+def type_of_architecture(architecture: str) -> str | None:
+    """The type (of a router, a wrapper, or a refused one) that a name in `architectures` means; None: unknown.
+
+    By the class's name, which is the type's in another case ("Qwen3MoeForCausalLM", "qwen3_moe"), or by the tables.
+    """
+    listed = {name: entry.name for entry in model_types().values() for name in entry.architectures}
+    if architecture in listed:
+        return listed[architecture]
+    plain = {_squeezed(name): name for name in (*refused(), *wrappers(), *model_types())}
+    bare = _squeezed(_TASK.sub("", architecture))
+    return plain.get(bare) or plain.get(f"{bare}text")
+
+
+def _squeezed(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())

@@ -114,7 +114,7 @@ def _run(record: Record, todo: list[Case]) -> None:
 
 def _source(name: str) -> Source:
     from moegate import catalog
-    from moegate.catalog.config import routing_config
+    from moegate.catalog.parts import routing_config
     from moegate.cli.inputs import load_spec
     from moegate.measure.bench import Source
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moegate import catalog
 from moegate.catalog.checkpoint import layers_with_gate, ranges, tensor_files
-from moegate.catalog.config import routing_config
+from moegate.catalog.parts import routing_config
 from moegate.catalog.synthetic import random_gate, random_hidden, random_input_ids
 from moegate.gate import Gate
 from moegate.routing import RouterTensors

@@ -1,0 +1,46 @@
+"""Values of a config.json by the keys of types/README.md: dots descend, through tables by name and lists by number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def has(values: Any, key: str) -> bool:
+    """True if the key leads to something, be it None."""
+    head, _, rest = key.partition(".")
+    if isinstance(values, (list, tuple)):
+        return head.isdigit() and int(head) < len(values) and (not rest or has(values[int(head)], rest))
+    return isinstance(values, Mapping) and head in values and (not rest or has(values[head], rest))
+
+
+def at(values: Any, key: str) -> Any:
+    """What the key leads to; None: nothing."""
+    if not has(values, key):
+        return None
+    head, _, rest = key.partition(".")
+    value = values[int(head)] if isinstance(values, (list, tuple)) else values[head]
+    return at(value, rest) if rest else value
+
+
+def text_of(value: Any) -> str:
+    """What the tables call a value: its JSON text, or the string itself."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def of_layer(key: str, value: Any, layer: int | None, wanted: str) -> Any:
+    """The entry of a layer, where a config lists one for each; `wanted` is what the message says is looked for.
+
+    Raises:
+        ValueError: No such layer; or no layer is named, and the layers differ.
+    """
+    if not isinstance(value, (list, tuple)):
+        return value
+    if layer is not None:
+        if not 0 <= layer < len(value):
+            raise ValueError(f"layer = {layer}; allowed: 0 to {len(value) - 1}, for {key} lists {len(value)} layers")
+        return value[layer]
+    if not value or any(entry != value[0] for entry in value):
+        raise ValueError(f"config: {key} differs between layers ({value}); name the layer to get {wanted}")
+    return value[0]

@@ -1,0 +1,137 @@
+"""The part of a config.json that describes the router, and its model type."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moegate.catalog.lookup import at, has, text_of
+from moegate.catalog.model_types import (
+    ModelType,
+    model_types,
+    refused,
+    routing_keys,
+    type_of_architecture,
+    wrappers,
+)
+
+# Where composite models keep the config of the part that routes.
+_NESTED = ("text_config", "thinker_config", "language_config", "llm_config")
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+class Part(NamedTuple):
+    """A config, or one inside it."""
+
+    values: dict[str, Any]
+    type_name: str | None
+    """Its type: stated, by its class name, or by the wrapper around it; None: nothing says."""
+
+
+def routing_config(config: object) -> tuple[dict[str, Any], ModelType]:
+    """The part of a config that describes the router, with a `dtype` if any level states one, and its model type.
+
+    Args:
+        config: See `RouterSpec.from_config`.
+
+    Raises:
+        TypeError: No form of a config.
+        ValueError: A file that is missing or broken; no part with a router, and why.
+    """
+    parts = list(_parts(_as_dict(config), None, None))
+    routers = [part for part in parts if part.type_name in model_types()]
+    # The innermost that counts its experts; where none does, the innermost tells what it misses.
+    part = next((part for part in routers if _counts_experts(part.values)), next(iter(routers), None))
+    if part is None:
+        raise ValueError(_without_router(parts))
+    return part.values, _become(model_types()[str(part.type_name)], part.values)
+
+
+def _parts(values: dict[str, Any], type_name: str | None, dtype: str | None) -> Iterator[Part]:
+    """The configs inside a config, then the config itself."""
+    dtype = _dtype(values) or dtype
+    name = _type_name(values) or type_name
+    inner_types = wrappers().get(name or "", {})
+    own_type = name if name in model_types() else None
+    for key in dict.fromkeys((*inner_types, *_NESTED)):
+        if isinstance(values.get(key), Mapping):
+            yield from _parts(dict(values[key]), inner_types.get(key, own_type), dtype)
+    own = {key: value for key, value in values.items() if key not in _DTYPE_KEYS}
+    yield Part({**own, **({"dtype": dtype} if dtype else {})}, name)
+
+
+def _type_name(values: dict[str, Any]) -> str | None:
+    """The stated type where it is known; else that of a known class; else the stated one."""
+    stated = values.get("model_type")
+    if stated is not None and (text_of(stated) in model_types() or text_of(stated) in wrappers()):
+        return text_of(stated)
+    classes = values.get("architectures")
+    for architecture in classes if isinstance(classes, (list, tuple)) else ():
+        known = type_of_architecture(architecture) if isinstance(architecture, str) else None
+        if known is not None and (stated is None or known in model_types()):
+            return known
+    return None if stated is None else text_of(stated)
+
+
+def _counts_experts(values: dict[str, Any]) -> bool:
+    return any(at(values, key) not in (None, 0) for key in routing_keys().states["num_experts"])
+
+
+def _become(model_type: ModelType, values: dict[str, Any]) -> ModelType:
+    """The type that a config really is of, where one name stands for several routers."""
+    for rule in model_type.becomes:
+        other = rule.get(text_of(at(values, rule["key"]))) if has(values, rule["key"]) else None
+        if other is not None:
+            return model_types()[other]
+    return model_type
+
+
+def _without_router(parts: list[Part]) -> str:
+    """Why no part has a router: one line, which names the types."""
+    names = [part.type_name for part in reversed(parts) if part.type_name is not None]
+    if not names:
+        return "config: no model_type in it; allowed: a config.json of a mixture-of-experts model"
+    got = ", ".join(map(repr, names))
+    for name in names:
+        if name in refused():
+            return f"config: model_type {name!r} is refused: {refused()[name]}"
+    if not any(_counts_experts(part.values) for part in parts):
+        return f"config: model_type {got}: this model has no experts, for no key of its config counts any"
+    close = difflib.get_close_matches(names[-1], model_types(), n=3)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"config: unknown model_type {got}; {hint}allowed: the model types that docs/configs.md lists"
+
+
+def _as_dict(config: object) -> dict[str, Any]:
+    if isinstance(config, Mapping):
+        return dict(config)
+    if isinstance(config, (str, os.PathLike)):
+        return _read(Path(config))
+    to_dict = getattr(config, "to_dict", None)
+    if callable(to_dict):
+        return dict(to_dict())
+    raise TypeError(f"config must be a path, a dict or a configuration with to_dict(), got {type(config).__name__}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"config: no file {path}") from None
+    except OSError as error:
+        raise ValueError(f"config: cannot read {path}: {error}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {path} is not JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"config: {path} holds a {type(loaded).__name__}, not an object")
+    return loaded
+
+
+def _dtype(values: Mapping[str, Any]) -> str | None:
+    stated = next((values[key] for key in _DTYPE_KEYS if values.get(key) is not None), None)
+    return None if stated is None else str(stated).removeprefix("torch.")

@@ -153,9 +153,15 @@ CONFIGS: dict[str, tuple[Break, str]] = {
     "no JSON": (lambda path: path.write_text("{'model_type': 'mixtral'}"), "not JSON"),
     "no text": (lambda path: path.write_bytes(b"\xff\xfe"), "not JSON"),
     "a list": (lambda path: path.write_text("[]"), "list"),
-    "no model_type": (lambda path: change_config(path.parent, model_type=None), "model_type"),
-    "model_type of no model": (lambda path: change_config(path.parent, model_type="deepseek_v5"), "deepseek_v5"),
-    "model_type no string": (lambda path: change_config(path.parent, model_type=["mixtral"]), "mixtral"),
+    "no model_type": (lambda path: change_config(path.parent, model_type=None, architectures=None), "model_type"),
+    "model_type of no model": (
+        lambda path: change_config(path.parent, model_type="deepseek_v5", architectures=None),
+        "deepseek_v5",
+    ),
+    "model_type no string": (
+        lambda path: change_config(path.parent, model_type=["mixtral"], architectures=None),
+        "mixtral",
+    ),
     "a field of the wrong type": (lambda path: change_config(path.parent, hidden_size="64"), "hidden_size"),
     "k above the experts": (lambda path: change_config(path.parent, num_experts_per_tok=17), "top_k"),
     "groups that do not divide": (lambda path: change_config(path.parent, n_group=5), "n_group"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,12 @@ def test_the_version_of_torch_is_said_once() -> None:
     assert range_start is not None
     assert oldest is not None
     assert oldest.groups() == range_start.groups()
+
+
+@pytest.mark.parametrize(
+    ("page", "writer"),
+    [("configs.md", "tools/configs_page.py")],
+)
+def test_pages_that_are_written_from_data_are_up_to_date(page: str, writer: str) -> None:
+    printed = subprocess.run([sys.executable, ROOT / writer], capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == printed

@@ -122,6 +122,9 @@ class RouterSpec:
     ) -> RouterSpec:
         """The router of a Hugging Face model, from its `config.json`.
 
+        A config is read as docs/configs.md says. A routing key that the router does not follow is warned of, once
+        for each text.
+
         Args:
             config: A path to a `config.json` or to the folder that holds it, a dict, or a
                 configuration object with `to_dict()`. A model whose logits have the model's dtype
@@ -131,8 +134,9 @@ class RouterSpec:
                 lists). None takes the rule that most layers follow.
 
         Raises:
-            ValueError: An unknown model type (the message lists the known ones), a field with
-                neither a value nor a default, or values that make no sense together.
+            TypeError: No form of a config.
+            ValueError: A file that is missing or broken; a model without experts; a model type that is unknown or
+                out of scope; a field with neither a value nor a default; values that make no sense together.
         """
         from moegate.catalog.config import router_fields
 

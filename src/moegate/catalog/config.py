@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from moegate.catalog.lookup import at, has, of_layer, text_of
 from moegate.catalog.model_types import ModelType
@@ -12,6 +12,15 @@ from moegate.catalog.stated import warn_of_keys_not_followed
 
 _NULL_MEANS_ONE = ("n_group", "topk_group", "routed_scaling_factor")
 _ABSENT = object()
+
+
+class Found(NamedTuple):
+    """The value of one RouterSpec field."""
+
+    value: Any
+    """`_ABSENT`: the table says nothing, so that RouterSpec's own default holds."""
+    by: str | None = None
+    """The config key that decided; None: the table alone."""
 
 
 def router_fields(config: object, *, layer: int | None = None) -> tuple[str, dict[str, Any]]:
@@ -23,11 +32,11 @@ def router_fields(config: object, *, layer: int | None = None) -> tuple[str, dic
         values = {**values, **_of_one_layer(values, layer)}
     _check_has_experts(values, model_type)
     found = {name: _field(name, values, model_type, layer) for name in model_type.fields}
-    fields = {name: value for name, value in found.items() if value is not _ABSENT}
-    if fields["num_experts"] in (0, None):
-        raise _no_experts(model_type, f"{_key_of('num_experts', values, model_type)} = {fields['num_experts']}")
+    fields = {name: field.value for name, field in found.items() if field.value is not _ABSENT}
+    if not fields["num_experts"]:
+        raise _no_experts(model_type, f"{found['num_experts'].by} = {text_of(fields['num_experts'])}")
     _settle(fields, values, model_type)
-    warn_of_keys_not_followed(fields, values, model_type)
+    warn_of_keys_not_followed(values, model_type, fields, {name: field.by for name, field in found.items()})
     rule = model_type.hash_routing_layers
     if rule is not None and _is_hash_layer(values, rule, layer):
         fields.update(hash_routing=True, correction_bias=None)
@@ -59,31 +68,26 @@ def _no_experts(model_type: ModelType, why: str) -> ValueError:
     return ValueError(f"config of model_type {model_type.name!r}: this model has no experts ({why})")
 
 
-def _key_of(name: str, values: dict[str, Any], model_type: ModelType) -> str:
-    return next((key for key in model_type.keys_of(name) if at(values, key) is not None), name)
-
-
-def _field(name: str, values: dict[str, Any], model_type: ModelType, layer: int | None) -> Any:
-    """The value of one spec field: from choices, keys, defaults, or what the type hard-wires."""
+def _field(name: str, values: dict[str, Any], model_type: ModelType, layer: int | None) -> Found:
+    """One spec field: from choices, keys, defaults, or what the type hard-wires."""
     choice = model_type.choices.get(name)
     if choice is not None:
         chosen = _choose(name, choice, values, model_type)
         if chosen != "from_keys":
-            return None if chosen == "none" else chosen
+            return Found(None if chosen == "none" else chosen, choice["key"])
     keys = model_type.keys_of(name)
     for key in keys:
         value = at(values, key)
         if value is None and name in _NULL_MEANS_ONE and has(values, key):
-            return 1
+            return Found(1, key)
         if value is not None:
-            return of_layer(key, value, layer, name)
-    if name in model_type.defaults:
-        return model_type.defaults[name]
-    if name in model_type.spec:
-        return model_type.spec[name]
+            return Found(of_layer(key, value, layer, name), key)
+    for table in (model_type.defaults, model_type.spec):
+        if name in table:
+            return Found(table[name])
     if keys:
         raise _missing(name, keys, model_type)
-    return _ABSENT
+    return Found(_ABSENT)
 
 
 def _missing(name: str, keys: list[str], model_type: ModelType) -> ValueError:

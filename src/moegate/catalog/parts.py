@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
     values: dict[str, Any]
     type_name: str | None
-    """Its type: stated, by its class name, or by the wrapper around it; None: nothing says."""
+    """Its type: stated, by its class, or by the wrapper around it; else the name of its class; None: nothing says."""
 
 
 def routing_config(config: object) -> tuple[dict[str, Any], ModelType]:
@@ -54,7 +54,7 @@ def routing_config(config: object) -> tuple[dict[str, Any], ModelType]:
 def _parts(values: dict[str, Any], type_name: str | None, dtype: str | None) -> Iterator[Part]:
     """The configs inside a config, then the config itself."""
     dtype = _dtype(values) or dtype
-    name = _type_name(values) or type_name
+    name = type_name if type_name is not None and values.get("model_type") is None else _type_name(values)
     inner_types = wrappers().get(name or "", {})
     own_type = name if name in model_types() else None
     for key in dict.fromkeys((*inner_types, *_NESTED)):
@@ -69,12 +69,12 @@ def _type_name(values: dict[str, Any]) -> str | None:
     stated = values.get("model_type")
     if stated is not None and (text_of(stated) in model_types() or text_of(stated) in wrappers()):
         return text_of(stated)
-    classes = values.get("architectures")
-    for architecture in classes if isinstance(classes, (list, tuple)) else ():
-        known = type_of_architecture(architecture) if isinstance(architecture, str) else None
-        if known is not None and (stated is None or known in model_types()):
-            return known
-    return None if stated is None else text_of(stated)
+    listed = values.get("architectures")
+    classes = [name for name in listed if isinstance(name, str)] if isinstance(listed, (list, tuple)) else []
+    known = [name for name in map(type_of_architecture, classes) if name is not None]
+    if stated is not None:
+        return next((name for name in known if name in model_types()), text_of(stated))
+    return next(iter(known + classes), None)
 
 
 def _counts_experts(values: dict[str, Any]) -> bool:
@@ -100,7 +100,7 @@ def _without_router(parts: list[Part]) -> str:
         if name in refused():
             return f"config: model_type {name!r} is refused: {refused()[name]}"
     if not any(_counts_experts(part.values) for part in parts):
-        return f"config: model_type {got}: this model has no experts, for no key of its config counts any"
+        return f"config: {got}: this model has no experts, for no key of its config counts any"
     close = difflib.get_close_matches(names[-1], model_types(), n=3)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return f"config: unknown model_type {got}; {hint}allowed: the model types that docs/configs.md lists"

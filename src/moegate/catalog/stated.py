@@ -1,17 +1,16 @@
-"""Nothing dropped: what a config states of its router and its type's table does not read is warned of."""
+"""Nothing dropped: what a config states of its router, and the fields read from it do not have, is warned of."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from moegate.catalog.lookup import at, text_of
 from moegate.catalog.model_types import ModelType, routing_keys
 from moegate.warn import warn_once
 
-# What a field is where the tables say nothing: RouterSpec's own defaults, of the fields that keys state.
+# What a field that no table mentions is: RouterSpec's own defaults, of the fields that keys state.
 _PLAIN: dict[str, Any] = {
-    "scoring_func": "softmax",
     "n_group": 1,
     "topk_group": 1,
     "renormalize": False,
@@ -20,49 +19,82 @@ _PLAIN: dict[str, Any] = {
     "num_shared_gates": 0,
     "logit_multiplier": 1.0,
     "linear_bias": False,
-    "select_per_group": False,
 }
+_SCORE_OF_SELECTED = {"softmax_of_selected": "softmax", "sigmoid_of_selected": "sigmoid"}
 
 
-def warn_of_keys_not_followed(fields: dict[str, Any], values: dict[str, Any], model_type: ModelType) -> None:
-    """Warns, once for each text, of a routing key whose value the spec does not have and no entry explains."""
+class Statement(NamedTuple):
+    """What a config says of one RouterSpec field."""
+
+    key: str
+    value: Any
+    field: str
+    stated: Any
+    """The value, or what it means for the field."""
+
+
+def warn_of_keys_not_followed(
+    values: dict[str, Any], model_type: ModelType, fields: dict[str, Any], decided_by: dict[str, str | None]
+) -> None:
+    """Warns, once for each text, of a routing key that states another router than the one that was read.
+
+    Args:
+        values: The config.
+        model_type: Its type.
+        fields: The RouterSpec fields that were read.
+        decided_by: The config key that decided each field; None: the type's table alone.
+    """
+    got = _as_stated(fields)
     for key, value, name, stated in _statements(values):
-        if key in model_type.ignores or _is_followed(key, name, values, model_type):
+        if key in model_type.ignores or _has_a_say(key, name, model_type, decided_by):
             continue
-        has = fields.get(name, _PLAIN.get(name))
-        if not _agree(name, stated, has):
+        if not _agree(stated, got[name]):
             warn_once(
                 f"config of model_type {model_type.name!r}: {key} = {text_of(value)} is not followed; "
-                f"the router has {name} = {has!r}"
+                f"the router has {name} = {fields.get(name, _PLAIN.get(name))!r}"
             )
 
 
-def _statements(values: dict[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:
-    """(key, value, RouterSpec field, what the value states of that field) for each routing key of a config."""
+def _statements(values: dict[str, Any]) -> Iterator[Statement]:
+    """What the routing keys of a config state. Lists, which hold an entry for each layer, are left out."""
     known = routing_keys()
     for name, keys in known.states.items():
         for key in keys:
             value = at(values, key)
             if value is not None and not isinstance(value, (list, tuple, dict)):
-                yield key, value, name, value
+                yield Statement(key, value, name, value)
     for key, meanings in known.means.items():
         value = at(values, key)
         for name, stated in meanings.get(text_of(value), {}).items() if value is not None else ():
-            yield key, value, name, stated
+            yield Statement(key, value, name, stated)
 
 
-def _is_followed(key: str, name: str, values: dict[str, Any], model_type: ModelType) -> bool:
-    """True if the field was read from this key, or the key decided something else that the table says."""
-    first = next((other for other in model_type.keys_of(name) if at(values, other) is not None), None)
-    if key == first:
-        return True
+def _has_a_say(key: str, name: str, model_type: ModelType, decided_by: dict[str, str | None]) -> bool:
+    """True if the key decided the field, or a rule of the type's table settles what the key means."""
     rules = [*model_type.choices.values(), *model_type.becomes]
-    return any(rule["key"] == key for rule in rules)
+    if any(rule["key"] == key for rule in rules):
+        return True
+    choice = model_type.choices.get(name)
+    return decided_by.get(name) in (key, *([] if choice is None else [choice["key"]]))
 
 
-def _agree(name: str, stated: Any, has: Any) -> bool:
-    if name == "correction_bias":  # stated as true or false; where the bias goes is the type's
-        return bool(stated) == (has is not None)
-    if isinstance(stated, (int, float)) and isinstance(has, (int, float)):
-        return float(stated) == float(has)
-    return bool(stated == has)
+def _as_stated(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields in the words of configs, which know no softmax or sigmoid over the selected experts alone."""
+    got = {**dict.fromkeys(routing_keys().states), **_PLAIN, **fields}
+    got["scoring_func"] = _SCORE_OF_SELECTED.get(fields.get("weights_from", "score"), got["scoring_func"])
+    if fields.get("weights_from") == "softmax_of_selected":
+        got["renormalize"] = True
+    # Where the bias goes is the type's; configs say whether there is one.
+    got["correction_bias"] = fields.get("correction_bias") is not None
+    got["logit_softcapping"] = fields.get("logit_softcapping") or 0.0
+    if got["n_group"] == 1:
+        got["topk_group"] = None  # says nothing
+    return got
+
+
+def _agree(stated: Any, got: Any) -> bool:
+    if got is None or isinstance(got, bool):
+        return got is None or bool(stated) == got
+    if isinstance(stated, (int, float)) and isinstance(got, (int, float)):
+        return float(stated) == float(got)
+    return bool(stated == got)

@@ -1,0 +1,87 @@
+"""Prints docs/configs.md from the tables of model types: `python tools/configs_page.py > docs/configs.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from moegate.catalog.model_types import ModelType, model_types, read_toml, wrappers
+
+_ENGINES = ("published", "transformers", "vllm", "sglang", "mlx")
+_NAMES = {
+    "published": "the published code",
+    "transformers": "Transformers",
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "mlx": "mlx-lm",
+}
+
+_HEAD = """
+# What a config.json means
+
+Written by `python tools/configs_page.py` from the tables in `src/moegate/catalog/types`, whose README says how to add
+a model type. `RouterSpec.from_config` reads a config by three rules.
+
+1. **Nothing invented.** A config that does not state the number of experts is refused: a dense member of the family,
+   a draft head, or a config that is not whole. A nested config (`text_config`, ...) is entered before any table of the
+   outer type.
+2. **Nothing dropped.** A key that some engine reads as routing is followed, is refused, or is warned of once.
+3. **Nothing without a source.** A type that has none, or whose router a `RouterSpec` cannot say, is refused by name.
+
+A model type is found by `model_type`; where that is missing or unknown, by the class in `architectures`; inside a
+composite config without a type of its own, by the composite type.
+"""
+_DIFFERS = """
+## Where engines read a key differently
+
+Each row is a routing key of a model type for which the engines' code disagrees. moegate follows the reader in the last
+column.
+"""
+_KEYS = """
+## Model types
+"""
+_WRAPPERS = """
+## Composite types
+
+The type of the inner config holds where that config states none.
+"""
+_REFUSED = """
+## Refused types
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    types = sorted(model_types().values(), key=lambda entry: entry.name.lower())
+    lines = [_HEAD.strip(), "", _DIFFERS.strip(), ""]
+    lines += _table(("Model type", "Key", *map(_NAMES.get, _ENGINES), "moegate follows"), _differences(types))
+    lines += ["", _KEYS.strip(), "", *_table(("Model type", "Experts counted by", "Source"), map(_type, types))]
+    inner = [(f"`{name}`", _inner(keys)) for name, keys in sorted(wrappers().items())]
+    lines += ["", _WRAPPERS.strip(), "", *_table(("Composite type", "Where the router is"), inner)]
+    tables = sorted(read_toml("types/refused.toml").items())
+    reasons = [(f"`{name}`", table["reason"], table["source"]) for name, table in tables]
+    lines += ["", _REFUSED.strip(), "", *_table(("Model type", "Reason", "Source"), reasons)]
+    return "\n".join(lines) + "\n"
+
+
+def _differences(types: Iterable[ModelType]) -> Iterable[tuple[str, ...]]:
+    for entry in types:
+        for key, readers in entry.differs.items():
+            cells = (readers.get(engine, "") for engine in _ENGINES)
+            yield f"`{entry.name}`", f"`{key}`", *cells, _NAMES[readers["follows"]]
+
+
+def _type(entry: ModelType) -> tuple[str, ...]:
+    return f"`{entry.name}`", ", ".join(f"`{key}`" for key in entry.keys["num_experts"]), entry.source
+
+
+def _inner(keys: dict[str, str]) -> str:
+    return ", ".join(f"`{key}`: `{inner}`" for key, inner in keys.items())
+
+
+def _table(columns: Sequence[str | None], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [[name or "" for name in columns], ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,8 +1,8 @@
 """Published config.json files, cut to what routing could depend on, each with the router that it means.
 
-data/configs/*.json hold them: `expected` has the RouterSpec fields that are not the defaults, worked out from the models'
-own code and the engines', never from what the reader returns; `refused` has words of the error; `warns` what is warned
-of, nothing where it is missing.
+data/configs/*.json hold them. `expected` has the RouterSpec fields that are not the defaults, worked out from the code
+of the models and of the engines, never from what the reader returns. `refused` has words of the error. `warns` has
+words of each warning; where it is missing there is none.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def router_fields(config: object, *, layer: int | None = None) -> tuple[str, dic
     _check_has_experts(values, model_type)
     found = {name: _field(name, values, model_type, layer) for name in model_type.fields}
     fields = {name: field.value for name, field in found.items() if field.value is not _ABSENT}
-    if not fields["num_experts"]:
+    if fields["num_experts"] in (0, 1, None):  # one expert takes every token: families write their dense members so
         raise _no_experts(model_type, f"{found['num_experts'].by} = {text_of(fields['num_experts'])}")
     _settle(fields, values, model_type)
     warn_of_keys_not_followed(values, model_type, fields, {name: field.by for name, field in found.items()})

@@ -78,7 +78,7 @@ def _type_name(values: dict[str, Any]) -> str | None:
 
 
 def _counts_experts(values: dict[str, Any]) -> bool:
-    return any(at(values, key) not in (None, 0) for key in routing_keys().states["num_experts"])
+    return any(at(values, key) not in (None, 0, 1) for key in routing_keys().states["num_experts"])
 
 
 def _become(model_type: ModelType, values: dict[str, Any]) -> ModelType:

@@ -28,6 +28,7 @@ def router_fields(config: object, *, layer: int | None = None) -> tuple[str, dic
     if layer is not None and layer < 0:
         raise ValueError(f"layer = {layer}; allowed: 0 or more, or None")
     values, model_type = routing_config(config)
+    values = {**values, **_of_blocks(values, layer)}
     if layer is not None:
         values = {**values, **_of_one_layer(values, layer)}
     _check_has_experts(values, model_type)
@@ -116,6 +117,17 @@ def _of_one_layer(values: dict[str, Any], layer: int) -> dict[str, Any]:
     layers = values.get("per_layer_config")
     own = layers.get(str(layer)) if isinstance(layers, Mapping) else None
     return dict(own) if isinstance(own, Mapping) else {}
+
+
+def _of_blocks(values: dict[str, Any], layer: int | None) -> dict[str, Any]:
+    """What `block_configs` says: of this layer, or of all layers as lists."""
+    blocks = values.get("block_configs")
+    if not isinstance(blocks, (list, tuple)) or not all(isinstance(block, Mapping) for block in blocks):
+        return {}
+    if layer is not None:
+        return dict(of_layer("block_configs", blocks, layer, "its router"))
+    keys = dict.fromkeys(key for block in blocks for key in block)
+    return {key: [block[key] for block in blocks if key in block] for key in keys}
 
 
 def _is_hash_layer(values: dict[str, Any], rule: dict[str, Any], layer: int | None) -> bool:

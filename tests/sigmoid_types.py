@@ -241,7 +241,7 @@ TYPES: dict[str, tuple[Config, RouterSpec]] = {
     ),
 }
 
-# By composite type: the key and the type of the config inside it, which states none.
+# By composite type: the key of the config inside it, which states no type, and the entry of TYPES that the config is.
 WRAPPED = {
     "bailing_moe_v3_vl": ("text_config", "bailing_moe_v2_5"),
     "bailingmm_moe_v2_lite": ("llm_config", "bailing_moe_v2_5"),

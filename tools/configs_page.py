@@ -67,7 +67,8 @@ def _differences(types: Iterable[ModelType]) -> Iterable[tuple[str, ...]]:
     for entry in types:
         for key, readers in entry.differs.items():
             cells = (readers.get(engine, "") for engine in _ENGINES)
-            yield f"`{entry.name}`", f"`{key}`", *cells, _NAMES[readers["follows"]]
+            followed, comma, exception = readers["follows"].partition(",")
+            yield f"`{entry.name}`", f"`{key}`", *cells, _NAMES[followed] + comma + exception
 
 
 def _type(entry: ModelType) -> tuple[str, ...]:

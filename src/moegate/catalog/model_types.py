@@ -41,8 +41,8 @@ class ModelType:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The RouterSpec fields that the table says something about."""
-        return tuple(dict.fromkeys(("hidden_size", *self.choices, *self.keys, *self.defaults, *self.spec)))
+        """The RouterSpec fields that the table says something about, the number of experts first."""
+        return tuple(dict.fromkeys(("num_experts", "hidden_size", *self.choices, *self.keys, *self.defaults, *self.spec)))
 
     def keys_of(self, name: str) -> list[str]:
         """The config keys that a RouterSpec field is read from, the first one present wins."""

@@ -42,7 +42,8 @@ class ModelType:
     @property
     def fields(self) -> tuple[str, ...]:
         """The RouterSpec fields that the table says something about, the number of experts first."""
-        return tuple(dict.fromkeys(("num_experts", "hidden_size", *self.choices, *self.keys, *self.defaults, *self.spec)))
+        named = (*self.choices, *self.keys, *self.defaults, *self.spec)
+        return tuple(dict.fromkeys(("num_experts", "hidden_size", *named)))
 
     def keys_of(self, name: str) -> list[str]:
         """The config keys that a RouterSpec field is read from, the first one present wins."""

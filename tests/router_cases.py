@@ -40,17 +40,6 @@ ROUNDINGS = {
     "mistral4": Rounding(5, 1, 0, "the softmax, the sum, the quotient and the product"),
 }
 
-# These return their weights in the model's dtype: one rounding, which topk_weights_dtype = "bfloat16" describes.
-ROUNDED_WEIGHTS = frozenset(
-    (
-        *("aria_text", "flex_olmo", "gpt_oss", "inkling_text", "jamba", "jetmoe", "laguna", "llama4_text", "mellum"),
-        *("ernie4_5_moe", "ernie4_5_vl_moe_text", "olmoe"),
-        *("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"),
-        *("qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen4_exp_text"),
-        *("qwen3_omni_moe_talker_text", "qwen3_omni_moe_text", "qwen3_vl_moe_text"),
-    )
-)
-
 # Transformers loads a config of this type as one of that type.
 LOADED_AS = {"kimi_k2": "deepseek_v3"}
 
@@ -115,8 +104,8 @@ class Case:
 
     @property
     def rounds_weights(self) -> bool:
-        """The class casts its weights, last, to the model's dtype."""
-        return self.dtype == "bfloat16" and self.model_type in ROUNDED_WEIGHTS
+        """The class casts its weights, last, to the model's dtype, which topk_weights_dtype = "bfloat16" describes."""
+        return self.dtype == "bfloat16" and model_types()[self.model_type].casts_weights
 
 
 def exact_dtype(model_type: str) -> str:
@@ -229,7 +218,7 @@ def _how(name: str, hash_routing: bool = False) -> tuple[str, str, str]:
     notes = []
     if name in ROUNDINGS:
         notes.append(f"in bfloat16, the class also rounds {ROUNDINGS[name].where}: held within these roundings")
-    if name in ROUNDED_WEIGHTS:
+    if model_types()[name].casts_weights:
         notes.append("the class rounds its weights to bfloat16")
     router = transformers_routers.HASH_ROUTER if hash_routing else model_types()[name].router
     return f"`{router}`", exact_dtype(name), "; ".join(notes)

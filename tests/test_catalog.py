@@ -83,10 +83,7 @@ def test_no_key_of_a_row_is_ignored() -> None:
     """A misspelt key would leave its field to a default."""
     for model in models():
         entry = model_types()[model.model_type]
-        read = {"model_type", "dtype", "hidden_size", *(rule["key"] for rule in entry.choices.values())}
-        read.update(key for keys in entry.keys.values() for key in keys)
-        if entry.hash_routing_layers is not None:
-            read.update({entry.hash_routing_layers["key"], entry.hash_routing_layers["first_key"]})
+        read = {"model_type", "dtype", "hidden_size", *entry.read_keys}
         assert not {key for key in _flat(model.config) if key not in read}, model.name
 
 
@@ -109,9 +106,13 @@ def test_rows_taken_from_the_defaults_of_a_config_class(model: Model) -> None:
 def test_model_type_names_the_tensors_of_its_spec(entry: ModelType) -> None:
     assert entry.source.strip()
     assert "weight" in entry.tensors
+
+    def may_be(name: str) -> list[object]:
+        return list(entry.choices.get(name, {}).values())
+
     roles = {
-        "e_score_correction_bias": entry.spec.get("correction_bias"),
-        "bias": entry.spec.get("linear_bias"),
+        "e_score_correction_bias": entry.spec.get("correction_bias") or "score" in may_be("correction_bias"),
+        "bias": entry.spec.get("linear_bias") or True in may_be("linear_bias"),
         "per_expert_scale": entry.spec.get("per_expert_scale"),
         "global_scale": entry.spec.get("global_scale"),
         "input_scale": "input_norm_eps" in entry.keys,

@@ -138,7 +138,6 @@ def test_scores_of_dots3_notes_vision_tower() -> None:
     [
         ("BailingMoeV2_5ForCausalLM", "bailing_moe_v2_5"),
         ("LLaDA2MoeModelLM", "llada2_moe"),
-        ("PanguProMoEV2ForCausalLM", "pangu_ultra_moe"),
         ("PanguUltraMoEForCausalLM", "pangu_ultra_moe"),
         ("Step5ForCausalLM", "step5"),
     ],

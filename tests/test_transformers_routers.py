@@ -24,6 +24,7 @@ from transformers_routers import as_routing
 import moegate
 from moegate import Gate, RouterSpec, Routing
 from moegate.catalog import Model, models
+from moegate.catalog.model_types import model_types
 from moegate.contract import bounds, reference
 from moegate.contract.bounds import BFLOAT16_U
 from moegate.contract.verify import verify_routing
@@ -101,6 +102,16 @@ def cases(found: list[Case], rounded: bool) -> pytest.MarkDecorator:
 @cases(router_cases.tiny_cases(), rounded=False)
 def test_model_type(case: Case) -> None:
     compare(Run(case))
+
+
+@cases([case for case in router_cases.tiny_cases() if case.dtype == "bfloat16"], rounded=False)
+def test_whose_weights_are_cast_to_bfloat16(case: Case) -> None:
+    """The data says for which classes. Uncast, a thousand float32 weights are not all bfloat16 numbers by chance."""
+    run = Run(case)
+    weights = run.router(run.hidden, run.input_ids)[2]
+    if (factor := model_types()[case.model_type].output_factor) is not None:
+        weights = weights / getattr(run.router.config, factor)
+    assert weights.equal(weights.to(torch.bfloat16).float()) == case.rounds_weights
 
 
 @cases(router_cases.full_cases(), rounded=False)

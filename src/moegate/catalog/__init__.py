@@ -12,6 +12,8 @@ from moegate.spec import RouterSpec
 
 __all__ = ["Model", "get_model", "get_spec", "models", "names"]
 
+_CASTS_WEIGHTS = "the reference casts its weights to the model's dtype"
+
 
 @dataclass(frozen=True)
 class Model:
@@ -44,7 +46,9 @@ class Model:
     @property
     def semantics_note(self) -> str | None:
         """What the reference of its model type does that a spec cannot say, if anything."""
-        return model_types()[self.model_type].note
+        model_type = model_types()[self.model_type]
+        notes = [model_type.note, _CASTS_WEIGHTS if model_type.casts_weights else None]
+        return "; ".join(note for note in notes if note) or None
 
 
 @cache

@@ -75,7 +75,7 @@ def _field(name: str, values: dict[str, Any], model_type: ModelType, layer: int 
     if choice is not None:
         chosen = _choose(name, choice, values, model_type)
         if chosen != "from_keys":
-            return Found(None if chosen == "none" else chosen, choice["key"])
+            return Found(None if chosen == "none" else chosen, choice["key"] if has(values, choice["key"]) else None)
     keys = model_type.keys_of(name)
     for key in keys:
         value = at(values, key)

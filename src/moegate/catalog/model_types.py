@@ -9,10 +9,13 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-_ROUTERS = ("deepseek_v3", "sigmoid", "sqrtsoftplus", "softmax", "topk_softmax")
+_ROUTERS = (
+    *("deepseek_v3", "sigmoid", "sqrtsoftplus"),
+    *("softmax", "softmax_bias", "softmax_deepseek", "softmax_qwen", "topk_softmax"),
+)
 _MERGED = ("spec", "keys", "defaults", "tensors", "choices", "ignores", "differs")
-_NOT_INHERITED = ("router", "source", "note", "becomes", "also", "architectures", "output_factor")
-_TASK = re.compile(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel|Model)$")
+_NOT_INHERITED = ("router", "source", "note", "becomes", "also", "architectures", "output_factor", "casts_weights")
+_TASK = re.compile(r"(For[A-Z][A-Za-z]*|LMHeadModel|Model)$")
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,9 @@ def type_of_architecture(architecture: str) -> str | None:
         return listed[architecture]
     plain = {_squeezed(name): name for name in (*refused(), *wrappers(), *model_types())}
     bare = _squeezed(_TASK.sub("", architecture))
-    return plain.get(bare) or plain.get(f"{bare}text")
+    # The language model of a composite type is its text part: Gemma4ForCausalLM.
+    close = (f"{bare}text", bare) if architecture.endswith("ForCausalLM") else (bare, f"{bare}text")
+    return next((plain[name] for name in close if name in plain), None)
 
 
 def _squeezed(name: str) -> str:

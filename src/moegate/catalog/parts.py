@@ -61,7 +61,8 @@ def _parts(values: dict[str, Any], type_name: str | None, dtype: str | None) -> 
         if isinstance(values.get(key), Mapping):
             yield from _parts(dict(values[key]), inner_types.get(key, own_type), dtype)
     own = {key: value for key, value in values.items() if key not in _DTYPE_KEYS}
-    yield Part({**own, **({"dtype": dtype} if dtype else {})}, name)
+    inherited = {"model_type": name, "dtype": dtype}  # so that the part is a config by itself
+    yield Part({**own, **{key: value for key, value in inherited.items() if value}}, name)
 
 
 def _type_name(values: dict[str, Any]) -> str | None:

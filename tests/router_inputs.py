@@ -20,6 +20,8 @@ def random_hidden(spec: RouterSpec, tokens: int, dtype: torch.dtype, seed: int) 
 def separated_hidden(spec: RouterSpec, weight: Tensor, tensors: RouterTensors, tokens: int, seed: int) -> Tensor:
     """[tokens, K] bfloat16: the k + 2 best experts of each token, random ones, have keys well apart.
 
+    Where so many are chosen of each group, one more of each has.
+
     Logits in bfloat16 leave few values between two experts of a random token: ties are frequent there, and
     which of two tied experts a `topk` takes is no property of a model. So the logits are drawn first, and
     the hidden state is the least one that leads to them, W^T (W W^T)^-1 logits.
@@ -41,18 +43,31 @@ def separated_hidden(spec: RouterSpec, weight: Tensor, tensors: RouterTensors, t
     return rounded
 
 
+def _num_best(spec: RouterSpec) -> int:
+    if not spec.select_per_group:
+        return min(spec.top_k + 2, spec.num_selectable)
+    return min(spec.top_k + spec.n_group, spec.num_selectable)
+
+
+def _is_left(spec: RouterSpec, order: Tensor) -> Tensor:
+    """[tokens, E] -> the same, True for experts that are not among the first of their group, by that order."""
+    if not spec.select_per_group:
+        return torch.zeros_like(order, dtype=torch.bool)
+    ranks: Tensor = order.unflatten(-1, (spec.n_group, -1)).argsort(dim=-1).argsort(dim=-1)
+    return (ranks >= _num_best(spec) // spec.n_group).flatten(1)
+
+
 def _separated_logits(spec: RouterSpec, tokens: int, generator: torch.Generator) -> Tensor:
     """The best from 4..7 on, each 1/16 to 1/8 of itself below the one before it: 8 to 32 bfloat16 steps."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
-    experts = spec.num_selectable
-    best = min(spec.top_k + 2, experts)
+    experts, best = spec.num_selectable, _num_best(spec)
     steps = 1 - (1 + uniform(tokens, best)) / 16
     values = (4 + 3 * uniform(tokens, 1)) * steps.cumprod(dim=-1)
     rest = -2 + (0.8 * values[:, -1:] + 2) * uniform(tokens, experts - best)
-    order = uniform(tokens, experts).argsort(dim=-1)
+    order = (uniform(tokens, experts) + 2 * _is_left(spec, uniform(tokens, experts))).argsort(dim=-1)
     return torch.empty(tokens, experts, dtype=torch.float64).scatter(1, order, torch.cat([values, rest], dim=-1))
 
 
@@ -62,11 +77,15 @@ def _logits_of_separated_keys(spec: RouterSpec, bias: Tensor, tokens: int, gener
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
-    best = min(spec.top_k + 2, spec.num_selectable)
+    best = _num_best(spec)
     scores = 0.1 + (0.32 - bias).clamp(min=0.02) * uniform(tokens, spec.num_selectable)
     # Experts with a large bias come last: no score below 1 gives them such a key.
-    order = (uniform(tokens, spec.num_selectable) + 2 * (bias.abs() > 0.15)).argsort(dim=-1)[:, :best]
-    keys = 0.8 - (0.02 + 0.015 * uniform(tokens, best)).cumsum(dim=-1)
+    order = uniform(tokens, spec.num_selectable) + 2 * (bias.abs() > 0.15)
+    order = (order + 4 * _is_left(spec, order)).argsort(dim=-1)[:, :best]
+    steps = 0.02 + 0.015 * uniform(tokens, best)
+    if spec.select_per_group:
+        steps = steps * min(1, 10 / best)  # one more of each group is more than two
+    keys = 0.8 - steps.cumsum(dim=-1)
     logits = _INVERSE[spec.scoring_func](scores.scatter(1, order, keys - bias[order]))
     if spec.logit_softcapping is not None:
         logits = spec.logit_softcapping * torch.atanh(logits / spec.logit_softcapping)

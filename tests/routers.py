@@ -55,6 +55,19 @@ SPECS: dict[str, RouterSpec] = {
     "identity": RouterSpec(64, 12, 3, "identity", topk_weights_dtype="float16"),
     "all experts": RouterSpec(64, 9, 9, "sigmoid", "score", renormalize=True),
     "one expert": RouterSpec(64, 1, 1),
+    "softmax per group": RouterSpec(64, 64, 8, n_group=8, topk_group=8, select_per_group=True, renormalize=True),
+    "several per group, groups across lanes": RouterSpec(
+        64, 40, 15, "sigmoid", "score", 5, 5, select_per_group=True, num_zero_experts=5, renormalize=True
+    ),
+    "several per group, groups of lanes": RouterSpec(64, 96, 12, "sigmoid", "logit", 4, 4, select_per_group=True),
+    "groups by topj_sum": RouterSpec(
+        64, 96, 6, "sigmoid", "score", 4, 2, "topj_sum", group_score_top_j=3, renormalize=True
+    ),
+    "groups by topj_sum, across lanes": RouterSpec(64, 60, 8, "softmax", None, 6, 3, "topj_sum", group_score_top_j=4),
+    "largest per group": RouterSpec(64, 1024, 32, "sigmoid", "score", 2, 2, select_per_group=True, renormalize=True),
+    "largest by topj_sum": RouterSpec(
+        64, 1024, 32, "sqrtsoftplus", "score", 4, 2, "topj_sum", group_score_top_j=16, renormalize=True
+    ),
     "largest": RouterSpec(64, 1000, 32, "sigmoid", "score", num_zero_experts=24, renormalize=True),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from _pytest.mark.structures import ParameterSet
 from cuda_kernels import gemm_texts, select_text
 from routers import SPECS
 
+from moegate import RouterSpec
 from moegate.backends.cuda import gemm, jit, product, selection
 from moegate.backends.cuda.jit import compiler, module
 from moegate.backends.cuda.sources import GemmDtypes, InputNorm, prepare_source, sum_source
@@ -185,6 +187,25 @@ def test_arguments_are_packed_as_the_kernel_has_them(fields: str, arguments: str
     size = struct.calcsize(fields)
     text = f'#include "{header}"\nstatic_assert(sizeof({arguments}) == {size});\n__global__ void nothing() {{}}\n'
     assert compiler._compile(text, "sm_90a").code
+
+
+# E, n_group, k: as few experts as a choice of so many can have, in groups of lanes and others.
+SMALL_PER_GROUP = [(32, 32, 32), (64, 2, 32), (31, 31, 31), (30, 2, 30), (9, 3, 9), (2, 2, 2)]
+
+
+def test_a_warp_has_all_the_shared_memory_that_its_selection_uses() -> None:
+    small = [RouterSpec(8, e, k, n_group=n, topk_group=n, select_per_group=True) for e, n, k in SMALL_PER_GROUP]
+    for spec in (*SPECS.values(), *small):
+        words = selection.shared_words(spec)
+        text = f"{select_text(spec)}static_assert(Select<With<0>>::kWords <= {words});\n"
+        assert compiler._compile(text, "compute_90").code
+
+
+@pytest.mark.parametrize("name", ["softmax in groups by top2_sum", "sigmoid with bias in groups"])
+def test_a_sum_of_two_keys_is_the_kernel_of_top2_sum(name: str) -> None:
+    by_two = replace(SPECS[name], group_score="topj_sum", group_score_top_j=2)
+    assert select_text(by_two) == select_text(SPECS[name])
+    assert select_text(replace(by_two, group_score_top_j=3)) != select_text(SPECS[name])
 
 
 def test_what_the_compiler_knows_compiles() -> None:

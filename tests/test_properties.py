@@ -43,9 +43,15 @@ def specs(draw: st.DrawFn) -> RouterSpec:
     topk_group = 1
     if n_group > 1:
         topk_group = draw(st.integers(1, n_group))
-        score = draw(st.sampled_from(["top2_sum", "max"])) if per_group > 1 else "max"
+        score = draw(st.sampled_from(["top2_sum", "max", "topj_sum"] if per_group > 1 else ["max", "topj_sum"]))
         fields |= {"n_group": n_group, "topk_group": topk_group, "group_score": score}
+        if score == "topj_sum":
+            fields["group_score_top_j"] = draw(st.integers(1, per_group))
     fields["top_k"] = draw(st.integers(1, min(32, topk_group * per_group)))
+    if n_group > 1 and draw(st.integers(0, 2)) == 0:
+        share = draw(st.integers(1, min(32 // n_group, per_group)))
+        fields |= {"select_per_group": True, "topk_group": n_group, "top_k": share * n_group}
+        fields |= {"group_score": "top2_sum", "group_score_top_j": None}
     can_renormalize = fields["weights_from"] == "sigmoid_of_selected" or (
         fields["weights_from"] == "score" and fields["scoring_func"] != "identity"
     )
@@ -101,11 +107,12 @@ def test_select_equals_the_reference(spec: RouterSpec, seed: int, rows: int, dty
 
 
 def _ties(logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> bool:
-    """True if keys, or sums of two, come (almost) equal out of these distinct logits."""
+    """True if keys, or the scores of groups, come (almost) equal out of these distinct logits."""
     if spec.hash_routing or spec.selects_on_logits or logits.numel() == 0:
         return False
     keys = choice_keys(finite_logits(logits, torch.float64), spec, tensors)
-    compared = [keys] if spec.n_group == 1 else [keys, group_scores(keys, spec)]
+    is_ranked = spec.topk_group < spec.n_group
+    compared = [keys, group_scores(keys, spec)] if is_ranked else [keys]
     return any(bool((part.sort(dim=-1).values.diff() < 1e-5 * part.abs().amax(-1, True)).any()) for part in compared)
 
 
@@ -144,7 +151,11 @@ def test_invariants_on_hostile_input(
         keys = choice_keys(finite_logits(logits, torch.float64), spec, tensors)
         groups = ids.long() // (spec.num_selectable // spec.n_group)
         assert all(len(set(row)) <= spec.topk_group for row in groups.tolist())
-        assert eligible_experts(keys, spec).sum(-1).eq(spec.topk_group * spec.num_selectable // spec.n_group).all()
+        per_group = spec.num_selectable // spec.n_group
+        if spec.select_per_group:
+            per_group = spec.top_k // spec.n_group
+            assert all(row.count(group) == per_group for row in groups.tolist() for group in range(spec.n_group))
+        assert eligible_experts(keys, spec).sum(-1).eq(spec.topk_group * per_group).all()
 
 
 @settings(max_examples=400, deadline=None)

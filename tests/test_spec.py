@@ -9,6 +9,9 @@ import pytest
 
 from moegate import RouterSpec
 
+GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2}
+BY_SUM: dict[str, Any] = {**GROUPS, "group_score": "topj_sum", "group_score_top_j": 3}
+PER_GROUP: dict[str, Any] = {"n_group": 4, "topk_group": 4, "top_k": 8, "select_per_group": True}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": 0}, "hidden_size = 0; allowed: at least 1"),
     ({"num_experts": 0}, "num_experts = 0"),
@@ -27,6 +30,25 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"n_group": 8, "topk_group": 1, "top_k": 3}, "topk_group = 1; allowed: enough groups of 2 experts"),
     ({"n_group": 16, "topk_group": 8}, "n_group = 16; allowed: groups of at least 2 experts"),
     ({"n_group": 4, "topk_group": 2, "hash_routing": True}, "n_group = 4; allowed: 1 with hash_routing"),
+    ({"group_score": "mean"}, r"group_score = 'mean'; allowed: one of \['top2_sum', 'max', 'topj_sum'\]"),
+    ({**GROUPS, "group_score": "topj_sum"}, "group_score_top_j = None; allowed: 1 to 4, the experts of a group"),
+    ({**BY_SUM, "group_score_top_j": 0}, "group_score_top_j = 0; allowed: 1 to 4, the experts of a group"),
+    ({**BY_SUM, "group_score_top_j": 5}, "group_score_top_j = 5; allowed: 1 to 4, the experts of a group"),
+    ({**GROUPS, "group_score_top_j": 2}, "group_score_top_j = 2; allowed: None with group_score='top2_sum'"),
+    ({**GROUPS, "group_score": "max", "group_score_top_j": 1}, "group_score_top_j = 1; allowed: None with group_score"),
+    ({"select_per_group": True}, "select_per_group = True; allowed: False when n_group is 1"),
+    ({**PER_GROUP, "topk_group": 2}, "topk_group = 2; allowed: n_group=4 with select_per_group"),
+    ({**PER_GROUP, "top_k": 6}, "top_k = 6; allowed: a multiple of n_group=4 with select_per_group"),
+    ({**PER_GROUP, "top_k": 20}, "top_k = 20; allowed: 1 to 16"),
+    (
+        {**PER_GROUP, "group_score": "max"},
+        "group_score = 'max'; allowed: 'top2_sum', the default, with select_per_group",
+    ),
+    (
+        {**PER_GROUP, "group_score": "topj_sum", "group_score_top_j": 2},
+        "group_score = 'topj_sum'; allowed: 'top2_sum', the default, with select_per_group",
+    ),
+    ({**PER_GROUP, "hash_routing": True}, "n_group = 4; allowed: 1 with hash_routing"),
     ({"hash_routing": True, "correction_bias": "score"}, "correction_bias = 'score'; allowed: None with hash_routing"),
     (
         {"weights_from": "softmax_of_selected", "renormalize": True},
@@ -63,6 +85,9 @@ def test_what_makes_no_sense_is_refused(fields: dict[str, Any], message: str) ->
         ({"top_k": 2.0}, "top_k must be int, got float 2.0"),
         ({"top_k": True}, "top_k must be int, got bool True"),
         ({"renormalize": 1}, "renormalize must be bool, got int 1"),
+        ({**PER_GROUP, "select_per_group": 1}, "select_per_group must be bool, got int 1"),
+        ({**BY_SUM, "group_score_top_j": 2.0}, "group_score_top_j must be int | None, got float 2.0"),
+        ({**BY_SUM, "group_score_top_j": True}, "group_score_top_j must be int | None, got bool True"),
         ({"routed_scaling_factor": "2.5"}, "routed_scaling_factor must be float, got str '2.5'"),
         ({"logit_softcapping": True}, "logit_softcapping must be float | None, got bool True"),
     ],
@@ -92,5 +117,13 @@ def test_what_follows_from_the_fields() -> None:
     assert RouterSpec(8, 16, 2, n_group=4, topk_group=2, group_score="max").selects_on_logits
     assert not RouterSpec(8, 16, 2, n_group=4, topk_group=2).selects_on_logits
     assert not longcat.selects_on_logits
+    per_group = RouterSpec(8, 16, **PER_GROUP)
+    assert per_group.selects_on_logits
+    assert not replace(per_group, correction_bias="score").selects_on_logits
+    assert RouterSpec(8, 16, 16, n_group=16, topk_group=16, select_per_group=True).selects_on_logits
+    by_sum = RouterSpec(8, 16, 2, **BY_SUM)
+    assert not by_sum.selects_on_logits
+    keys = [each.num_group_score_keys for each in (by_sum, longcat, replace(longcat, group_score="max"))]
+    assert keys == [3, 2, 1]
     assert RouterSpec(8, 16, 2, renormalize=True).softmax_over_selected
     assert not RouterSpec(8, 16, 2, renormalize=True, renormalize_eps=1e-20).softmax_over_selected

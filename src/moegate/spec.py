@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from moegate.spec_checks import check_type, require
 
 if TYPE_CHECKING:
     import os
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 ScoringFunc = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity"]
 CorrectionBias = Literal["score", "logit"]
-GroupScore = Literal["top2_sum", "max"]
+GroupScore = Literal["top2_sum", "max", "topj_sum"]
 WeightsFrom = Literal["score", "softmax_of_selected", "sigmoid_of_selected"]
 LogitsDtype = Literal["float32", "bfloat16"]
 GateWeightDtype = Literal["model", "float32"]
@@ -54,8 +56,13 @@ class RouterSpec:
             arXiv:2412.19437, eq. 16: the score; Kolibri-1: the logit). None: there is no such bias.
         n_group: Experts form this many equal groups of consecutive ids; 1 means no groups.
         topk_group: Only the experts of this many best groups can be chosen.
-        group_score: What ranks a group: the sum of its two best keys (DeepSeek-V3), or the best
-            one (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
+        group_score: What ranks a group: the sum of its two best keys (DeepSeek-V3), the best one
+            (DeepSeek-V2, arXiv:2405.04434, section 2.1.2), or the sum of its j best
+            (`group_limited_topk` of Megatron-LM, whose j is top_k / topk_group; Megatron-LM#4667).
+        group_score_top_j: That j, from 1 to the experts of a group, just with "topj_sum".
+        select_per_group: From each of the n_group groups its top_k / n_group best experts are chosen
+            (Pangu Pro MoE, arXiv:2505.21411; `router_n_groups` of xtuner#1209). Every group takes
+            part, so that topk_group is n_group; no group is ranked.
         weights_from: The selected experts' scores, or a softmax or sigmoid of their logits alone.
         renormalize: Divide the selected scores by their sum.
         renormalize_eps: Added to that sum.
@@ -88,6 +95,9 @@ class RouterSpec:
     n_group: int = 1
     topk_group: int = 1
     group_score: GroupScore = "top2_sum"
+    # By keyword: the fields behind them had their places first.
+    group_score_top_j: int | None = field(default=None, kw_only=True)
+    select_per_group: bool = field(default=False, kw_only=True)
     weights_from: WeightsFrom = "score"
     renormalize: bool = False
     renormalize_eps: float = 0.0
@@ -107,10 +117,10 @@ class RouterSpec:
     input_norm_eps: float | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_type(field.name, str(field.type), getattr(self, field.name))
+        for part in dataclasses.fields(self):
+            check_type(part.name, str(part.type), getattr(self, part.name))
         for name, allowed in _CHOICES.items():
-            _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {list(allowed)}")
+            require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {list(allowed)}")
         self._check_sizes()
         self._check_groups()
         self._check_weights()
@@ -161,10 +171,19 @@ class RouterSpec:
         """True if the key of the choice is the logit itself.
 
         Every score function is monotone, so that without a bias the logits have the order of the
-        scores, and more: saturated sigmoids and underflown probabilities do not tie. A sum of two
+        scores, and more: saturated sigmoids and underflown probabilities do not tie. A sum of
         scores has no such order, hence the exception.
         """
-        return self.correction_bias is None and (self.n_group == 1 or self.group_score == "max")
+        sums_scores = self.n_group > 1 and not self.select_per_group and self.group_score != "max"
+        return self.correction_bias is None and not sums_scores
+
+    @cached_property
+    def num_group_score_keys(self) -> int:
+        """How many of a group's best keys add up to its score: 1 for "max", 2 for "top2_sum", j for "topj_sum"."""
+        if self.group_score == "topj_sum":
+            assert self.group_score_top_j is not None
+            return self.group_score_top_j
+        return 1 if self.group_score == "max" else 2
 
     @cached_property
     def softmax_over_selected(self) -> bool:
@@ -184,52 +203,73 @@ class RouterSpec:
         return self.weights_from == "softmax_of_selected" or renormalized_softmax
 
     def _check_sizes(self) -> None:
-        _require(self.hidden_size >= 1, "hidden_size", self.hidden_size, "at least 1")
-        _require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
+        require(self.hidden_size >= 1, "hidden_size", self.hidden_size, "at least 1")
+        require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
         for name in ("num_zero_experts", "num_shared_gates"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         rows = self.num_gate_rows
-        _require(
+        require(
             rows <= MAX_GATE_ROWS,
             "num_experts",
             self.num_experts,
             f"at most {MAX_GATE_ROWS} rows with zero experts and shared gates, which make {rows}",
         )
         limit = min(MAX_TOP_K, self.num_selectable)
-        _require(1 <= self.top_k <= limit, "top_k", self.top_k, f"1 to {limit}")
+        require(1 <= self.top_k <= limit, "top_k", self.top_k, f"1 to {limit}")
 
     def _check_groups(self) -> None:
-        if self.n_group == 1:
-            _require(self.topk_group == 1, "topk_group", self.topk_group, "1 when n_group is 1")
-            return
         experts = self.num_selectable
-        _require(
-            self.n_group > 1 and experts % self.n_group == 0,
+        require(
+            self.n_group >= 1 and experts % self.n_group == 0,
             "n_group",
             self.n_group,
             f"a divisor of the {experts} selectable experts",
         )
-        _require(1 <= self.topk_group <= self.n_group, "topk_group", self.topk_group, f"1 to {self.n_group}")
+        if self.n_group == 1:
+            require(self.topk_group == 1, "topk_group", self.topk_group, "1 when n_group is 1")
+        else:
+            require(not self.hash_routing, "n_group", self.n_group, "1 with hash_routing, which looks no score up")
+        require(1 <= self.topk_group <= self.n_group, "topk_group", self.topk_group, f"1 to {self.n_group}")
         per_group = experts // self.n_group
-        _require(
+        require(
             self.topk_group * per_group >= self.top_k,
             "topk_group",
             self.topk_group,
             f"enough groups of {per_group} experts to choose top_k={self.top_k} from",
         )
-        if self.group_score == "top2_sum":
-            _require(per_group >= 2, "n_group", self.n_group, "groups of at least 2 experts for group_score='top2_sum'")
-        _require(not self.hash_routing, "n_group", self.n_group, "1 with hash_routing, which looks no score up")
+        self._check_group_score(per_group)
+        if self.select_per_group:
+            self._check_selection_per_group()
+
+    def _check_group_score(self, per_group: int) -> None:
+        top_j = self.group_score_top_j
+        if self.group_score == "topj_sum":
+            allowed = f"1 to {per_group}, the experts of a group, with group_score='topj_sum'"
+            require(top_j is not None and 1 <= top_j <= per_group, "group_score_top_j", top_j, allowed)
+        else:
+            require(top_j is None, "group_score_top_j", top_j, f"None with group_score={self.group_score!r}")
+        if self.group_score == "top2_sum" and self.n_group > 1 and not self.select_per_group:
+            require(per_group >= 2, "n_group", self.n_group, "groups of at least 2 experts for group_score='top2_sum'")
+
+    def _check_selection_per_group(self) -> None:
+        groups = self.n_group
+        require(groups > 1, "select_per_group", True, "False when n_group is 1")
+        allowed = f"n_group={groups} with select_per_group, in which every group takes part"
+        require(self.topk_group == groups, "topk_group", self.topk_group, allowed)
+        allowed = f"a multiple of n_group={groups} with select_per_group"
+        require(self.top_k % groups == 0, "top_k", self.top_k, allowed)
+        allowed = "'top2_sum', the default, with select_per_group, which ranks no group"
+        require(self.group_score == "top2_sum", "group_score", self.group_score, allowed)
 
     def _check_weights(self) -> None:
         if self.renormalize:
-            _require(
+            require(
                 self.weights_from != "softmax_of_selected",
                 "renormalize",
                 True,
                 "False with weights_from='softmax_of_selected', which sums to 1 already",
             )
-            _require(
+            require(
                 self.scoring_func != "identity" or self.weights_from != "score",
                 "renormalize",
                 True,
@@ -237,25 +277,25 @@ class RouterSpec:
             )
         else:
             for name in ("renormalize_eps", "renormalize_floor"):
-                _require(getattr(self, name) == 0.0, name, getattr(self, name), "0.0 without renormalize")
+                require(getattr(self, name) == 0.0, name, getattr(self, name), "0.0 without renormalize")
         if self.num_shared_gates:
-            _require(
+            require(
                 self.renormalize and self.scoring_func in ("sigmoid", "sqrtsoftplus") and self.weights_from == "score",
                 "num_shared_gates",
                 self.num_shared_gates,
                 "0, unless renormalize joins them to weights_from='score' with a sigmoid or sqrtsoftplus",
             )
         if self.hash_routing:
-            _require(self.correction_bias is None, "correction_bias", self.correction_bias, "None with hash_routing")
+            require(self.correction_bias is None, "correction_bias", self.correction_bias, "None with hash_routing")
         if self.num_zero_experts:
-            _require(
+            require(
                 self.scoring_func != "identity" or self.weights_from != "score",
                 "num_zero_experts",
                 self.num_zero_experts,
                 "0 with scoring_func='identity', whose weights have no finite sum",
             )
         if self.per_expert_scale:
-            _require(
+            require(
                 self.num_zero_experts == 0,
                 "per_expert_scale",
                 True,
@@ -265,32 +305,10 @@ class RouterSpec:
     def _check_numbers(self) -> None:
         smallest, largest = _FLOAT32_RANGE
         for name in ("renormalize_eps", "renormalize_floor"):
-            _require(0.0 <= getattr(self, name) <= largest, name, getattr(self, name), "0 or more, a float32")
+            require(0.0 <= getattr(self, name) <= largest, name, getattr(self, name), "0 or more, a float32")
         for name in ("routed_scaling_factor", "logit_multiplier"):
             value = getattr(self, name)
-            _require(smallest <= value <= largest, name, value, "above 0, a normal float32")
+            require(smallest <= value <= largest, name, value, "above 0, a normal float32")
         for name in ("logit_softcapping", "input_norm_eps"):
             value = getattr(self, name)
-            _require(value is None or smallest <= value <= largest, name, value, "None, or above 0, a normal float32")
-
-
-def _require(holds: bool, field: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"RouterSpec.{field} = {value!r}; allowed: {allowed}")
-
-
-def _check_type(field: str, annotation: str, value: object) -> None:
-    """Refuses what a dataclass would take silently: a bool for an int, a string for a float."""
-    expected: tuple[type, ...]
-    if annotation.startswith("int"):
-        expected = (int,)
-    elif annotation.startswith("float"):
-        expected = (int, float)
-    elif annotation == "bool":
-        expected = (bool,)
-    else:
-        return  # a Literal: _CHOICES decides
-    if value is None and annotation.endswith("None"):
-        return
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected != (bool,)):
-        raise TypeError(f"RouterSpec.{field} must be {annotation}, got {type(value).__name__} {value!r}")
+            require(value is None or smallest <= value <= largest, name, value, "None, or above 0, a normal float32")

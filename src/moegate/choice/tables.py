@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -25,6 +26,13 @@ from moegate.warn import warn_once
 SCHEMA = 1
 _WEIGHT_DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
 _INPUT_NORM = "input_norm"
+# The fields of a spec that are not of its kind; every other one is.
+_NO_KIND = {
+    *("hidden_size", "num_experts", "top_k", "weight_dtype"),  # a `Shape` has them itself
+    *("renormalize_eps", "renormalize_floor", "routed_scaling_factor"),  # mere factors
+    *("logit_multiplier", "logit_softcapping"),
+    "input_norm_eps",  # whether there is one is said in other words
+}
 _MADE = ("date", "command", "moegate", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
 
 
@@ -78,12 +86,8 @@ class Table:
 
 def router_kind(spec: RouterSpec) -> str:
     """What of a spec, beside its sizes, changes the work: fields that are not at their default, less mere factors."""
-    default = RouterSpec(hidden_size=8, num_experts=8, top_k=1)
-    names = (
-        "scoring_func correction_bias n_group topk_group group_score weights_from renormalize logits_dtype linear_bias "
-        "topk_weights_dtype per_expert_scale num_zero_experts num_shared_gates global_scale hash_routing"
-    )
-    found = [f"{name}={getattr(spec, name)}" for name in names.split() if getattr(spec, name) != getattr(default, name)]
+    kinds = [part for part in dataclasses.fields(spec) if part.name not in _NO_KIND]
+    found = [f"{part.name}={value}" for part in kinds if (value := getattr(spec, part.name)) != part.default]
     return " ".join(found + [_INPUT_NORM] * (spec.input_norm_eps is not None)) or "softmax"
 
 

@@ -54,10 +54,17 @@ def describe(spec: RouterSpec) -> str:
         f"logits x{spec.logit_multiplier:.4g}" if spec.logit_multiplier != 1 else "",
         f"soft cap {spec.logit_softcapping:g}" if spec.logit_softcapping is not None else "",
         score,
-        f"{spec.topk_group} of {spec.n_group} groups" if spec.n_group > 1 else "",
+        _groups(spec) if spec.n_group > 1 else "",
         _factors(spec),
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _groups(spec: RouterSpec) -> str:
+    if spec.select_per_group:
+        return f"{spec.top_k // spec.n_group} of each of {spec.n_group} groups"
+    ranked = f" by their best {spec.group_score_top_j}" if spec.group_score == "topj_sum" else ""
+    return f"{spec.topk_group} of {spec.n_group} groups{ranked}"
 
 
 def _factors(spec: RouterSpec) -> str:

@@ -14,7 +14,8 @@ from moegate.contract.limits import FLOAT32_MAX, least_sum
 from moegate.contract.reference import (
     choice_keys,
     finite_logits,
-    group_scores,
+    group_sums,
+    last_sum,
     normed_input,
     scores_of,
     transformed,
@@ -132,9 +133,21 @@ def key_interval(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, logit
 
 
 def group_interval(keys: Interval, spec: RouterSpec) -> Interval:
-    """The group scores [M, n_group] that a backend may hold."""
-    low, high = group_scores(keys.low, spec), group_scores(keys.high, spec)
-    return Interval(low - 2 * U * low.abs(), high + 2 * U * high.abs())
+    """The group scores [M, n_group] that a backend may hold.
+
+    Each addition rounds its sum, and where keys of both signs cancel, what was rounded before may be far larger than
+    the score.
+    """
+    ends = []
+    for end, side in ((keys.low, -1), (keys.high, 1)):
+        sums = group_sums(end, spec)
+        rounding = 2 * U * sums.abs()
+        rounding[..., 0] = 0  # a key, and no sum
+        before = rounding.cumsum(dim=-1).roll(1, dims=-1)
+        before[..., 0] = 0
+        score = last_sum(sums + side * before)
+        ends.append(score + side * 2 * U * score.abs())
+    return Interval(*ends)
 
 
 def weight_interval(

@@ -5,6 +5,8 @@ In float64 it is the oracle of every test. No backend calls it, and it calls no 
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -111,20 +113,34 @@ def choice_keys(logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Ten
 
 def group_scores(keys: Tensor, spec: RouterSpec) -> Tensor:
     """Keys [M, E] -> the score of each group [M, n_group]."""
-    grouped: Tensor = keys.unflatten(-1, (spec.n_group, -1))
-    if spec.group_score == "max":
-        return grouped.amax(dim=-1)
-    best_two: Tensor = grouped.topk(2, dim=-1).values
-    total = best_two.sum(dim=-1)
-    # Sums that float32 rounds to infinity tie; twice the maximum stands for it in a wider dtype.
-    is_infinite = total.abs() >= FLOAT32_MAX * (1 + 2.0**-25)
-    return torch.where(is_infinite, torch.sign(total) * 2 * FLOAT32_MAX, total)
+    return last_sum(group_sums(keys, spec))
+
+
+def group_sums(keys: Tensor, spec: RouterSpec) -> Tensor:
+    """Keys [M, E] -> the sums of each group's best key, its two best, and so on [M, n_group, j]; the best is first."""
+    best = keys.unflatten(-1, (spec.n_group, -1)).topk(spec.num_group_score_keys, dim=-1).values
+    return torch.stack(list(accumulate(best.unbind(dim=-1))), dim=-1)
+
+
+def last_sum(sums: Tensor) -> Tensor:
+    """The last of such sums [M, n_group]: infinite, if one on the way to it is."""
+    total = sums[..., -1]
+    # Sums that float32 rounds to infinity tie; twice the maximum stands for it in a wider dtype. Where a sum is
+    # negative, so are all keys that follow: one of -infinity stays that by itself, one of infinity is kept so.
+    beyond = FLOAT32_MAX * (1 + 2.0**-25)
+    infinite = torch.full_like(total, 2) * FLOAT32_MAX
+    total = torch.where(total <= -beyond, -infinite, total)
+    return torch.where((sums >= beyond).any(dim=-1), infinite, total)
 
 
 def eligible_experts(keys: Tensor, spec: RouterSpec) -> Tensor:
-    """Keys [M, E] -> a mask [M, E] of the experts in the topk_group best groups."""
+    """Keys [M, E] -> a mask [M, E] of the experts in the topk_group best groups, or of the best ones of each group."""
     if spec.n_group == 1:
         return torch.ones_like(keys, dtype=torch.bool)
+    if spec.select_per_group:
+        grouped = keys.unflatten(-1, (spec.n_group, -1)).flatten(0, 1)
+        best = best_first(grouped, spec.top_k // spec.n_group)
+        return torch.zeros_like(grouped, dtype=torch.bool).scatter(1, best, True).view(keys.shape)
     groups = best_first(group_scores(keys, spec), spec.topk_group)
     kept = torch.zeros(len(keys), spec.n_group, dtype=torch.bool, device=keys.device).scatter(1, groups, True)
     return kept.repeat_interleave(spec.num_selectable // spec.n_group, dim=-1)

@@ -98,9 +98,13 @@ def _verify_choice(verdict: Verdict, ids: Tensor, expected: Tensor, keys: Interv
     possible, certain = _possible_groups(keys, spec)
     verdict.breach(~possible.gather(-1, ids), "an expert of a group that cannot be among the best")
     chosen = torch.zeros_like(possible).scatter(1, ids, True)
+    rivals = (spec.n_group if spec.select_per_group else 1, -1)  # among whom the best are chosen
+    if spec.select_per_group:
+        share = chosen.unflatten(-1, rivals).sum(dim=-1)
+        verdict.breach(share != spec.top_k // spec.n_group, "too many or too few experts of a group")
     # Every chosen key must reach every unchosen one that is surely eligible.
-    least_chosen = keys.high.masked_fill(~chosen, torch.inf).amin(dim=-1)
-    best_left = keys.low.masked_fill(chosen | ~certain, -torch.inf).amax(dim=-1)
+    least_chosen = keys.high.masked_fill(~chosen, torch.inf).unflatten(-1, rivals).amin(dim=-1)
+    best_left = keys.low.masked_fill(chosen | ~certain, -torch.inf).unflatten(-1, rivals).amax(dim=-1)
     verdict.breach(least_chosen < best_left, "an expert chosen before one with a larger key")
     high, low = keys.high.gather(-1, ids), keys.low.gather(-1, ids)
     verdict.breach(high[:, :-1] < low[:, 1:], "ids out of order")
@@ -108,7 +112,7 @@ def _verify_choice(verdict: Verdict, ids: Tensor, expected: Tensor, keys: Interv
 
 def _possible_groups(keys: Interval, spec: RouterSpec) -> tuple[Tensor, Tensor]:
     """Masks [M, E]: experts of groups that may be, and that must be, among the topk_group best."""
-    if spec.n_group == 1:
+    if spec.topk_group == spec.n_group:
         everything = torch.ones_like(keys.low, dtype=torch.bool)
         return everything, everything
     low, high = bounds.group_interval(keys, spec)

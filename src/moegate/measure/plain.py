@@ -110,16 +110,27 @@ def _score(spec: RouterSpec) -> Callable[[Tensor], Tensor]:
 
 
 def _group_mask(spec: RouterSpec) -> Callable[[Tensor], Tensor]:
-    groups, kept, takes_max = spec.n_group, spec.topk_group, spec.group_score == "max"
+    groups, kept, ranked_by = spec.n_group, spec.topk_group, spec.num_group_score_keys
+    if spec.select_per_group:
+        return _best_of_each(groups, spec.top_k // groups)
 
     def masked(keys: Tensor) -> Tensor:
         if groups == 1:
             return keys
         grouped = keys.view(keys.shape[0], groups, -1)
-        ranks = grouped.amax(-1) if takes_max else grouped.topk(2, dim=-1).values.sum(-1)
+        ranks = grouped.amax(-1) if ranked_by == 1 else grouped.topk(ranked_by, dim=-1).values.sum(-1)
         best = torch.topk(ranks, kept, dim=-1, sorted=False).indices
         mask = torch.zeros_like(ranks).scatter_(1, best, 1.0).bool()
         return grouped.masked_fill(~mask.unsqueeze(-1), float("-inf")).view(keys.shape)
+
+    return masked
+
+
+def _best_of_each(groups: int, share: int) -> Callable[[Tensor], Tensor]:
+    def masked(keys: Tensor) -> Tensor:
+        grouped = keys.view(keys.shape[0], groups, -1)
+        values, places = torch.topk(grouped, share, dim=-1)
+        return torch.full_like(grouped, float("-inf")).scatter_(-1, places, values).view(keys.shape)
 
     return masked
 

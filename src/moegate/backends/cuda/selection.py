@@ -37,8 +37,7 @@ class SelectKernels:
         self._weights_dtype = getattr(torch, spec.topk_weights_dtype)
         text = select_source(spec, dtypes, aligned=aligned, frozen=frozen, weight_parts=weight_parts)
         module = jit.load(text, device, arch)
-        # Select::kWords of select.cuh, or more.
-        words = spec.top_k + (2 if spec.n_group > 1 else 1) * spec.num_selectable + spec.n_group + 6
+        words = shared_words(spec)
 
         def in_blocks_of(warps: int, name: str, *, least_shared: bool = False) -> tuple[int, jit.Kernel]:
             size = 4 * words * warps
@@ -121,6 +120,12 @@ class SelectKernels:
 
 
 select_kernels = cache(SelectKernels)
+
+
+def shared_words(spec: RouterSpec) -> int:
+    """A warp's shared memory: Select::kWords of select.cuh, or more."""
+    words = spec.top_k + (2 if spec.n_group > 1 else 1) * spec.num_selectable + spec.n_group + 6
+    return words + 2 * spec.top_k if spec.select_per_group else words
 
 
 def select_dtypes(logits: torch.dtype, tensors: RouterTensors, input_ids: torch.dtype | None) -> SelectDtypes:

@@ -168,8 +168,9 @@ def select_source(spec: RouterSpec, dtypes: SelectDtypes, *, aligned: bool, froz
         "Bias": dtypes.bias or torch.float32,
     }
     # Two blocks of 256: with registers for more, ptxas schedules a lane's experts one behind the other. One where a
-    # lane holds products of more than 16 experts.
-    blocks = 1 if weight_parts and spec.num_selectable > 32 * 16 else 2
+    # lane holds products of more than 16 experts, or their keys twice, to sort them.
+    holds_more = weight_parts > 0 or spec.num_group_score_keys > 2
+    blocks = 1 if holds_more and spec.num_selectable > 32 * 16 else 2
     kernels = (
         f'extern "C" __global__ void __launch_bounds__(256, {blocks})\n'
         f"{name}(const __grid_constant__ SelectArguments arguments) {{ select<With<{registers}>>(arguments); }}\n"
@@ -198,7 +199,8 @@ def _constants_of(spec: RouterSpec) -> dict[str, object]:
         "bool kHasCorrectionBias": spec.correction_bias is not None,
         "int kGroups": spec.n_group,
         "int kTopkGroup": spec.topk_group,
-        "bool kGroupsByTop2Sum": spec.group_score == "top2_sum",
+        "int kGroupScoreKeys": spec.num_group_score_keys,
+        "int kPerGroup": spec.top_k // spec.n_group if spec.select_per_group else 0,
         "int kFromScore": 0,
         "int kSoftmaxOfSelected": 1,
         "int kSigmoidOfSelected": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -54,6 +55,15 @@ TOP_K = Function(
     "flashinfer.fused_moe",
     {**dict.fromkeys((89, 90, 100, 103, 120, 121), "0.6.0"), 107: "0.6.18"},
 )
+
+
+# What `fused_topk_deepseek` wants of a spec, and the fields that may be anything. All others must be at their defaults.
+_TOP_K_WANTS = {"scoring_func": "sigmoid", "correction_bias": "score", "renormalize": True}
+_TOP_K_TAKES = {
+    *("hidden_size", "linear_bias", "weight_dtype", "input_norm_eps"),  # of the product in front
+    *("num_experts", "top_k", "n_group", "topk_group", "renormalize_eps", "routed_scaling_factor"),  # its arguments
+    *("group_score", "group_score_top_j"),  # looked at where there are groups
+}
 
 
 @cache
@@ -134,18 +144,8 @@ def _only_bfloat16(name: str, dtype: torch.dtype) -> str | None:
 
 def top_k_refuses(spec: RouterSpec) -> str | None:
     """None, or why `fused_topk_deepseek` does not compute this router (the contract's ties and NaN apart)."""
-    is_deepseek = (
-        spec.scoring_func == "sigmoid"
-        and spec.correction_bias == "score"
-        and spec.weights_from == "score"
-        and spec.renormalize
-        and spec.renormalize_floor == 0.0
-        and spec.logits_dtype == spec.topk_weights_dtype == "float32"
-        and spec.logit_multiplier == 1.0
-        and spec.logit_softcapping is None
-        and not (spec.num_zero_experts or spec.num_shared_gates or spec.per_expert_scale or spec.global_scale)
-    )
-    if not is_deepseek:
+    wanted = {part.name: part.default for part in dataclasses.fields(spec) if part.name not in _TOP_K_TAKES}
+    if any(getattr(spec, name) != value for name, value in (wanted | _TOP_K_WANTS).items()):
         return f"not the router of {TOP_K.name}, which is sigmoid with a bias on the score, renormalised"
     per_group = spec.num_experts // spec.n_group
     small = per_group <= 32 and per_group * spec.topk_group <= 128 and spec.num_experts <= 256 and spec.n_group <= 32

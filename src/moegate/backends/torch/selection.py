@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moegate.backends.torch.top_k import top_k, top_k_of_few
+from moegate.backends.torch.top_k import top_k, top_k_of_few, top_k_per_group
 from moegate.contract.limits import FLOAT32_MAX, least_sum
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
@@ -38,7 +39,10 @@ def select(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: 
             keys = keys.nan_to_num(nan=-FLOAT32_MAX)
         # -FLOAT32_MAX, which stands for NaN and -inf, is no bfloat16 value.
         coarse = logits.dtype == torch.bfloat16 and spec.selects_on_logits and row_is_nan is None
-        ids = top_k(_mask_groups(keys, spec), spec.top_k, coarse=coarse)
+        if spec.select_per_group:
+            _, ids = top_k_per_group(keys, spec.n_group, spec.top_k, coarse=coarse)
+        else:
+            ids = top_k(_mask_groups(keys, spec), spec.top_k, coarse=coarse)
     weights, shared = _weights(ids, None, finite, scores, spec, tensors)
     return _routing(ids, weights, logits, shared, row_is_nan, spec)
 
@@ -60,7 +64,11 @@ def _select_few_plain_rows(logits: Tensor, spec: RouterSpec, tensors: RouterTens
     # Of the keys too: they have the bias in them, which may switch experts off with -inf.
     if not _known_finite(wide) or not (keys is wide or _known_finite(keys)):
         return None
-    values, ids = top_k_of_few(_mask_groups(keys, spec), spec.top_k, coarse=wide.dtype == torch.bfloat16)
+    coarse = wide.dtype == torch.bfloat16
+    if spec.select_per_group:
+        values, ids = top_k_per_group(keys, spec.n_group, spec.top_k, coarse=coarse, few=True)
+    else:
+        values, ids = top_k_of_few(_mask_groups(keys, spec), spec.top_k, coarse=coarse)
     selected = values.float() if spec.selects_on_logits else None
     weights, _ = _weights(ids, selected, wide, scores, spec, tensors)
     return _routing(ids, weights, logits, None, None, spec)
@@ -107,10 +115,13 @@ def _mask_groups(keys: Tensor, spec: RouterSpec) -> Tensor:
     if spec.n_group == 1:
         return keys
     grouped: Tensor = keys.unflatten(-1, (spec.n_group, -1))
-    if spec.group_score == "max":
+    if spec.num_group_score_keys == 1:
         group_scores = grouped.amax(dim=-1)
-    else:
+    elif spec.num_group_score_keys == 2:
         group_scores = grouped.topk(2, dim=-1, sorted=False).values.sum(dim=-1)
+    else:
+        # One by one, the best first: the contract's order, of which a sum over a dimension knows nothing.
+        group_scores = reduce(torch.add, grouped.topk(spec.num_group_score_keys, dim=-1).values.unbind(dim=-1))
     # A stable sort gives equal groups in the order of their ids; there are few groups.
     order = group_scores.sort(dim=-1, descending=True, stable=True).indices
     dropped = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, order[:, spec.topk_group :], True)

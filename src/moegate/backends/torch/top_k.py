@@ -44,3 +44,20 @@ def top_k_of_few(keys: Tensor, k: int, *, coarse: bool) -> tuple[Tensor, Tensor]
         values, ids = keys.sort(dim=-1, descending=True, stable=True)
     # Contiguous, as what the way for many rows gathers: a vector's tail is computed with other bits.
     return values[:, :k].contiguous(), ids[:, :k]
+
+
+def top_k_per_group(keys: Tensor, n_group: int, k: int, *, coarse: bool, few: bool = False) -> tuple[Tensor, Tensor]:
+    """The k / n_group largest of each of n_group groups, as keys and ids [M, k] in the order of `top_k`.
+
+    `few` says that the rows are few, on a CPU; each group is a row of its own first.
+    """
+    rows, share = keys.unflatten(-1, (n_group, -1)).flatten(0, 1), k // n_group
+    if few:
+        values, ids = top_k_of_few(rows, share, coarse=coarse)
+    else:
+        ids = top_k(rows, share, coarse=coarse)
+        values = rows.gather(1, ids)
+    # The groups are in the order of their ids, and so are equal keys of one: a stable sort keeps the lowest id first.
+    values, order = values.view(-1, k).sort(dim=-1, descending=True, stable=True)
+    first = torch.arange(0, keys.shape[1], rows.shape[1], device=keys.device).repeat_interleave(share)
+    return values, (ids.reshape(-1, k) + first).gather(1, order)

@@ -44,8 +44,11 @@ struct Select {
 
   // A warp's shared memory, in words: what a weight is made of by expert, the chosen ids, what groups.cuh needs.
   static constexpr int kChosen = ceil_div(E, 4) * 4, kForGroups = kChosen + k;
-  static constexpr int kWords =
-      ceil_div(kForGroups + (Config::kGroups > 1 and not kGroupsAreLanes ? E + Config::kGroups : 0), 4) * 4;
+  static constexpr int kPlaces = ceil_div(kForGroups, 2) * 2, kForKeys = kPlaces + 2 * k;  // entries are two words
+  static constexpr int kEnd = Config::kPerGroup > 0 ? (kGroupsAreLanes ? kForKeys : kForKeys + E)
+                              : Config::kGroups > 1 and not kGroupsAreLanes ? kForGroups + E + Config::kGroups
+                                                                            : kForGroups;
+  static constexpr int kWords = ceil_div(kEnd, 4) * 4;
 
   const SelectArguments& arguments;
   const int token;
@@ -119,12 +122,23 @@ struct Select {
       keys[i] = lane * kPerLane + i < E ? choice_key(values[i], bias[i], parts[i]) : kExcludedKey;
     }
     store_parts(parts);
+    if constexpr (Config::kPerGroup > 0) return choose_per_group(keys);
     if constexpr (Config::kGroups > 1 and kGroupsAreLanes) exclude_groups_of_lanes<Config>(keys);
     if constexpr (Config::kGroups > 1 and not kGroupsAreLanes) exclude_groups<Config>(keys, shared + kForGroups);
     Entry entries[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) entries[i] = entry_of(keys[i], lane * kPerLane + i);
     return warp_top_k<k>(entries, shared + kChosen);
+  }
+
+  __forceinline__ int choose_per_group(const uint32 (&keys)[kPerLane]) const {
+    auto* const places = reinterpret_cast<Entry*>(shared + kPlaces);
+    if constexpr (kGroupsAreLanes) {
+      place_best_of_lanes<Config>(keys, places);
+    } else {
+      place_best<Config>(keys, places, shared + kForKeys);
+    }
+    return in_order<k>(places, shared + kChosen);
   }
 
   __forceinline__ void store_parts(const float (&parts)[kPerLane]) const {

@@ -12,19 +12,20 @@ constexpr uint32 kExcludedKey = 0;  // below the key of every float
 
 __forceinline__ Entry entry_of(uint32 key, uint32 id) { return Entry(key) << 32 | ~id; }
 __forceinline__ uint32 key_of(Entry entry) { return uint32(entry >> 32); }
+__forceinline__ uint32 key_of(uint32 key) { return key; }  // where no id is wanted
 __forceinline__ uint32 id_of(Entry entry) { return ~uint32(entry); }
 
 // Batcher's merge exchange (Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M). By recursion, since
 // an index that the compiler does not know would move the entries from registers to memory.
-template <int kDistance, int kPass, int kCount>
-__forceinline__ void sort_from(Entry (&entries)[kCount]) {
+template <int kDistance, int kPass, class Value, int kCount>
+__forceinline__ void sort_from(Value (&entries)[kCount]) {
   constexpr int kHighest = kCount > 16 ? 16 : kCount > 8 ? 8 : kCount > 4 ? 4 : kCount > 2 ? 2 : 1;
   constexpr int kBit = kPass == kHighest ? 0 : kDistance;
   constexpr int kOffset = kPass == kHighest ? kDistance : 2 * kPass - kDistance;
 #pragma unroll
   for (int i = 0; i + kOffset < kCount; ++i) {
     if ((i & kDistance) != kBit) continue;
-    const Entry a = entries[i], b = entries[i + kOffset];
+    const Value a = entries[i], b = entries[i + kOffset];
     entries[i] = a > b ? a : b;
     entries[i + kOffset] = a > b ? b : a;
   }
@@ -35,10 +36,21 @@ __forceinline__ void sort_from(Entry (&entries)[kCount]) {
   }
 }
 
-template <int kCount>
-__forceinline__ void sort_descending(Entry (&entries)[kCount]) {
+template <class Value, int kCount>
+__forceinline__ void sort_descending(Value (&entries)[kCount]) {
   constexpr int kHighest = kCount > 16 ? 16 : kCount > 8 ? 8 : kCount > 4 ? 4 : kCount > 2 ? 2 : 1;
   sort_from<kHighest, kHighest>(entries);
+}
+
+// The best first, if that is all that is wanted of a list.
+template <class Value, int kCount>
+__forceinline__ void best_to_front(Value (&entries)[kCount]) {
+#pragma unroll
+  for (int i = kCount - 1; i > 0; --i) {
+    const Value a = entries[i - 1], b = entries[i];
+    entries[i - 1] = a > b ? a : b;
+    entries[i] = a > b ? b : a;
+  }
 }
 
 // Lane r < kTopK gets the id of the r-th best entry of the warp. Each lane sorts its own; then the best of the

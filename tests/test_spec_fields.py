@@ -1,0 +1,149 @@
+"""Fields of a spec that somebody does not know: none is taken for nothing by those who look at some of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any
+
+import pytest
+import torch
+from routers import SPECS, random_logits, select_arguments, tensors_of
+
+import moegate
+from moegate import RouterSpec, get_spec, ops
+from moegate.backends.flashinfer import limits
+from moegate.choice.tables import read, router_kind
+from moegate.cli.models import describe
+from moegate.measure.plain import plain_select
+
+BASE = RouterSpec(64, 256, 8, "sigmoid", "score", 8, 4, renormalize=True)  # which FlashInfer's top-k takes
+# A change of each field; of some, together with what makes sense only with it.
+CHANGED: dict[str, dict[str, Any]] = {
+    "hidden_size": {"hidden_size": 128},
+    "num_experts": {"num_experts": 128},
+    "top_k": {"top_k": 4},
+    "scoring_func": {"scoring_func": "sqrtsoftplus"},
+    "correction_bias": {"correction_bias": "logit"},
+    "n_group": {"n_group": 16},
+    "topk_group": {"topk_group": 2},
+    "group_score": {"group_score": "max"},
+    "group_score_top_j": {"group_score": "topj_sum", "group_score_top_j": 2},
+    "select_per_group": {"select_per_group": True, "topk_group": 8},
+    "weights_from": {"weights_from": "sigmoid_of_selected"},
+    "renormalize": {"renormalize": False},
+    "renormalize_eps": {"renormalize_eps": 1e-20},
+    "renormalize_floor": {"renormalize_floor": 1e-12},
+    "routed_scaling_factor": {"routed_scaling_factor": 2.5},
+    "logits_dtype": {"logits_dtype": "bfloat16"},
+    "logit_multiplier": {"logit_multiplier": 0.5},
+    "logit_softcapping": {"logit_softcapping": 30.0},
+    "linear_bias": {"linear_bias": True},
+    "weight_dtype": {"weight_dtype": "float32"},
+    "topk_weights_dtype": {"topk_weights_dtype": "bfloat16"},
+    "per_expert_scale": {"per_expert_scale": True},
+    "num_zero_experts": {"num_zero_experts": 256},
+    "num_shared_gates": {"num_shared_gates": 2},
+    "global_scale": {"global_scale": True},
+    "hash_routing": {"hash_routing": True, "correction_bias": None, "n_group": 1, "topk_group": 1},
+    "input_norm_eps": {"input_norm_eps": 1e-6},
+}
+SIZES_AND_FACTORS = {
+    *("hidden_size", "num_experts", "top_k", "weight_dtype"),
+    *("renormalize_eps", "renormalize_floor", "routed_scaling_factor", "logit_multiplier", "logit_softcapping"),
+}
+FLASHINFER_TAKES = {
+    *("hidden_size", "num_experts", "top_k", "weight_dtype", "linear_bias", "input_norm_eps"),
+    *("n_group", "topk_group", "renormalize_eps", "routed_scaling_factor"),
+}
+FIELDS = [field.name for field in dataclasses.fields(RouterSpec)]
+
+
+@dataclass(frozen=True)
+class Newer(RouterSpec):
+    """A spec with a field of which nobody has heard."""
+
+    novelty: bool = False
+
+
+def test_every_field_has_a_change() -> None:
+    assert list(CHANGED) == FIELDS
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_kind_of_a_router_is_every_field_but_sizes_and_factors(name: str) -> None:
+    changed = replace(BASE, **CHANGED[name])
+    assert getattr(changed, name) != getattr(BASE, name)
+    word = "input_norm" if name == "input_norm_eps" else name
+    said, before = (
+        [part for part in router_kind(spec).split() if part.partition("=")[0] == word] for spec in (changed, BASE)
+    )
+    assert (said == before == []) if name in SIZES_AND_FACTORS else (said != before)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_flashinfers_top_k_takes_no_field_that_it_does_not_know(name: str) -> None:
+    assert limits.top_k_refuses(BASE) is None
+    assert (limits.top_k_refuses(replace(BASE, **CHANGED[name])) is None) == (name in FLASHINFER_TAKES)
+
+
+def test_a_field_of_which_nobody_has_heard_counts() -> None:
+    known, new = (Newer(**dataclasses.asdict(BASE), novelty=novelty) for novelty in (False, True))
+    assert router_kind(known) == router_kind(BASE)
+    assert router_kind(new) == f"{router_kind(BASE)} novelty=True"
+    assert limits.top_k_refuses(known) is None
+    assert "not the router of fused_topk_deepseek" in str(limits.top_k_refuses(new))
+
+
+def test_flashinfers_top_k_refuses_both_kinds_of_groups() -> None:
+    by_three = replace(BASE, group_score="topj_sum", group_score_top_j=3)
+    assert limits.top_k_refuses(by_three) == "fused_topk_deepseek ranks groups by the sum of two"
+    per_group = replace(BASE, topk_group=8, select_per_group=True)
+    assert "not the router of fused_topk_deepseek" in str(limits.top_k_refuses(per_group))
+    assert limits.top_k_refuses(replace(by_three, n_group=1, topk_group=1)) is None  # there nothing is ranked
+
+
+def test_the_kinds_in_measured_tables_are_those_of_their_models() -> None:
+    """Byte for byte: a kind that is spelled anew finds no measured time."""
+    folder = resources.files("moegate.choice") / "measured"
+    tables = [read(file) for file in folder.iterdir() if file.name.endswith(".json")]
+    rows = {(row.model, row.shape.router) for table in tables for row in table.rows}
+    assert len({router for _, router in rows}) > 10
+    assert [(model, router) for model, router in rows if router_kind(get_spec(model)) != router] == []
+    assert router_kind(get_spec("deepseek-v3")) == (
+        "scoring_func=sigmoid correction_bias=score n_group=8 topk_group=4 renormalize=True"
+    )
+    assert router_kind(RouterSpec(8, 8, 1, input_norm_eps=1e-6)) == "input_norm"
+    assert router_kind(RouterSpec(8, 8, 1)) == "softmax"
+
+
+def test_a_spec_that_was_written_before_a_field_was_there_still_loads() -> None:
+    newer = ("group_score_top_j", "select_per_group")
+    for spec in (*SPECS.values(), get_spec("deepseek-v3")):
+        text = ops.spec_text(spec)
+        assert ops._spec(text) == spec
+        old = {name: value for name, value in json.loads(text).items() if name not in newer}
+        if not spec.select_per_group and spec.group_score != "topj_sum":
+            assert ops._spec(json.dumps(old)) == spec
+
+
+def test_groups_in_a_phrase() -> None:
+    assert describe(BASE) == "sigmoid + bias, 4 of 8 groups, renorm"
+    assert (
+        describe(replace(BASE, select_per_group=True, topk_group=8)) == "sigmoid + bias, 1 of each of 8 groups, renorm"
+    )
+    by_three = replace(BASE, group_score="topj_sum", group_score_top_j=3)
+    assert describe(by_three) == "sigmoid + bias, 4 of 8 groups by their best 3, renorm"
+
+
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.n_group > 1])
+def test_the_plain_router_chooses_the_same_experts(name: str) -> None:
+    """What is compiled and timed as a peer; on random logits there is hardly a tie for it to break otherwise."""
+    spec = SPECS[name]
+    tensors, logits = tensors_of(spec), random_logits(spec, 50)
+    ids, weights = plain_select(spec, tensors, None)(logits)
+    routing = moegate.select(logits, spec, **select_arguments(spec, tensors, 50))
+    assert ids.equal(routing.topk_ids)
+    torch.testing.assert_close(weights, routing.topk_weights.float(), rtol=1e-5, atol=1e-7)

@@ -214,8 +214,8 @@ def test_missing_bias(checkpoint: Path) -> None:
 
 
 def test_two_tensors_of_one_name(checkpoint: Path) -> None:
-    change_tensors(checkpoint, lambda tensors: tensors.update({"draft." + WEIGHT: tensors[WEIGHT].clone()}))
-    refused(checkpoint, WEIGHT, "draft." + WEIGHT)
+    change_tensors(checkpoint, lambda tensors: tensors.update({"ema." + WEIGHT: tensors[WEIGHT].clone()}))
+    refused(checkpoint, WEIGHT, "ema." + WEIGHT, "tensors=")
 
 
 @pytest.mark.parametrize("part", ["mtp.", "model.mtp.", "talker.model."])

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers_routers import TransformersRouter, as_routing
 
 from moegate import Gate, RouterSpec
-from moegate.catalog.checkpoint import layers_with_gate, tensor_files
+from moegate.catalog.checkpoint import Checkpoint
 from moegate.catalog.model_types import ModelType, model_types
 from moegate.contract import bounds, reference
 from moegate.contract.verify import verify_routing
@@ -100,7 +100,7 @@ def hold(model: PreTrainedModel, folder: Path, excused: float) -> float:
     """Holds every gate of the checkpoint against the model's router; returns the share of rows that differ."""
     input_ids = draw_ids(model)
     seen = run(model, input_ids)
-    assert layers_with_gate(tensor_files(folder), model_types()[model.config.model_type]) == sorted(seen)
+    assert Checkpoint(folder).layers == sorted(seen)
     differ = [hold_layer(model, folder, layer, seen[layer], input_ids.flatten()) for layer in seen]
     share = sum(differ) / (len(differ) * input_ids.numel())
     assert share <= excused
@@ -198,5 +198,6 @@ def as_stored(names: list[Any], place: int, tensor: Tensor) -> tuple[str, Tensor
     entry = names[min(place, len(names) - 1)]
     if isinstance(entry, str):
         return entry, tensor
-    stored = tensor.T.contiguous() if entry["take"] == "transpose" else torch.stack([tensor, -tensor])
+    is_matrix = entry["take"] in ("transpose", "by_shape")
+    stored = tensor.T.contiguous() if is_matrix else torch.stack([tensor, -tensor])
     return entry["name"], stored

@@ -1,49 +1,268 @@
-"""Reads a gate from a local Hugging Face checkpoint: config.json and safetensors."""
+"""Reads gates from a local Hugging Face checkpoint: config.json and safetensors."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moegate.arguments import FLOATS, INTEGERS
+from moegate.arguments import FLOATS
+from moegate.catalog.files import Reader, check_path, explain_no_config, tensor_files
+from moegate.catalog.layer_names import (
+    Found,
+    LayerNames,
+    alternatives,
+    any_type,
+    is_peft,
+    names_of_role,
+    ranges,
+    strays,
+)
 from moegate.catalog.model_types import ModelType
+from moegate.catalog.options import SpecOrChange, check_layer, check_names, check_spec
 from moegate.catalog.parts import routing_config
+from moegate.catalog.stored import ALLOWED, FLOAT8, FLOAT8_SCALES, adapters, block_size, dequantised, format_of, shaped
 from moegate.spec import RouterSpec
+from moegate.warn import warn_once
 
-_INDEX = "model.safetensors.index.json"
-# Parts of a checkpoint that count their layers from 0 again: heads that predict further tokens, a speaking model.
-_BESIDE_THE_MODEL = ("mtp", "talker")
+_NUM_LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 
 
-def read_gate(path: str | os.PathLike[str], layer: int) -> tuple[RouterSpec, dict[str, Tensor]]:
-    """The spec and the tensors of a layer's gate, by their names in `Gate`. See `Gate.from_checkpoint`."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"path: no folder {folder}")
-    if layer < 0:
-        raise ValueError(f"layer = {layer}; allowed: 0 or more")
-    config_file = folder / "config.json"
-    with _naming(config_file):
-        config, model_type = routing_config(folder)
-    files = tensor_files(folder)
-    _check_layer(folder, layer, model_type, files)
-    weight, name = _stored(files, model_type, "weight", layer)
-    config.setdefault("dtype", str(weight.dtype).removeprefix("torch."))
-    with _naming(config_file):
-        spec = RouterSpec.from_config(config, layer=layer)
-    tensors = {"weight": _shaped("weight", weight, name, spec)}
-    for role in _wanted(spec):
-        tensors[role] = _shaped(role, *_stored(files, model_type, role, layer), spec)
-    return spec, tensors
+class Checkpoint:
+    """A local checkpoint: its names are parsed once, and each of its files is opened at most once.
+
+    Args, errors: See `Gate.from_checkpoint`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        spec: SpecOrChange | None = None,
+        tensors: Mapping[str, str] | None = None,
+    ) -> None:
+        self.place = check_path(path)
+        self._folder = self.place if self.place.is_dir() else self.place.parent
+        self._spec = check_spec(spec)
+        self._given = check_names(tensors)
+        self._config, self._model_type = self._routing_config()
+        self._files = tensor_files(self.place)
+        self._names = LayerNames(self._files, self._model_type)
+        self._reader = Reader(self._files)
+        self._unused = set(self._given)
+
+    @property
+    def layers(self) -> list[int]:
+        """The model's layers with a gate. Later ones are heads that predict further tokens."""
+        counts = [self._config[key] for key in _NUM_LAYERS if isinstance(self._config.get(key), int)]
+        gated = self._gated()
+        return [layer for layer in gated if layer < counts[0]] if counts else gated
+
+    def describe_layers(self) -> str:
+        """The layers that may be asked for, for errors."""
+        gated = self._gated()
+        if gated:
+            return f"layers with a router: {ranges(gated)}"
+        names = ", ".join(tail for tail, _ in alternatives(self._model_type, "weight"))
+        beside = ", ".join(sorted(self._names.beside))
+        return f"no layer has a {names}" + (f" (layers of {beside} are not the model's)" if beside else "")
+
+    def check_has_gate(self, layer: int) -> None:
+        """Refuses a layer without a gate."""
+        if "weight" in self._given:  # of a layer that nobody else knows, perhaps
+            return
+        if layer not in self._names.layers or not self._has_gate(layer):
+            raise ValueError(f"layer = {layer}; allowed: {self.describe_layers()}, in {self.place}")
+
+    def read_all(
+        self, layers: Iterable[int] | None = None
+    ) -> Iterator[tuple[int, tuple[RouterSpec, dict[str, Tensor]]]]:
+        """The spec and the tensors of the gates of several layers, by their names in `Gate`; None: of `layers`."""
+        wanted = self.layers if layers is None else sorted({check_layer(layer) for layer in layers})
+        if layers is None and not wanted:
+            raise ValueError(f"path: {self.describe_layers()}, in {self.place}")
+        self._check_given_for(wanted)
+        for layer in wanted:
+            self.check_has_gate(layer)
+        for layer in wanted:
+            yield layer, self._read(layer)
+        if wanted:
+            self._check_all_given_read()
+
+    def _read(self, layer: int) -> tuple[RouterSpec, dict[str, Tensor]]:
+        at = self._weight_of(layer)
+        weight, dtype = self._weight(at, layer)
+        spec = self._spec_of(layer, dtype)
+        weight = weight if spec.weight_dtype == "float32" else weight.to(dtype)
+        tensors = {"weight": shaped("weight", weight, at.name, at.take, spec)}
+        places = {role: self._found(role, layer, at) for role, wanted in _wanted(spec).items() if wanted}
+        for role, found in places.items():
+            tensors[role] = shaped(role, self._reader.read(found.name), found.name, found.take, spec)
+        read = {at.name, *(found.name for found in places.values())}
+        self._refuse_strays(layer, at, read, spec)
+        self._unused -= tensors.keys()
+        if any(map(is_peft, read)):
+            warn_once(f"the gates of {self.place} go by names that PEFT gives to wrapped modules; read as the gates")
+        return spec, tensors
+
+    def _check_all_given_read(self) -> None:
+        """Refuses names for tensors that no gate that was read takes."""
+        if self._unused:
+            raise ValueError(f"tensors: got {', '.join(sorted(self._unused))}; the spec takes no such tensor")
+
+    def _check_given_for(self, layers: list[int]) -> None:
+        """Refuses one and the same tensor for several layers."""
+        for role, name in self._given.items():
+            if len(layers) > 1 and name in self._files:
+                raise ValueError(f"tensors: {role} = {name!r}, for several layers; allowed: {{layer}} in the name")
+
+    def _routing_config(self) -> tuple[dict[str, Any], ModelType]:
+        config_file = self._folder / "config.json"
+        try:
+            with _naming(config_file):
+                return routing_config(self._folder)
+        except ValueError:
+            if isinstance(self._spec, RouterSpec):  # says all that the config would
+                return {}, any_type()
+            explain_no_config(config_file)
+            raise
+
+    def _gated(self) -> list[int]:
+        return [layer for layer in sorted(self._names.layers) if self._has_gate(layer)]
+
+    def _has_gate(self, layer: int) -> bool:
+        if "weight" in self._given:
+            return self._given_tensor("weight", layer) is not None
+        there = self._names.layers[layer]
+        names = [tail for tail, _ in alternatives(self._model_type, "weight")]
+        return any(tail in there for tail in names) or self._other_form(layer) is not None
+
+    def _other_form(self, layer: int) -> tuple[str, str] | None:
+        """The name behind "layers.L." and the format of a gate that is no plain weight."""
+        for tail, _ in alternatives(self._model_type, "weight"):
+            module = tail.removesuffix(".weight")
+            form = format_of(self._names.leaves(layer, module), self._quantization.get("quant_method"))
+            if form is not None:
+                return f"{module}.{form[0]}", form[1]
+        return None
+
+    @cached_property
+    def _quantization(self) -> Mapping[str, Any]:
+        """What config.json says of quantisation, of a composite model at its top."""
+        if not self._config:
+            return {}
+        whole = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
+        found = whole.get("quantization_config") or self._config.get("quantization_config")
+        return found if isinstance(found, Mapping) else {}
+
+    def _weight_of(self, layer: int) -> Found:
+        """Where the weight of the layer's gate is, in a form that can be read."""
+        if "weight" in self._given:
+            return self._found("weight", layer, None)
+        form = self._other_form(layer)
+        if form is not None:
+            raise ValueError(f"path: layer {layer}'s gate is stored as {form[0]} ({form[1]}); allowed: {ALLOWED}")
+        found = self._names.find(layer, "weight", alternatives(self._model_type, "weight"))
+        assert found is not None, layer
+        self._refuse_adapters(layer, found)
+        return found
+
+    def _refuse_adapters(self, layer: int, weight: Found) -> None:
+        assert weight.module is not None
+        found = adapters(self._names.leaves(layer, weight.module))
+        if found:
+            raise ValueError(
+                f"path: layer {layer}'s gate has an adapter, {weight.module}.{found[0]}, that is not merged into its "
+                f'weight; allowed: a merged checkpoint, or tensors={{"weight": {weight.name!r}}} for the weight alone'
+            )
+
+    def _weight(self, at: Found, layer: int) -> tuple[Tensor, torch.dtype]:
+        """The weight as it is stored, in float32 where that is FP8, and the dtype that its gate is to have."""
+        weight = self._reader.read(at.name)
+        start = at.name.removesuffix("weight")
+        scales = [start + leaf for leaf in FLOAT8_SCALES if start + leaf in self._files]
+        if weight.dtype in FLOAT8:
+            return self._dequantised(weight, at, scales)
+        if scales and not scales[0].endswith(".scale"):
+            got = f"{at.name} in {weight.dtype} with {scales[0]}"
+            raise ValueError(f"path: layer {layer}'s gate is stored as {got}; allowed: {ALLOWED}")
+        return weight, weight.dtype
+
+    def _dequantised(self, weight: Tensor, at: Found, scales: list[str]) -> tuple[Tensor, torch.dtype]:
+        """A float8 weight times its scale, and the model's dtype; bfloat16 if the config states none.
+
+        That is the dtype of the gate before it was quantised. float32 would hold the product exactly, at twice the
+        bytes a call; what it would save is far below the error of the float8.
+        """
+        if len(scales) != 1:
+            got = f"{len(scales)} scales" if scales else "no scale"
+            raise ValueError(f"path: {at.name} has dtype {weight.dtype} and {got} beside it; allowed: {ALLOWED}")
+        block = block_size(self._quantization.get("weight_block_size"))
+        exact = dequantised(weight, self._reader.read(scales[0]), (at.name, scales[0]), block)
+        dtype = getattr(torch, str(self._config.get("dtype")), None)
+        return exact, dtype if dtype in FLOATS else torch.bfloat16
+
+    def _found(self, role: str, layer: int, weight: Found | None) -> Found:
+        """Where a tensor of the layer's gate is: what the user named, or the catalog's names for it."""
+        if role in self._given:
+            found = self._given_tensor(role, layer)
+            if found is None:
+                name = self._given[role].replace("{layer}", str(layer))
+                close = difflib.get_close_matches(name, self._names.layers.get(layer, {}).values(), n=2)
+                hint = f"; did you mean {' or '.join(close)}?" if close else ""
+                raise ValueError(f"tensors: {role} = {self._given[role]!r}; the checkpoint has no {name}{hint}")
+            return found
+        module, part = (None, None) if weight is None else (weight.module, weight.part)
+        tails = names_of_role(self._model_type, role, module)
+        found = self._names.find(layer, role, tails, part)
+        if found is None:
+            tried = ", ".join(f"{self._model_type.layers}.{layer}.{tail}" for tail, _ in tails)
+            raise ValueError(f"path: no {role} of layer {layer} in the checkpoint; looked for {tried or 'nothing'}")
+        return found
+
+    def _given_tensor(self, role: str, layer: int) -> Found | None:
+        """The tensor that the user named, by a full name or by what stands behind "layers.L."."""
+        name = self._given[role].replace("{layer}", str(layer))
+        takes = dict(alternatives(self._model_type, role))
+        if name in self._files:
+            part, tail = self._names.place(name)
+            return Found(name, part, tail, None if tail is None else takes.get(tail))
+        return self._names.find(layer, role, [(name, takes.get(name))])
+
+    def _spec_of(self, layer: int, dtype: torch.dtype) -> RouterSpec:
+        if isinstance(self._spec, RouterSpec):
+            return self._spec
+        config = {"dtype": str(dtype).removeprefix("torch."), **self._config}
+        with _naming(self._folder / "config.json"):
+            found = RouterSpec.from_config(config, layer=layer)
+        if self._spec is None:
+            return found
+        changed = self._spec(found)
+        if not isinstance(changed, RouterSpec):
+            raise TypeError(f"spec: got a function that returns {type(changed).__name__}; allowed: a RouterSpec")
+        return changed
+
+    def _refuse_strays(self, layer: int, weight: Found, read: set[str], spec: RouterSpec) -> None:
+        """A bias that the gate does not add, or a scale or table of experts, would have it route as no model does."""
+        unwanted = [role for role, wanted in _wanted(spec).items() if not wanted]
+        tails = strays(self._names.layers.get(layer, {}), weight.module, unwanted)
+        ignored = set(self._model_type.other_tensors)
+        if spec.hash_routing:  # a table leaves a correction bias nothing to choose, and some checkpoints have one
+            ignored.update(tail for tail, _ in alternatives(self._model_type, "e_score_correction_bias"))
+        names = [name for tail in tails if tail not in ignored for name in self._names.names(layer, tail, weight.part)]
+        stray = [name for name in names if name not in read]
+        if stray:
+            raise ValueError(
+                f"path: layer {layer} holds {', '.join(stray)}, which the spec does not take; "
+                "allowed: spec= with one that does"
+            )
 
 
 @contextmanager
@@ -55,49 +274,9 @@ def _naming(file: Path) -> Iterator[None]:
         raise ValueError(str(error) if str(file) in str(error) else f"path: {file}: {error}") from None
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """The safetensors file of each tensor of a checkpoint."""
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(f"path: {index} is no index of a sharded checkpoint: {error!r}") from None
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"path: {index} is no index of a sharded checkpoint: its weight_map names no files")
-        return {name: folder / file for name, file in weight_map.items()}
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise ValueError(f"path: {folder} holds neither {_INDEX} nor a .safetensors file")
-    return {name: shard for shard in shards for name in _names(shard)}
-
-
-def layers_with_gate(files: dict[str, Path], model_type: ModelType) -> list[int]:
-    """The layers whose gate's weight is in the checkpoint."""
-    suffixes = [suffix for suffix, _ in _alternatives(model_type, "weight")]
-    layers = {_layer_of(name, model_type, suffix) for suffix in suffixes for name in files}
-    return sorted(layer for layer in layers if layer is not None)
-
-
-def _layer_of(name: str, model_type: ModelType, suffix: str) -> int | None:
-    """The layer of the tensor "...layers.L.suffix"; None for any other name."""
-    match = re.search(rf"(^|\.){re.escape(model_type.layers)}\.(\d+)\.{re.escape(suffix)}$", name)
-    if match is None or any(part in _BESIDE_THE_MODEL for part in name[: match.start()].split(".")):
-        return None
-    return int(match.group(2))
-
-
-def _check_layer(folder: Path, layer: int, model_type: ModelType, files: dict[str, Path]) -> None:
-    gated = layers_with_gate(files, model_type)
-    if layer not in gated:
-        names = ", ".join(suffix for suffix, _ in _alternatives(model_type, "weight"))
-        allowed = f"layers with a router: {ranges(gated)}" if gated else f"no layer has a {names}"
-        raise ValueError(f"layer = {layer}; allowed: {allowed}, in {folder}")
-
-
-def _wanted(spec: RouterSpec) -> list[str]:
-    """The tensors beside the weight that a gate of this spec has."""
-    wanted = {
+def _wanted(spec: RouterSpec) -> dict[str, bool]:
+    """Which tensors beside the weight a gate of this spec has."""
+    return {
         "bias": spec.linear_bias,
         "e_score_correction_bias": spec.correction_bias is not None,
         "input_scale": spec.input_norm_eps is not None,
@@ -105,84 +284,3 @@ def _wanted(spec: RouterSpec) -> list[str]:
         "global_scale": spec.global_scale,
         "tid2eid": spec.hash_routing,
     }
-    return [role for role, is_wanted in wanted.items() if is_wanted]
-
-
-def _alternatives(model_type: ModelType, role: str) -> list[tuple[str, str | None]]:
-    """The names that a tensor may have behind "layers.L.", each with how to take it."""
-    entries: list[Any] = model_type.tensors.get(role, [])
-    return [(entry, None) if isinstance(entry, str) else (entry["name"], entry.get("take")) for entry in entries]
-
-
-def _stored(files: dict[str, Path], model_type: ModelType, role: str, layer: int) -> tuple[Tensor, str]:
-    """A tensor of the layer as the checkpoint holds it, less what `take` says, and its name there."""
-    tried = []
-    for suffix, take in _alternatives(model_type, role):
-        matches = [name for name in files if _layer_of(name, model_type, suffix) == layer]
-        if len(matches) > 1:
-            raise ValueError(f"path: more than one tensor could be the {role} of layer {layer}: {', '.join(matches)}")
-        if matches:
-            name = matches[0]
-            return _taken(_read(files[name], name), name, take), name
-        tried.append(f"{model_type.layers}.{layer}.{suffix}")
-    raise ValueError(f"path: no {role} of layer {layer} in the checkpoint; looked for {', '.join(tried) or 'nothing'}")
-
-
-def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"path: {file} is not a whole safetensors file: {error}") from None
-
-
-def _read(file: Path, name: str) -> Tensor:
-    if not file.is_file():
-        raise ValueError(f"path: no file {file}, which should hold {name}")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-            return tensor
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"path: cannot read {name} from {file}: {error}") from None
-
-
-def _taken(tensor: Tensor, name: str, take: str | None) -> Tensor:
-    """What a gate takes of a stored tensor."""
-    if take is None:
-        return tensor
-    if tensor.dim() != 2 or len(tensor) == 0:
-        raise ValueError(f"path: {name} has shape {list(tensor.shape)}; allowed: two dimensions, neither of them empty")
-    return tensor.T if take == "transpose" else tensor[0]
-
-
-def _shaped(role: str, tensor: Tensor, name: str, spec: RouterSpec) -> Tensor:
-    """The tensor in the shape and dtype that `Gate` takes."""
-    shape = {
-        "weight": (spec.num_gate_rows, spec.hidden_size),
-        "bias": (spec.num_gate_rows,),
-        "e_score_correction_bias": (spec.num_selectable,),
-        "input_scale": (spec.hidden_size,),
-        "per_expert_scale": (spec.num_experts,),
-        "global_scale": (1,),
-        "tid2eid": (tensor.shape[0] if tensor.dim() else 0, spec.top_k),
-    }[role]
-    if [size for size in tensor.shape if size != 1] != [size for size in shape if size != 1]:
-        raise ValueError(f"path: {name} has shape {list(tensor.shape)}; allowed by config.json: {list(shape)}")
-    dtypes = INTEGERS if role == "tid2eid" else FLOATS
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"path: {name} has dtype {tensor.dtype}; allowed: {', '.join(map(str, dtypes))}")
-    if role == "e_score_correction_bias" or (role == "weight" and spec.weight_dtype == "float32"):
-        tensor = tensor.to(torch.float32)
-    return tensor.reshape(shape).contiguous()
-
-
-def ranges(numbers: list[int]) -> str:
-    """[1, 2, 3, 7] -> "1-3, 7"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

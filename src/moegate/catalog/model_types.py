@@ -30,6 +30,7 @@ class ModelType:
     keys: dict[str, list[str]] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, list[Any]] = field(default_factory=dict)
+    other_tensors: list[str] = field(default_factory=list)
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     ignores: dict[str, str] = field(default_factory=dict)
     differs: dict[str, dict[str, str]] = field(default_factory=dict)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,8 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moegate import catalog
-from moegate.catalog.checkpoint import layers_with_gate, ranges, tensor_files
-from moegate.catalog.parts import routing_config
+from moegate.catalog.checkpoint import Checkpoint
 from moegate.catalog.synthetic import random_gate, random_hidden, random_input_ids
 from moegate.gate import Gate
 from moegate.routing import RouterTensors
@@ -33,6 +37,8 @@ class Job:
     input_ids: Tensor | None
     origin: str
     """Where the numbers come from."""
+    layer: int | None = None
+    """Of a checkpoint."""
 
     @property
     def weight(self) -> Tensor:
@@ -45,40 +51,128 @@ class Job:
         return RouterTensors(*(getattr(self.gate, name) for name in RouterTensors._fields))
 
 
-def load_job(
-    source: str, layer: int | None, hidden_file: Path | None, tokens: int | None, seed: int, device: torch.device
-) -> Job:
-    """The gate of `source` and its inputs, on the device.
+@dataclass(frozen=True)
+class Inputs:
+    """What gates are given: the hidden states of a file, or random ones."""
+
+    file: Path | None
+    tokens: int
+    seed: int
+    device: torch.device
+
+    @property
+    def origin(self) -> str:
+        """Where they come from."""
+        return "random hidden states" if self.file is None else f"hidden states of {self.file}"
+
+    @cached_property
+    def _stored(self) -> dict[str, Tensor]:
+        """What the file holds, read once for all layers."""
+        assert self.file is not None
+        if not self.file.is_file():
+            raise ValueError(f"--hidden: no file {self.file}")
+        try:
+            tensors: dict[str, Tensor] = load_file(self.file)
+            return tensors
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"--hidden: {self.file} is not a whole safetensors file: {error}") from None
+
+    def of(self, gate: Gate) -> tuple[Tensor, Tensor | None]:
+        """The hidden states, and the token ids if the gate needs them."""
+        spec = gate.spec
+        if self.file is not None:
+            hidden, input_ids = _hidden_of(self.file, self._stored, spec.hash_routing)
+            return hidden.to(self.device), None if input_ids is None else input_ids.to(self.device)
+        input_ids = None
+        if spec.hash_routing:
+            input_ids = random_input_ids(self.tokens, self.seed, self.device, len(gate.get_buffer("tid2eid")))
+        return random_hidden(spec, self.tokens, self.seed, self.device), input_ids
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """What `moegate route` runs: a named model, or layers of a checkpoint."""
+
+    title: str
+    """What is routed, for people: "deepseek-v3" or a folder."""
+    layers: list[int]
+    """Of a checkpoint; empty: of a named model."""
+    _load: Callable[[], Iterator[Job]]
+
+    def __iter__(self) -> Iterator[Job]:
+        """The gates with their inputs; one after another, so that only one is in memory."""
+        return self._load()
+
+
+def load_jobs(source: str, layers: str | None, inputs: Inputs, change: Callable[[RouterSpec], RouterSpec]) -> Jobs:
+    """The gates of `source` and their inputs, on the device.
+
+    Args:
+        source: A name, or a checkpoint's path.
+        layers: The text of --layer.
+        inputs: What the gates are given.
+        change: What to make of the specs that are found.
 
     Raises:
-        ValueError: An unknown name, a folder or a file that does not hold what it should, or options
-            that exclude each other.
+        ValueError: Here or while they are loaded: an unknown name, a folder or a file that does not hold what it
+            should, layers that it does not have.
     """
-    if hidden_file is not None and tokens is not None:
-        raise ValueError("--tokens: allowed without --hidden only, which has its own number of tokens")
     folder = _folder(source)
     if folder is None:
-        if layer is not None:
+        if layers is not None:
             raise ValueError("--layer: allowed with a checkpoint folder only; a named model stands for its layers")
-        title, gate = source.lower(), random_gate(_named(source), seed, device)
-        origin = f"random weights, seed {seed}"
-    else:
-        if layer is None:
-            raise ValueError(f"--layer: missing; {_layers(folder)}, in {folder}")
-        title, gate = f"{folder}, layer {layer}", Gate.from_checkpoint(folder, layer, device=device)
-        origin = "weights of the checkpoint"
-    spec = gate.spec
-    if hidden_file is not None:
-        hidden, input_ids = _read_hidden(hidden_file, spec.hash_routing)
-        input_ids = None if input_ids is None else input_ids.to(device)
-        return Job(title, gate, hidden.to(device), input_ids, f"{origin}; hidden states of {hidden_file}")
-    tokens = DEFAULT_TOKENS if tokens is None else tokens
-    input_ids = None
-    if spec.hash_routing:
-        input_ids = random_input_ids(tokens, seed, device, len(gate.get_buffer("tid2eid")))
-    hidden = random_hidden(spec, tokens, seed, device)
-    origin = f"{origin}; random hidden states" + (f", seed {seed}" if folder is not None else "")
-    return Job(title, gate, hidden, input_ids, origin)
+        return Jobs(source.lower(), [], lambda: _named_job(source, inputs, change))
+    if not folder.exists():
+        _check_folder(folder)
+    checkpoint = Checkpoint(folder, change)
+    if layers is None:
+        raise ValueError(f"--layer: missing; all, or {checkpoint.describe_layers()}, in {folder}")
+    wanted = parse_layers(layers, checkpoint)
+    return Jobs(str(folder), wanted, lambda: _jobs_of(checkpoint, wanted, folder, inputs))
+
+
+def _named_job(source: str, inputs: Inputs, change: Callable[[RouterSpec], RouterSpec]) -> Iterator[Job]:
+    gate = random_gate(change(_named(source)), inputs.seed, inputs.device)
+    yield Job(source.lower(), gate, *inputs.of(gate), f"random weights, seed {inputs.seed}; {inputs.origin}")
+
+
+def _jobs_of(checkpoint: Checkpoint, layers: list[int], folder: Path, inputs: Inputs) -> Iterator[Job]:
+    seed = f", seed {inputs.seed}" if inputs.file is None else ""
+    origin = f"weights of the checkpoint; {inputs.origin}{seed}"
+    for layer, (spec, tensors) in checkpoint.read_all(layers):
+        there: dict[str, Any] = {name: tensor.to(inputs.device) for name, tensor in tensors.items()}
+        gate = Gate(spec, **there, frozen=True)
+        yield Job(f"{folder}, layer {layer}", gate, *inputs.of(gate), origin, layer)
+
+
+def parse_layers(text: str, checkpoint: Checkpoint) -> list[int]:
+    """The layers that a text such as 3,5-7 means; all: every one of the checkpoint."""
+    if text == "all":
+        if not checkpoint.layers:
+            raise ValueError(f"--layer: {checkpoint.describe_layers()}, in {checkpoint.place}")
+        return checkpoint.layers
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"--layer: got {text!r}; allowed: all, 3, 3-8, 3,5-7; {checkpoint.describe_layers()}")
+        last = int(match[2] or match[1])
+        checkpoint.check_has_gate(last)  # before so many numbers are made
+        layers.update(range(int(match[1]), last + 1))
+    return sorted(layers)
+
+
+def change_of(logits_dtype: str | None, top_k: int | None) -> Callable[[RouterSpec], RouterSpec]:
+    """What options make of a spec.
+
+    Raises:
+        ValueError: A dtype that logits cannot have.
+    """
+    if logits_dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"--logits-dtype: got {logits_dtype!r}; allowed: float32, bfloat16")
+    given = {"logits_dtype": logits_dtype, "top_k": top_k}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return lambda found: dataclasses.replace(found, **changes)
 
 
 def load_spec(source: str) -> tuple[str, RouterSpec]:
@@ -122,21 +216,8 @@ def _check_folder(folder: Path) -> None:
     raise ValueError(f"no folder {folder}; {hint} is downloaded; `moegate models` lists the names")
 
 
-def _layers(folder: Path) -> str:
-    _check_folder(folder)
-    _, model_type = routing_config(folder)
-    layers = layers_with_gate(tensor_files(folder), model_type)
-    return f"layers with a router: {ranges(layers)}" if layers else "no layer has a router"
-
-
-def _read_hidden(file: Path, needs_ids: bool) -> tuple[Tensor, Tensor | None]:
+def _hidden_of(file: Path, tensors: dict[str, Tensor], needs_ids: bool) -> tuple[Tensor, Tensor | None]:
     """The hidden states of a safetensors file, and the token ids if they are needed."""
-    if not file.is_file():
-        raise ValueError(f"--hidden: no file {file}")
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"--hidden: {file} is not a whole safetensors file: {error}") from None
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()) or "nothing"
     matrices = [tensor for tensor in tensors.values() if tensor.dim() == 2]
     if "hidden" in tensors:

@@ -29,8 +29,12 @@ def need_gpu(what: str) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar on stderr with the time gone and the time left; on no terminal, lines that are printed on it."""
+def progress_bar(first: str | None = "compiling") -> Iterator[Progress]:
+    """A bar on stderr with the time gone and the time left; on no terminal, lines that are printed on it.
+
+    Args:
+        first: The first of these lines, where something takes long before the bar moves.
+    """
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -41,6 +45,6 @@ def progress_bar() -> Iterator[Progress]:
     )
     out = console(stderr=True)
     with Progress(*columns, console=out, speed_estimate_period=120, disable=not out.is_terminal) as bar:
-        if bar.disable:
-            out.print("compiling", style="dim")
+        if bar.disable and first is not None:
+            out.print(first, style="dim")
         yield bar

@@ -18,7 +18,17 @@ def route(
     source: Annotated[
         str, typer.Argument(help="A name of `moegate models`, or a checkpoint folder.", metavar="SOURCE")
     ],
-    layer: Annotated[int | None, typer.Option(help="The layer; needed for a checkpoint folder.", metavar="L")] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="The layer, or layers (3-8, or 3,5-7, or all); needed for a checkpoint folder.", metavar="L"),
+    ] = None,
+    logits_dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or bfloat16: round the logits so, whatever the model does.", metavar="DTYPE"),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Choose so many experts, whatever the model does.", min=1, metavar="K")
+    ] = None,
     hidden: Annotated[
         Path | None,
         typer.Option(
@@ -37,20 +47,29 @@ def route(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; unless given, the GPU if there is one.", metavar="D")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object; for several layers, a list.")] = False,
 ) -> None:
     """Run a model's router: show where tokens go, how exact the logits are, and how long a call takes.
 
     A named model gets random weights of realistic size; a checkpoint folder (config.json and safetensors)
-    its own. Exit status: 1 if the result breaks the contract, 2 for wrong arguments.
+    its own. Several layers get a row each, and their names in --out and an object each in --json.
+    Exit status: 1 if the result breaks the contract, 2 for wrong arguments.
     """
     with errors_in_one_line():
-        from moegate.cli.inputs import load_job
+        from moegate.cli.inputs import DEFAULT_TOKENS, Inputs, change_of, load_jobs
         from moegate.cli.machine import pick_device
+        from moegate.cli.route_layers import route_layers
 
         if out is not None:
             _check_out(out, hidden)
-        job = load_job(source, layer, hidden, tokens, seed, pick_device(device))
+        if hidden is not None and tokens is not None:
+            raise ValueError("--tokens: allowed without --hidden only, which has its own number of tokens")
+        inputs = Inputs(hidden, DEFAULT_TOKENS if tokens is None else tokens, seed, pick_device(device))
+        jobs = load_jobs(source, layer, inputs, change_of(logits_dtype, top_k))
+        if len(jobs.layers) > 1:
+            route_layers(jobs, out, as_json)
+            return
+        (job,) = jobs
         routing = job.gate(job.hidden, input_ids=job.input_ids, return_logits=True)
         if out is not None:
             _write(out, job, routing)

@@ -1,0 +1,167 @@
+"""Which safetensors file of a local checkpoint holds which tensor, and what is in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
+_SHARD = re.compile(r"model-[0-9]+-of-[0-9]+\.safetensors")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_OTHER_FORMATS = {
+    ".bin": "PyTorch",
+    ".pt": "PyTorch",
+    ".pth": "PyTorch",
+    ".gguf": "GGUF",
+    ".npz": "NumPy",
+    ".pdparams": "Paddle",
+    ".h5": "Keras",
+    ".msgpack": "Flax",
+}
+
+
+def check_path(path: object) -> Path:
+    """The path of a checkpoint: a folder, or one safetensors file."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: got {type(path).__name__}; allowed: a str or a path")
+    place = Path(path)
+    if place.is_dir():
+        return place
+    if place.is_file():
+        if place.suffix == ".safetensors":
+            return place
+        raise ValueError(f"path: {place} is no folder; allowed: a checkpoint's folder, or one .safetensors file of it")
+    hint = f"; download it first: `hf download {path}` prints the folder" if _HUB_ID.fullmatch(str(path)) else ""
+    raise ValueError(f"path: no folder {place}{hint}")
+
+
+def explain_no_config(config_file: Path) -> None:
+    """Raises what explains that a folder has no config.json, if anything does."""
+    folder = config_file.parent
+    if config_file.exists():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"path: {folder} holds a PEFT adapter without its model; allowed: the two merged")
+    snapshots = sorted((folder / "snapshots").glob("*/config.json"))
+    if snapshots:
+        raise ValueError(f"path: {folder} is a hub cache, no checkpoint; allowed: {snapshots[-1].parent}")
+
+
+def tensor_files(place: Path) -> dict[str, Path]:
+    """The safetensors file of each tensor of a checkpoint: of a folder, or of one file."""
+    if place.is_file():
+        return dict.fromkeys(_names(place), place)
+    index = place / _INDEX
+    if not index.is_file():
+        return _without_index(place)
+    weight_map = _weight_map(index)
+    files = {entry: place / entry for entry in set(weight_map.values())}
+    if _WHOLE not in files and (place / _WHOLE).is_file():
+        raise ValueError(
+            f"path: {place} holds {_WHOLE}, and {_INDEX} names other files: two checkpoints in one folder; "
+            "allowed: one of them, or the path of the .safetensors file"
+        )
+    return {name: files[entry] for name, entry in weight_map.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor as the index has it: names of files in its own folder."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise ValueError(f"path: {index} is no index of a sharded checkpoint: {error!r}") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(entry, str) for entry in weight_map.values()):
+        raise ValueError(f"path: {index} is no index of a sharded checkpoint: its weight_map names no files")
+    for entry in set(weight_map.values()):
+        if not _stays_inside(entry):
+            raise ValueError(f"path: {index} names the file {entry!r}; allowed: files in its own folder")
+    return weight_map
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is in it twice")
+    return found
+
+
+def _stays_inside(entry: str) -> bool:
+    """Whether the text of an index entry stays in the folder, on Windows, too. Symlinks may leave: hub caches do."""
+    as_windows = PureWindowsPath(entry)  # takes / and \ for separators
+    return bool(as_windows.name) and not as_windows.anchor and ".." not in as_windows.parts and "\0" not in entry
+
+
+def _without_index(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint without an index: model.safetensors, or its shards, or what there is.
+
+    An average of the weights, an adapter or the same model under the names of its authors may lie beside them.
+    """
+    found = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+    chosen = (
+        [file for file in found if file.name == _WHOLE]
+        or [file for file in found if _SHARD.fullmatch(file.name)]
+        or [file for file in found if not file.name.startswith("adapter_")]
+    )
+    if not chosen:
+        raise ValueError(f"path: {folder} holds neither {_INDEX} nor a .safetensors file of a model{_others(folder)}")
+    files: dict[str, Path] = {}
+    for file in chosen:
+        for name in _names(file):
+            if name in files:
+                raise ValueError(
+                    f"path: {name} is in {files[name].name} and in {file.name}, and {folder} has no {_INDEX}; "
+                    "allowed: the path of one .safetensors file"
+                )
+            files[name] = file
+    return files
+
+
+def _others(folder: Path) -> str:
+    """What the folder holds instead, for an error."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _OTHER_FORMATS:
+            return f", but {file.name} ({_OTHER_FORMATS[file.suffix]}); convert it to safetensors first"
+        if file.name.startswith("adapter_") and file.suffix == ".safetensors":
+            return f", but {file.name}; merge the adapter into its model first"
+    return ""
+
+
+def _names(file: Path) -> list[str]:
+    return list(_opened(file).keys())
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path: {file} is not a whole safetensors file: {error}") from None
+
+
+class Reader:
+    """Reads tensors by name, and opens each file once."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+        self._opened: dict[Path, Any] = {}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as it is stored, in memory that is the file's."""
+        file = self._files[name]
+        try:
+            if file not in self._opened:
+                if not file.is_file():
+                    raise ValueError(f"path: no file {file}, which should hold {name}")
+                self._opened[file] = safe_open(file, framework="pt")
+            tensor: Tensor = self._opened[file].get_tensor(name)
+            return tensor
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"path: cannot read {name} from {file}: {error}") from None

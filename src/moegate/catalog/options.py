@@ -1,0 +1,44 @@
+"""What users ask of a checkpoint, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from operator import index
+from typing import Any, SupportsIndex
+
+from moegate.catalog.layer_names import ROLES
+from moegate.spec import RouterSpec
+
+SpecOrChange = RouterSpec | Callable[[RouterSpec], RouterSpec]
+
+
+def check_spec(spec: object) -> Any:
+    """A `SpecOrChange`, or None."""
+    if spec is None or isinstance(spec, RouterSpec) or callable(spec):
+        return spec
+    allowed = "a RouterSpec, or a function from the one that was found to another"
+    raise TypeError(f"spec: got {type(spec).__name__}; allowed: {allowed}")
+
+
+def check_names(tensors: object) -> dict[str, str]:
+    """Names of tensors by role."""
+    if tensors is None:
+        return {}
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"tensors: got {type(tensors).__name__}; allowed: a dict from roles to names")
+    for role, name in tensors.items():
+        if role not in ROLES:
+            raise ValueError(f"tensors: got the role {role!r}; allowed: {', '.join(ROLES)}")
+        if not isinstance(name, str):
+            raise TypeError(f"tensors: {role} = {name!r}; allowed: a str, the name of a tensor")
+    return dict(tensors)
+
+
+def check_layer(layer: object) -> int:
+    """The number of a layer, if it is one."""
+    if isinstance(layer, bool) or not isinstance(layer, SupportsIndex):
+        raise TypeError(f"layer: got {type(layer).__name__}; allowed: an int")
+    number = index(layer)
+    if number < 0:
+        raise ValueError(f"layer = {number}; allowed: 0 or more")
+    return number

@@ -1,0 +1,51 @@
+"""Checkpoints of a few small tensors, written by hand: what no tiny model of Transformers would save."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+EXPERTS, HIDDEN, TOP_K = 16, 64, 4
+GATE = "model.layers.1.mlp.gate."
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": EXPERTS, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": EXPERTS},
+    "deepseek_v3": {"n_routed_experts": EXPERTS, "n_group": 4, "topk_group": 2},
+    "ernie4_5_moe": {"moe_num_experts": EXPERTS, "moe_k": TOP_K},
+    "deepseek_v4": {"n_routed_experts": EXPERTS, "num_hash_layers": 3},
+}
+
+
+def config_of(model_type: str, **more: Any) -> dict[str, Any]:
+    """A config.json with a router of 16 experts for 64 numbers; None leaves a key out."""
+    shared = {"hidden_size": HIDDEN, "num_experts_per_tok": TOP_K, "torch_dtype": "bfloat16"}
+    config = {"model_type": model_type, **shared, **CONFIGS[model_type], **more}
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def write(folder: Path, tensors: dict[str, Tensor], model_type: str = "qwen3_moe", **config: Any) -> Path:
+    """Writes a checkpoint of one file; returns the folder."""
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "config.json").write_text(json.dumps(config_of(model_type, **config)), encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    """Writes the index of a sharded checkpoint."""
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def weight(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A gate's weight."""
+    return torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def bias(seed: int = 0) -> Tensor:
+    """A gate's bias."""
+    return torch.randn(EXPERTS, generator=torch.Generator().manual_seed(100 + seed))

@@ -15,6 +15,7 @@ from routers import SPECS, token_ids
 from torch import Tensor
 
 from moegate import RouterSpec, get_spec
+from moegate.arguments import check_gate
 from moegate.backends.cuda import CudaBackend
 from moegate.backends.cuda.product import product_of, sum_of
 from moegate.backends.cuda.selection import select_dtypes, select_kernels
@@ -58,7 +59,7 @@ def main() -> None:
                 gate = gate_on_gpu(spec, frozen=frozen)
                 for rows in tokens:
                     run(gate, random_hidden(spec, rows))
-            weight, tensors = gate._tensors()
+            weight, tensors = check_gate(gate._given(), spec)
             ids = token_ids(_MORE).cuda() if spec.hash_routing else None
             CudaBackend(MAX_GEMM_TOKENS).route(random_hidden(spec, _MORE), weight, spec, tensors, ids, None)
             logits = torch.randn(_MANY, spec.num_gate_rows, device="cuda", dtype=getattr(torch, spec.logits_dtype))

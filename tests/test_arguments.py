@@ -52,14 +52,16 @@ def route(**changed: Any) -> object:
     return moegate.route(given.pop("hidden"), given.pop("weight"), given.pop("spec"), **given)
 
 
-def gate(**changed: Any) -> object:
+def gate(**changed: Any) -> moegate.Gate:
     given: dict[str, Any] = {"weight": WEIGHT, "spec": SPEC, "e_score_correction_bias": BIAS, **changed}
     given = all_there(given)
     return moegate.Gate(given.pop("spec"), given.pop("weight"), **given)
 
 
 def gate_by_hash(**changed: Any) -> object:
-    return gate(**{"spec": HASH, "e_score_correction_bias": None, "tid2eid": TABLE, **changed})
+    made = gate(**{"spec": HASH, "e_score_correction_bias": None, "tid2eid": TABLE, **changed})
+    made.refresh()  # a table may be a placeholder until then
+    return made
 
 
 def call_gate(**changed: Any) -> object:

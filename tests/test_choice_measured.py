@@ -170,7 +170,7 @@ def test_a_gate_that_is_not_frozen_is_planned_by_its_own_times(
     for frozen, kernel, most in ((True, "router_gemm+select", 128), (False, "cublas+select", 64)):
         gate = Gate(spec, weight, e_score_correction_bias=bias, frozen=frozen)
         assert gate.explain(128).kernel == kernel
-        assert gate._backend.gemm_tokens == most  # type: ignore[attr-defined]
+        assert gate._notice()[0].backend.gemm_tokens == most  # type: ignore[attr-defined]
 
 
 def test_a_time_is_compared_with_a_time_only(shipped: Callable[..., None]) -> None:

@@ -44,7 +44,7 @@ def device() -> torch.device:
 @pytest.mark.parametrize("name", SPECS)
 def test_every_spec_runs_on_the_kernels(name: str, frozen: bool) -> None:
     gate = gate_on_gpu(SPECS[name], frozen=frozen)
-    assert gate._backend.name == "cuda"
+    assert gate._notice()[0].backend.name == "cuda"
     for rows in (0, 1, 3, 64, 65):
         hidden = random_hidden(SPECS[name], rows)
         assert problems_of(run(gate, hidden), hidden, gate.weight, SPECS[name], tensors_of(SPECS[name])) == []
@@ -61,7 +61,7 @@ def test_a_k_that_no_lane_can_load_warns_once_and_works(hidden_size: int) -> Non
         for rows in (0, 1, 17, 65):
             hidden = random_hidden(spec, rows)
             assert problems_of(run(gate, hidden), hidden, gate.weight, spec, tensors_of(spec)) == []
-    assert gate._backend.name == "cuda"
+    assert gate._notice()[0].backend.name == "cuda"
 
 
 @pytest.mark.parametrize("arch", ["compute_80", "compute_90"])
@@ -170,9 +170,10 @@ def test_given_logits_may_start_anywhere(rows: int) -> None:
 def test_a_failed_launch_leaves_the_next_call_right(rows: int) -> None:
     gate, hidden = gate_on_gpu(SPEC), random_hidden(SPEC, rows)
     expected = run(gate, hidden)
-    assert isinstance(gate._prepared, router.CudaRouter)
-    of_selection = next(iter(gate._prepared._select_by_inputs.values())).of_logits
-    of_gemm = next(iter(gate._prepared._gemm_by_dtype.values()))
+    prepared = gate._notice()[0].prepared
+    assert isinstance(prepared, router.CudaRouter)
+    of_selection = next(iter(prepared._select_by_inputs.values())).of_logits
+    of_gemm = next(iter(prepared._gemm_by_dtype.values()))
     for kernel in {of_selection._few[1], *of_gemm._kernels.values()}:
         nothing = kernel._pack.unpack(bytes(kernel._pack.size))
         with pytest.raises(RuntimeError, match="cuLaunchKernelEx: CUDA_ERROR_INVALID"):
@@ -209,7 +210,7 @@ def test_on_another_device() -> None:
         pytest.skip("one CUDA device; this is about a second one")
     expected, _ = routing_on(0)
     routing, gate = routing_on(1)
-    assert gate._backend.name == "cuda"
+    assert gate._notice()[0].backend.name == "cuda"
     for part, other in zip(routing[:3], expected[:3], strict=True):
         assert isinstance(part, Tensor)
         assert isinstance(other, Tensor)

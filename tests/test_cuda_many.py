@@ -25,6 +25,7 @@ from torch import Tensor
 
 import moegate
 from moegate import RouterSpec
+from moegate.arguments import check_gate
 from moegate.backends.cuda import CudaBackend, selection
 from moegate.backends.cuda.product import product_of, sum_of
 from moegate.backends.cuda.router import CudaRouter
@@ -85,8 +86,9 @@ def test_the_contract_is_kept(name: str, rows: int) -> None:
     expected = run(safe, hidden)
     assert problems_of(expected, hidden, safe.weight, spec, tensors_of(spec)) == []
     for gate in (frozen, gate_on_gpu(spec, torch.float32, pdl=False)):
-        assert isinstance(gate._prepared, CudaRouter)
-        assert all(kernels.of_products for kernels in gate._prepared._select_by_inputs.values())
+        prepared = gate._notice()[0].prepared
+        assert isinstance(prepared, CudaRouter)
+        assert all(kernels.of_products for kernels in prepared._select_by_inputs.values())
         assert_same_bits(run(gate, hidden), expected)
     out = copy_of(expected)
     for part in out:
@@ -284,6 +286,6 @@ def test_captured_in_a_graph() -> None:
 
 def test_the_backend_without_a_gate() -> None:
     hidden, gate = random_hidden(MINIMAX, 100), gate_on_gpu(MINIMAX)
-    weight, tensors = gate._tensors()
+    weight, tensors = check_gate(gate._given(), MINIMAX)
     got = CudaBackend().route(hidden, weight, MINIMAX, tensors, None, None)
     assert_same_bits(got, run(gate, hidden))

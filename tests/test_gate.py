@@ -156,8 +156,9 @@ def test_what_load_state_dict_assigns_is_checked() -> None:
     gate.load_state_dict({"weight": gate.weight, "e_score_correction_bias": bias}, assign=True)
     assert gate.e_score_correction_bias is not None
     assert gate.e_score_correction_bias.equal(bias.float())
+    gate.double()  # with the whole model around it, of which an error here would leave half cast
     with pytest.raises(TypeError, match="weight: got dtype float64"):
-        gate.double()
+        gate(HIDDEN)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

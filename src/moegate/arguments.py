@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moegate.plain import can_be_asked
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import MAX_GATE_ROWS, RouterSpec
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LOGITS = (torch.float32, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
+_STRIDED = torch.strided
 
 
 def check_tensor(
@@ -78,17 +80,32 @@ def check_weight(weight: object, spec: RouterSpec) -> Tensor:
     return check_tensor("weight", weight, dtypes, (spec.num_gate_rows, spec.hidden_size))
 
 
+def check_gate(given: Sequence[Tensor | None], spec: RouterSpec) -> tuple[Tensor, RouterTensors]:
+    """Checks the tensors that a gate has by now, its weight first; returns them."""
+    weight = given[0]
+    if spec.weight_dtype == "float32" and isinstance(weight, Tensor) and weight.dtype in FLOATS[1:]:
+        raise TypeError(
+            f"weight: got dtype {_short(weight.dtype)}; allowed: float32, to which the spec pins it. It was cast "
+            "outside of the gate: by FSDP's mixed precision (give the gate a fully_shard of its own, with mp_policy="
+            "MixedPrecisionPolicy(param_dtype=torch.float32)), through another module that has the same Parameter "
+            "(give the gate one of its own), or by an assignment. Then assign or load the float32 values again"
+        )
+    weight, tensors = check_weight(weight, spec), RouterTensors(*given[1:])
+    check_tensors(spec, tensors, weight.device)
+    return weight, tensors
+
+
 def check_hidden(hidden: object, spec: RouterSpec, device: torch.device) -> Tensor:
     """Checks the hidden states."""
     # The usual ones pass at once: this runs in every call.
-    if isinstance(hidden, Tensor) and hidden.dim() == 2 and hidden.dtype in FLOATS:
-        shape = hidden.shape[0], spec.hidden_size
-        if _is_plain(hidden, shape, device):
+    if isinstance(hidden, Tensor) and hidden.dtype in FLOATS and hidden.layout is _STRIDED:
+        shape = hidden.shape
+        if len(shape) == 2 and shape[1] == spec.hidden_size and hidden.device == device and hidden.is_contiguous():
             return hidden
     return check_tensor("hidden", hidden, FLOATS, ("M", spec.hidden_size), device)
 
 
-def _is_plain(tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
+def _is_dense(tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
     return (
         tensor.layout == torch.strided and tensor.shape == shape and tensor.device == device and tensor.is_contiguous()
     )
@@ -141,12 +158,21 @@ def check_input_ids(
     assert tensors.tid2eid is not None
     if len(tensors.tid2eid) == 0:
         raise ValueError("tid2eid: got no rows; allowed: one for each token id")
-    if device.type == "cpu" and num_tokens and not torch.compiler.is_compiling():
+    if num_tokens and can_be_asked(ids):
         low, high, size = int(ids.min()), int(ids.max()), len(tensors.tid2eid)
         if low < 0 or high >= size:
             got = low if low < 0 else high
             raise ValueError(f"input_ids: got {got}; allowed: 0 to {size - 1}, the rows of tid2eid")
     return ids
+
+
+def check_others(
+    input_ids: object, out: object, num_tokens: int, spec: RouterSpec, tensors: RouterTensors, device: torch.device
+) -> None:
+    """Checks what comes with the hidden states in a call of a gate."""
+    check_input_ids(input_ids, spec, tensors, num_tokens, device)
+    if out is not None:
+        check_out(out, spec, num_tokens, device)
 
 
 def check_out(out: object, spec: RouterSpec, num_tokens: int, device: torch.device) -> None:
@@ -170,7 +196,7 @@ def check_out(out: object, spec: RouterSpec, num_tokens: int, device: torch.devi
 
 
 def _check_output(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    if isinstance(value, Tensor) and value.dtype == dtype and _is_plain(value, shape, device):
+    if isinstance(value, Tensor) and value.dtype == dtype and _is_dense(value, shape, device):
         return
     tensor = check_tensor(f"out.{name}", value, (dtype,), shape, device)
     raise ValueError(f"out.{name}: got strides {list(tensor.stride())}; allowed: a contiguous tensor")

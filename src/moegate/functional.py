@@ -8,6 +8,7 @@ from torch import Tensor
 from moegate import arguments
 from moegate.backends import choose
 from moegate.choice.planned import planned
+from moegate.plain import META, are_plain, can_be_asked
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
@@ -36,7 +37,7 @@ def router_gemm(
         ValueError: A shape, stride, device or `out_dtype` that is not allowed.
     """
     arguments.check_gemm(hidden, weight, bias, out_dtype)
-    return choose(hidden.device).router_gemm(hidden, weight, bias, out_dtype)
+    return choose(_place(hidden, weight, bias)).router_gemm(hidden, weight, bias, out_dtype)
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def select(
     )
     arguments.check_tensors(spec, tensors, logits.device, gemm=False)
     _check_hash_routing(input_ids, spec, tensors, len(logits), logits.device)
-    return choose(logits.device, spec).select(logits, spec, tensors, input_ids).without_logits()
+    return choose(_place(logits, *tensors, input_ids), spec).select(logits, spec, tensors, input_ids).without_logits()
 
 
 @torch.no_grad()
@@ -130,9 +131,15 @@ def route(
     arguments.check_tensors(spec, tensors, hidden.device)
     _check_hash_routing(input_ids, spec, tensors, len(hidden), hidden.device)
     bias_dtype = None if bias is None else bias.dtype
-    _, router = planned(hidden.device, spec, weight.dtype, bias_dtype, frozen=False, backend=backend)
+    device = _place(hidden, weight, *tensors, input_ids)
+    _, router = planned(device, spec, weight.dtype, bias_dtype, frozen=False, backend=backend)
     routing = router.route(hidden, weight, spec, tensors, input_ids, None)
     return routing if return_logits else routing.without_logits()
+
+
+def _place(first: Tensor, *others: Tensor | None) -> torch.device:
+    """The device whose backends are asked: META if only PyTorch's operations take these tensors, or take them now."""
+    return first.device if torch.compiler.is_compiling() or are_plain((first, *others)) else META
 
 
 def _check_hash_routing(
@@ -140,5 +147,5 @@ def _check_hash_routing(
 ) -> None:
     """Checks the token ids and, on a CPU, the rows of the table that they name; `Gate` has checked the whole table."""
     ids = arguments.check_input_ids(input_ids, spec, tensors, num_tokens, device)
-    if ids is not None and tensors.tid2eid is not None and device.type == "cpu":
+    if ids is not None and tensors.tid2eid is not None and can_be_asked(ids) and can_be_asked(tensors.tid2eid):
         arguments.check_table(tensors.tid2eid[ids.long()], spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,10 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from moegate import arguments, ops
+from moegate.backends import choose
 from moegate.choice.plan import Explanation, log
-from moegate.choice.planned import planned
+from moegate.noticing import (
+    NAMES,
+    Given,
+    Noted,
+    is_capturing,
+    learned,
+    lock_of,
+    refuse_in_capture,
+    take_note,
+    warn_of_many_refreshes,
+    warn_of_no_grad,
+    widen_correction_bias,
+)
+from moegate.plain import META, are_plain, is_compiling, is_taken_over
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
+from moegate.warn import warn_once
 
 
 class Gate(nn.Module):
@@ -25,9 +41,14 @@ class Gate(nn.Module):
     stay in float32 whatever dtype the module is cast to.
 
     The gate reads the very tensors it was given, so that updates in place take effect. With
-    `frozen=True` it may also keep what it made of them (on a CPU, the weight in the layout of its
-    product): then nobody may change them without calling `refresh()`, which the module's own `to()`
-    and `load_state_dict()` do.
+    `frozen=True` it also keeps what it made of them (on a CPU, the weight in the layout of its product).
+
+    Each call looks at the tensors, however they came to change: an assigned, loaded, moved, pruned or
+    swapped one takes effect at once, and one that does not fit raises what the constructor would. A
+    frozen gate notices writes in place, too, by the tensors' version, and refreshes. What no call can
+    see is a write in place through `.data` or to an inference tensor, which counts no version: after
+    that a frozen gate needs a call of `refresh()`. So does a gate that changed before its calls are
+    captured into a CUDA graph, and a frozen one on a GPU that is called by `torch.compile`'s code.
 
     Args:
         spec: What the router computes. The tensors below must be given just when it asks for them.
@@ -38,8 +59,9 @@ class Gate(nn.Module):
         input_scale: [K], of the input norm.
         per_expert_scale: [num_experts].
         global_scale: [1].
-        tid2eid: [vocabulary, top_k] int32 or int64, the experts of each token id, distinct in a row.
-        frozen: The tensors change only together with a call of `refresh()`.
+        tid2eid: [vocabulary, top_k] int32 or int64, the experts of each token id, distinct in a row. What stands
+            in it must be right at the first call, so that a placeholder may come first.
+        frozen: The tensors seldom change, and never while a call reads them.
         pdl: On a GPU, start before the kernel in front ends (programmatic dependent launch) and wait for
             it just before reading `hidden`. False: start when it has ended.
         backend: "torch", "cuda" or "flashinfer": only this one runs. FlashInfer's kernels do not keep all of
@@ -50,8 +72,7 @@ class Gate(nn.Module):
     Raises:
         TypeError: Not a tensor, or a dtype that is not allowed.
         ValueError: A shape, stride or device that is not allowed, a tensor that the spec does not ask
-            for or one missing, a hash table with an expert out of range or twice in a row; an unknown
-            backend or policy, or a backend that cannot run here.
+            for or one missing; an unknown backend or policy, or a backend that cannot run here.
     """
 
     weight: nn.Parameter
@@ -90,14 +111,17 @@ class Gate(nn.Module):
         self.frozen = frozen
         self.pdl = pdl
         self.backend, self.policy = backend, policy
-        self._spec_text = ops.spec_text(spec)
+        self._noted: Noted | None = None
         self.register_parameter("weight", _parameter(weight))
         for name in ("bias", "input_scale", "per_expert_scale", "global_scale"):
             self.register_parameter(name, _parameter(getattr(tensors, name)))
         self.register_buffer("e_score_correction_bias", e_score_correction_bias)
         self.register_buffer("tid2eid", tid2eid)
         self.register_load_state_dict_post_hook(_refresh_after_load)  # type: ignore[no-untyped-call]
-        self.refresh()
+        if self.weight.device == weight.device:
+            self._take_note(is_loaded=False)
+        else:  # accelerate's init_empty_weights() moved it to meta: this is not the gate yet
+            self._refresh_if_fit()
 
     @classmethod
     def from_checkpoint(
@@ -206,19 +230,48 @@ class Gate(nn.Module):
         Raises:
             TypeError: Not a tensor, or a dtype that is not allowed.
             ValueError: A shape, stride or device that is not allowed; on a CPU, a token id outside
-                the table.
+                the table; a hash table with an expert out of range or twice in a row.
+            RuntimeError: Tensors of the gate changed, and a CUDA graph is being captured.
         """
-        weight, tensors = self._tensors()
-        arguments.check_hidden(hidden, self.spec, weight.device)
-        if input_ids is not None or self.spec.hash_routing:
-            arguments.check_input_ids(input_ids, self.spec, tensors, hidden.shape[0], weight.device)
-        if out is not None:
-            arguments.check_out(out, self.spec, hidden.shape[0], weight.device)
-        if torch.compiler.is_compiling():
-            routing = ops.route(
+        if is_compiling() or (
+            (type(hidden) is not Tensor or input_ids is not None or out is not None or is_taken_over())
+            and not are_plain((hidden, input_ids, *(out if isinstance(out, tuple) else ())))
+        ):
+            routing = self._unlooked(hidden, input_ids, out)
+        else:
+            spec, noted, parameters = self.spec, self._noted, self._parameters
+            if noted is not None and noted.holds(spec, parameters, self._buffers):
+                weight: Tensor | None = parameters["weight"]
+            else:
+                noted, weight = self._notice()
+            assert weight is not None
+            tensors, device = noted.tensors, noted.device
+            arguments.check_hidden(hidden, spec, device)
+            if input_ids is not None or out is not None or spec.hash_routing:
+                arguments.check_others(input_ids, out, hidden.shape[0], spec, tensors, device)
+            had_grad = torch.is_grad_enabled()
+            if had_grad and (hidden.requires_grad or weight.requires_grad or _require_grad(noted.learned)):
+                warn_of_no_grad()
+            try:
+                torch._C._set_grad_enabled(False)  # all that torch.no_grad() comes to, in a tenth of its time
+                routing = noted.backend.route(hidden, weight, spec, tensors, input_ids, noted.prepared, out)
+            finally:
+                torch._C._set_grad_enabled(had_grad)
+        return routing if return_logits else routing.without_logits()
+
+    def _unlooked(self, hidden: Tensor, input_ids: Tensor | None, out: Routing | None) -> Routing:
+        """For compilers, one operator; for wrappers, and what has PyTorch's operations taken over, these operations."""
+        spec, given = self.spec, self._given()
+        weight, tensors = arguments.check_gate(given, spec)
+        arguments.check_hidden(hidden, spec, weight.device)
+        arguments.check_others(input_ids, out, hidden.shape[0], spec, tensors, weight.device)
+        if torch.is_grad_enabled() and _require_grad((hidden, weight, *learned(tensors))):
+            warn_of_no_grad()
+        if is_compiling():
+            return ops.route(
                 hidden.detach(),
                 weight.detach(),
-                self.spec,
+                spec,
                 self._spec_text,
                 tensors.detach(),
                 input_ids,
@@ -227,14 +280,10 @@ class Gate(nn.Module):
                 backend=self.backend,
                 policy=self.policy,
             ).into(out)
-        else:
-            had_grad = torch.is_grad_enabled()
-            try:
-                torch._C._set_grad_enabled(False)  # all that torch.no_grad() comes to, in a tenth of its time
-                routing = self._backend.route(hidden, weight, self.spec, tensors, input_ids, self._prepared, out)
-            finally:
-                torch._C._set_grad_enabled(had_grad)
-        return routing if return_logits else routing.without_logits()
+        if weight.is_cuda and not is_taken_over():
+            warn_once(f"a {type(hidden).__name__} is routed by PyTorch's operations, which are many times slower")
+        with torch.no_grad():
+            return choose(META).route(hidden, weight, spec, tensors, input_ids, None, out)
 
     def warmup(self, *hidden_dtypes: torch.dtype) -> None:
         """Routes one token in each of these dtypes of `hidden`, so that nothing is left to be compiled later.
@@ -250,34 +299,63 @@ class Gate(nn.Module):
         for dtype in hidden_dtypes:
             self(torch.zeros((1, self.spec.hidden_size), dtype=dtype, device=weight.device), input_ids=ids)
 
-    @torch.no_grad()
     def refresh(self) -> None:
-        """Takes note of changed tensors, after an update in place of a frozen gate, and checks them as at first."""
-        bias = self.e_score_correction_bias
-        if bias is not None and bias.dtype in (torch.bfloat16, torch.float16):
-            self.e_score_correction_bias = bias.float()
-        weight, tensors = self._tensors()
-        arguments.check_weight(weight, self.spec)
-        arguments.check_tensors(self.spec, tensors, weight.device)
-        if tensors.tid2eid is not None and not tensors.tid2eid.is_meta:
-            arguments.check_table(tensors.tid2eid, self.spec)
-        before = self.__dict__.get("_plan")
-        self._plan, self._backend = planned(
-            weight.device,
+        """Takes note of changed tensors and checks them: after a change that no call can see, or before a capture.
+
+        Raises:
+            TypeError, ValueError: What the constructor and the calls raise for these tensors.
+            RuntimeError: A CUDA graph is being captured.
+        """
+        with lock_of(self):
+            self._take_note()
+
+    def _refresh_if_fit(self) -> None:
+        """A refresh amid a change of a whole model, of which an error would leave half: that is for the next call."""
+        with contextlib.suppress(TypeError, ValueError), lock_of(self):
+            self._take_note(is_loaded=False)
+
+    def _notice(self) -> tuple[Noted, Tensor | None]:
+        """Refreshes in a call that found other tensors than those noted, once for all threads; with the weight."""
+        with lock_of(self):
+            noted, given = self._noted, self._given()
+            if noted is None:
+                self._take_note()
+            elif not self._holds(noted):
+                alike = noted.with_others_alike(self.spec, given, frozen=self.frozen)
+                if alike is not None:
+                    self._noted = alike
+                    return alike, given[0]
+                if is_capturing(noted.device):
+                    refuse_in_capture(noted.first_change(self.spec, given))
+                in_calls = noted.in_calls + self.frozen
+                warn_of_many_refreshes(in_calls)
+                self._take_note(in_calls=in_calls)
+            assert self._noted is not None
+            return self._noted, self._given()[0]
+
+    def _holds(self, noted: Noted) -> bool:
+        return noted.holds(self.spec, self._parameters, self._buffers)
+
+    @torch.inference_mode(False)  # what is made here outlives the mode
+    @torch.no_grad()
+    def _take_note(self, *, is_loaded: bool = True, in_calls: int = 0) -> None:
+        """See `take_note`; the caller holds the lock."""
+        arguments.check_spec(self.spec)
+        widen_correction_bias(self)
+        before = None if self._noted is None else self._noted.plan
+        self._noted = take_note(
             self.spec,
-            weight.dtype,
-            None if tensors.bias is None else tensors.bias.dtype,
+            self._given(),
             frozen=self.frozen,
-            policy=self.policy,
+            pdl=self.pdl,
             backend=self.backend,
+            policy=self.policy,
+            is_loaded=is_loaded,
+            in_calls=in_calls,
         )
-        if self._plan is not before:
-            log(self._plan)
-        if self.frozen and weight.is_cuda:
-            # Calls load a frozen weight without a wait for the kernel in front. What is enqueued here starts when all
-            # before it has ended, whoever wrote the weight among it, and ends before a call starts.
-            torch.zeros(1, device=weight.device)
-        self._prepared = self._backend.prepare(weight.detach(), self.spec, tensors, frozen=self.frozen, pdl=self.pdl)
+        self._spec_text = ops.spec_text(self.spec)
+        if self._noted.plan is not before:
+            log(self._noted.plan)
 
     def explain(self, num_tokens: int) -> Explanation:
         """Which kernels run for so many tokens, the time to expect, on what evidence, and why no others.
@@ -289,46 +367,42 @@ class Gate(nn.Module):
             TypeError: Not an int.
             ValueError: A negative number; or the gate's `backend` cannot route so many.
         """
-        return self._plan.explain(num_tokens)
+        with lock_of(self):
+            if self._noted is None or not self._holds(self._noted):
+                self._take_note(is_loaded=False)
+            assert self._noted is not None
+            return self._noted.plan.explain(num_tokens)
 
     def extra_repr(self) -> str:
         """What the router computes, in a line."""
         spec = self.spec
         size = f"hidden_size={spec.hidden_size}, num_experts={spec.num_experts}, top_k={spec.top_k}"
-        return f"{size}, scoring_func={spec.scoring_func!r}, backend={self._backend.name!r}, frozen={self.frozen}"
+        backend = None if self._noted is None else self._noted.backend.name
+        return f"{size}, scoring_func={spec.scoring_func!r}, backend={backend!r}, frozen={self.frozen}"
 
-    def _tensors(self) -> tuple[Tensor, RouterTensors]:
-        parameters, buffers = self._parameters, self._buffers  # nn.Module's own attribute look-up is slow
-        weight = parameters["weight"]
-        assert weight is not None
-        return weight, RouterTensors(
-            parameters["bias"],
-            buffers["e_score_correction_bias"],
-            parameters["input_scale"],
-            parameters["per_expert_scale"],
-            parameters["global_scale"],
-            buffers["tid2eid"],
-        )
+    def _given(self) -> Given:
+        # By name: torch.nn.utils.parametrize and prune take a tensor out of `_parameters` and compute it.
+        return tuple(getattr(self, name, None) for name in NAMES)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         """Moves and casts like any module, less the casts that would change the choice of experts."""
         pinned = ["e_score_correction_bias"] + ["weight"] * (self.spec.weight_dtype == "float32")
-        before = {name: tensor.detach() for name in pinned if (tensor := getattr(self, name)) is not None}
+        before = {name: tensor.detach() for name in pinned if (tensor := getattr(self, name, None)) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
             now = getattr(self, name)
             if now.dtype != torch.float32:
                 now.data = tensor.to(now.device)
-        self.refresh()
+        self._refresh_if_fit()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # What was prepared may be in a layout that nothing can copy, and a plan is of its machine; they are made again.
-        return {**self.__dict__, "_prepared": None, "_backend": None, "_plan": None}
+        return {**self.__dict__, "_noted": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.refresh()
+        self._refresh_if_fit()
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
@@ -338,4 +412,11 @@ def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
 
 
 def _refresh_after_load(gate: Gate, incompatible_keys: object) -> None:
-    gate.refresh()
+    gate._refresh_if_fit()
+
+
+def _require_grad(tensors: tuple[Tensor, ...]) -> bool:
+    for tensor in tensors:  # noqa: SIM110 # a loop, not any(): this runs in every call with autograd
+        if tensor.requires_grad:
+            return True
+    return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class RouterTensors(NamedTuple):
@@ -47,7 +48,8 @@ class Routing(NamedTuple):
 
     def without_logits(self) -> Routing:
         """The same, less the logits."""
-        return Routing(self.topk_ids, self.topk_weights, None, self.shared_weights, self.identity_weight)
+        ids, weights, _, shared, identity = self
+        return tuple.__new__(Routing, (ids, weights, None, shared, identity))  # in half of the time of Routing(...)
 
     def into(self, out: Routing | None) -> Routing:
         """The same in the tensors of `out`, which has all that this has but perhaps the logits; None: as it is."""
@@ -57,3 +59,7 @@ class Routing(NamedTuple):
             if mine is not None and theirs is not None:
                 theirs.copy_(mine)
         return out if out.logits is not None else out._replace(logits=self.logits)
+
+
+# PyTorch takes any namedtuple apart; `torch.export.save` also asks for a name to find the class by.
+pytree._register_namedtuple(Routing, serialized_type_name="moegate.Routing")

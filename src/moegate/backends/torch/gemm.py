@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moegate.backends.torch.prepared import PreparedWeight
+from moegate.plain import are_plain
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
 
@@ -20,7 +21,7 @@ def router_gemm(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, prepared: PreparedWeight | None = None
 ) -> Tensor:
     """[M, K] x [R, K] (+ [R]) -> logits [M, R], accumulated in float32 and rounded at most once."""
-    if hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32:
+    if hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32 and are_plain((hidden, weight)):
         logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         return (logits if bias is None else logits + bias.float()).to(out_dtype)
     dtype = product_dtype(hidden.dtype, weight.dtype, out_dtype) if hidden.is_cpu else torch.float32

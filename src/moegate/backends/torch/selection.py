@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moegate.backends.torch.top_k import top_k, top_k_of_few, top_k_per_group
 from moegate.contract.limits import FLOAT32_MAX, least_sum
+from moegate.plain import can_be_asked
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
@@ -20,7 +21,7 @@ _FEW_ROWS = 16
 
 def select(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
     """Logits [M, R], float32 or bfloat16, to the routing, which carries them."""
-    if logits.is_cpu and logits.shape[0] <= _FEW_ROWS and not torch.compiler.is_compiling():
+    if can_be_asked(logits) and logits.shape[0] <= _FEW_ROWS:
         routing = _select_few_plain_rows(logits, spec, tensors)
         if routing is not None:
             return routing
@@ -50,19 +51,23 @@ def select(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: 
 def _known_finite(logits: Tensor) -> bool:
     """True if there is surely no NaN and no infinity among the logits, so that no row is special.
 
-    A finite sum proves it. Only a CPU can be asked: elsewhere the answer is a wait, in a graph a break.
+    A finite sum proves it.
     """
-    return logits.is_cpu and not torch.compiler.is_compiling() and math.isfinite(logits.sum())
+    return can_be_asked(logits) and _has_finite_sum(logits)
+
+
+def _has_finite_sum(logits: Tensor) -> bool:
+    return math.isfinite(logits.sum())
 
 
 def _select_few_plain_rows(logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Routing | None:
-    """The same for a few rows without NaN or infinities; None if there may be any."""
+    """The same for a few rows, which can be asked, without NaN or infinities; None if there may be any."""
     if spec.hash_routing or spec.num_shared_gates:
         return None
     wide = logits if spec.selects_on_logits else logits.float()
     keys, scores = _choice_keys(wide, spec, tensors)
-    # Of the keys too: they have the bias in them, which may switch experts off with -inf.
-    if not _known_finite(wide) or not (keys is wide or _known_finite(keys)):
+    # Of the keys too: they have the bias in them, which may switch experts off with -inf, or be a wrapper.
+    if not _has_finite_sum(wide) or not (keys is wide or (type(keys) is Tensor and _has_finite_sum(keys))):
         return None
     coarse = wide.dtype == torch.bfloat16
     if spec.select_per_group:
@@ -124,7 +129,9 @@ def _mask_groups(keys: Tensor, spec: RouterSpec) -> Tensor:
         group_scores = reduce(torch.add, grouped.topk(spec.num_group_score_keys, dim=-1).values.unbind(dim=-1))
     # A stable sort gives equal groups in the order of their ids; there are few groups.
     order = group_scores.sort(dim=-1, descending=True, stable=True).indices
-    dropped = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, order[:, spec.topk_group :], True)
+    dropped = torch.zeros_like(group_scores, dtype=torch.bool).scatter(
+        1, order[:, spec.topk_group :], 1
+    )  # jit takes no True
     return grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(1)
 
 
@@ -187,7 +194,7 @@ def _weights(
 
 def _softmax_of_few(logits: Tensor) -> Tensor:
     """A softmax over a short last dimension; a CPU's own has a cost for each row, which tells when they are many."""
-    if not logits.is_cpu or logits.shape[0] <= _FEW_ROWS:
+    if not can_be_asked(logits) or logits.shape[0] <= _FEW_ROWS:
         return torch.softmax(logits, dim=-1)
     weights = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
     return weights.div_(weights.sum(dim=-1, keepdim=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moegate.plain import can_be_asked
 from moegate.spec import MAX_GATE_ROWS
 
 
@@ -13,7 +14,7 @@ def top_k(keys: Tensor, k: int, *, coarse: bool) -> Tensor:
 
     `coarse` says that every key is a bfloat16 value (or -inf), which leaves room for the id in 32 bits.
     """
-    if keys.is_cpu:
+    if can_be_asked(keys):  # which wrappers cannot, nor mix with the plain tensor of `_distinct`
         # On many rows a CPU sorts far longer than it looks for the k best of distinct integers.
         return _distinct(keys, coarse).topk(k, dim=-1).indices
     return keys.sort(dim=-1, descending=True, stable=True).indices[:, :k]

@@ -1,0 +1,296 @@
+"""What a gate took note of, and whether its tensors still are what it saw: the look of every call."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from moegate import arguments
+from moegate.backends.base import Router
+from moegate.choice.plan import BACKEND_NAMES, Plan
+from moegate.choice.planned import planned
+from moegate.plain import META, are_plain, is_plain
+from moegate.routing import RouterTensors
+from moegate.spec import RouterSpec
+from moegate.warn import warn_once
+
+NAMES = ("weight", *RouterTensors._fields)
+Given = tuple[Tensor | None, ...]
+"""A gate's tensors, in the order of `NAMES`."""
+
+_KINDS = (Tensor, nn.Parameter)
+# Refreshes in calls, after which a frozen gate is called slow.
+_MANY_REFRESHES = 16
+
+# Dtype, shape, strides (None: contiguous), device.
+_Form = tuple[torch.dtype, torch.Size, "tuple[int, ...] | None", torch.device]
+_Holder = Mapping[str, Any]
+# A tensor, its address, version (None: not looked at), dtype, shape and strides; plain, for every call takes it apart.
+_Seen = tuple[Tensor, int, "int | None", torch.dtype, torch.Size, "tuple[int, ...] | None"]
+
+
+def _form(tensor: Tensor | None) -> _Form | None:
+    if tensor is None:
+        return None
+    return tensor.dtype, tensor.shape, None if tensor.is_contiguous() else tensor.stride(), tensor.device
+
+
+def _seen(tensor: Tensor, *, values_count: bool) -> _Seen:
+    # An inference tensor counts no writes.
+    version = tensor._version if values_count and not tensor.is_inference() else None
+    strides = None if tensor.is_contiguous() else tensor.stride()
+    return tensor, tensor.data_ptr(), version, tensor.dtype, tensor.shape, strides
+
+
+class Noted(NamedTuple):
+    """What one refresh found and made; never changed, so that a call in another thread has all of it or none."""
+
+    spec: RouterSpec | None
+    """None: nothing to rely on, so that the next call refreshes."""
+    own: Given
+    """The tensors; None for the weight of a gate that is not frozen, which may be any that is alike."""
+    forms: tuple[_Form | None, ...]
+    seen: tuple[_Seen, ...]
+    """Those of `own`."""
+    holds: Callable[[RouterSpec, _Holder, _Holder], bool]
+    """Whether a gate's spec, parameters and buffers are as they were noted: see `_look`."""
+    kept: tuple[Tensor, ...]
+    """Views of a frozen gate's tensors, which keep their memory: no other tensor comes to lie in the same place."""
+    device: torch.device
+    tensors: RouterTensors
+    learned: tuple[Tensor, ...]
+    """Those among them that training would change."""
+    plan: Plan
+    backend: Router
+    prepared: object | None
+    in_calls: int
+    """How many refreshes of this gate were made because a call found other tensors."""
+
+    def with_others_alike(self, spec: RouterSpec, given: Given, *, frozen: bool) -> Noted | None:
+        """The same for other tensors of a gate that is not frozen, if a refresh would make nothing new of them."""
+        is_same = spec is self.spec and not frozen and not spec.hash_routing and are_plain(given)
+        if not is_same or any(tensor is not None and not isinstance(tensor, Tensor) for tensor in given):
+            return None
+        if tuple(_form(tensor) for tensor in given) != self.forms:
+            return None
+        tensors = RouterTensors(*given[1:])
+        own, seen = (None, *tensors), tuple(_seen(part, values_count=False) for part in tensors if part is not None)
+        holds = _look(spec, own, self.forms[0], seen)
+        return self._replace(own=own, seen=seen, holds=holds, tensors=tensors, learned=learned(tensors))
+
+    def first_change(self, spec: RouterSpec, given: Given) -> str:
+        """The name of what is not as it was noted; "gate", if it is not one of the tensors."""
+        if spec is self.spec:
+            stale = [
+                tensor
+                for tensor, place, version, *_ in self.seen
+                if tensor.data_ptr() != place or (version is not None and tensor._version != version)
+            ]
+            for name, tensor, own, form in zip(NAMES, given, self.own, self.forms, strict=True):
+                is_other = (own is not None and tensor is not own) or not isinstance(tensor, Tensor | None)
+                if is_other or _form(tensor) != form or any(tensor is one for one in stale):
+                    return name
+        return "gate"
+
+
+def _look(
+    spec: RouterSpec | None, own: Given, form: _Form | None, seen: tuple[_Seen, ...]
+) -> Callable[[RouterSpec, _Holder, _Holder], bool]:
+    """The look of every call, a function of its own so that nothing has to be looked up; `form` is the weight's."""
+    own_weight, bias, correction, input_scale, expert_scale, global_scale, table = own
+    dtype, shape, strides, device = form or (None,) * 4
+
+    def is_alike(weight: Any) -> bool:
+        if type(weight) not in _KINDS and not (isinstance(weight, Tensor) and is_plain(weight)):
+            return False
+        if weight.dtype is not dtype or weight.shape != shape or weight.device != device:
+            return False
+        return weight.is_contiguous() if strides is None else weight.stride() == strides  # type: ignore[no-any-return]
+
+    def holds(now: RouterSpec, parameters: _Holder, buffers: _Holder) -> bool:
+        try:
+            if (
+                now is not spec
+                or parameters["bias"] is not bias
+                or buffers["e_score_correction_bias"] is not correction
+                or parameters["input_scale"] is not input_scale
+                or parameters["per_expert_scale"] is not expert_scale
+                or parameters["global_scale"] is not global_scale
+                or buffers["tid2eid"] is not table
+            ):
+                return False
+            weight = parameters["weight"]
+        except KeyError:
+            return False
+        if not is_alike(weight) if own_weight is None else weight is not own_weight:
+            return False
+        for tensor, place, version, dtype, shape, strides in seen:
+            if tensor.data_ptr() != place or (version is not None and tensor._version != version):
+                return False
+            if tensor.dtype is not dtype or tensor.shape != shape:
+                return False
+            if not (tensor.is_contiguous() if strides is None else tensor.stride() == strides):
+                return False
+        return True
+
+    return holds
+
+
+def learned(tensors: RouterTensors) -> tuple[Tensor, ...]:
+    """The small tensors that are a gate's parameters."""
+    correction = tensors.e_score_correction_bias
+    others = tensors.bias, tensors.input_scale, tensors.per_expert_scale, tensors.global_scale
+    found = (*others, correction if isinstance(correction, nn.Parameter) else None)
+    return tuple(tensor for tensor in found if tensor is not None)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """True if what is enqueued on the device goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_in_capture(name: str) -> NoReturn:
+    """A refresh allocates, compiles and waits, none of which a CUDA graph can hold.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    raise RuntimeError(
+        f"{name}: not what the gate last took note of, and it cannot do so while a CUDA graph is captured; "
+        "call gate.refresh() before the capture"
+    )
+
+
+def warn_of_many_refreshes(in_calls: int) -> None:
+    """Says once that a gate is frozen in name only."""
+    if in_calls == _MANY_REFRESHES:
+        warn_once(
+            f"{_MANY_REFRESHES} calls found the tensors of a frozen gate changed, and each made a refresh; "
+            "Gate(..., frozen=False) reads them anew in each call, which is faster"
+        )
+
+
+def take_note(
+    spec: RouterSpec,
+    given: Given,
+    *,
+    frozen: bool,
+    pdl: bool,
+    backend: str | None,
+    policy: str,
+    is_loaded: bool,
+    in_calls: int,
+) -> Noted:
+    """Checks a gate's tensors as at first, plans for them, and prepares what pays to be made once.
+
+    `is_loaded`: What stands in a hash table must be right. Else a wrong one, which may be a placeholder, is left to
+    the next call, which takes note again. `in_calls` is of `Noted`, the others are the gate's.
+
+    Raises:
+        TypeError: See `Gate`.
+        ValueError: See `Gate`.
+        RuntimeError: A CUDA graph is being captured.
+    """
+    weight, tensors = arguments.check_gate(given, spec)
+    are_all_plain = are_plain(given)
+    is_here = are_all_plain and not weight.is_meta
+    if is_here and is_capturing(weight.device):
+        refuse_in_capture("gate")
+    is_final = are_all_plain and (weight.is_meta or _has_table(tensors, spec, is_loaded=is_loaded))
+    plan, router = planned(
+        weight.device if are_all_plain else META,
+        spec,
+        weight.dtype,
+        None if tensors.bias is None else tensors.bias.dtype,
+        frozen=frozen,
+        policy=policy,
+        # Where the tensors are not yet, a backend that runs where they will be is not asked for.
+        backend=backend if is_here or backend not in BACKEND_NAMES else None,
+    )
+    keeps = frozen and is_here
+    if keeps and weight.is_cuda:
+        # Calls load a frozen weight without a wait for the kernel in front. What is enqueued here starts when all
+        # before it has ended, whoever wrote the weight among it, and ends before a call starts.
+        torch.zeros(1, device=weight.device)
+    is_noted = [
+        tensor is not None and are_all_plain and (keeps or name != "weight")
+        for name, tensor in zip(NAMES, given, strict=True)
+    ]
+    own = tuple(tensor if noted else None for tensor, noted in zip(given, is_noted, strict=True))
+    forms = tuple(map(_form, given))
+    seen = tuple(_seen(part, values_count=keeps or part is tensors.tid2eid) for part in own if part is not None)
+    final_spec = spec if is_final else None
+    return Noted(
+        final_spec,
+        own,
+        forms,
+        seen,
+        _look(final_spec, own, forms[0], seen),
+        tuple(tensor.detach() for tensor in own if tensor is not None and keeps),
+        weight.device,
+        tensors,
+        learned(tensors),
+        plan,
+        router,
+        router.prepare(weight.detach(), spec, tensors, frozen=frozen, pdl=pdl) if is_here else None,
+        in_calls,
+    )
+
+
+def _has_table(tensors: RouterTensors, spec: RouterSpec, *, is_loaded: bool) -> bool:
+    """True if what stands in the hash table is right, or there is none; False if it may still be loaded.
+
+    Raises:
+        ValueError: It is wrong, and is_loaded.
+    """
+    if tensors.tid2eid is None:
+        return True
+    try:
+        arguments.check_table(tensors.tid2eid, spec)
+    except ValueError:
+        if is_loaded:
+            raise
+        return False
+    return True
+
+
+def widen_correction_bias(gate: nn.Module) -> None:
+    """Puts a float32 copy in the place of a gate's correction bias in half precision."""
+    name = "e_score_correction_bias"
+    bias = getattr(gate, name, None)
+    if not isinstance(bias, Tensor) or bias.dtype not in (torch.bfloat16, torch.float16):
+        return
+    wide: Tensor = bias.detach().float()
+    if isinstance(bias, nn.Parameter):
+        wide = nn.Parameter(wide, requires_grad=bias.requires_grad)
+    holders: tuple[dict[str, Any], ...] = (gate._parameters, gate._buffers, gate.__dict__)
+    for holder in holders:
+        if name in holder:
+            holder[name] = wide
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # a lock can be neither copied nor pickled
+
+
+def lock_of(gate: nn.Module) -> threading.RLock:
+    """The lock under which a gate takes note."""
+    return _locks.setdefault(gate, threading.RLock())
+
+
+if hasattr(os, "register_at_fork"):  # in the child, a lock that another thread held would be held for ever
+    os.register_at_fork(after_in_child=_locks.clear)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compilers run it as it is
+def warn_of_no_grad() -> None:
+    """Says once that training goes around a router; in compiled code, when it is compiled."""
+    warn_once(
+        "no gradient flows through a routing, neither to hidden nor to the gate's parameters, of which one requires "
+        "it here: their grad stays as it is. Call the gate under torch.no_grad() if none is wanted"
+    )

@@ -148,7 +148,7 @@ def test_index_that_is_no_text(sharded: Path) -> None:
 
 CONFIGS: dict[str, tuple[Break, str]] = {
     "missing": (lambda path: path.unlink(), "no file"),
-    "a folder": (lambda path: path.rename(path.with_suffix("")).with_suffix(".json").mkdir(), "cannot read"),
+    "a folder": (lambda path: path.rename(path.with_suffix("")).with_suffix(".json").mkdir(), "Is a directory"),
     "empty": (lambda path: path.write_text(""), "not JSON"),
     "no JSON": (lambda path: path.write_text("{'model_type': 'mixtral'}"), "not JSON"),
     "no text": (lambda path: path.write_bytes(b"\xff\xfe"), "not JSON"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from moegate.catalog.model_types import ModelType
 from moegate.catalog.options import SpecOrChange, check_layer, check_names, check_spec
 from moegate.catalog.parts import routing_config
 from moegate.catalog.stored import ALLOWED, FLOAT8, FLOAT8_SCALES, adapters, block_size, dequantised, format_of, shaped
+from moegate.json_file import read_json
 from moegate.spec import RouterSpec
 from moegate.warn import warn_once
 
@@ -158,7 +158,7 @@ class Checkpoint:
         """What config.json says of quantisation, of a composite model at its top."""
         if not self._config:
             return {}
-        whole = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
+        whole = read_json(self._folder / "config.json", "path:")
         found = whole.get("quantization_config") or self._config.get("quantization_config")
         return found if isinstance(found, Mapping) else {}
 

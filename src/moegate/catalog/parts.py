@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from moegate.catalog.model_types import (
     type_of_architecture,
     wrappers,
 )
+from moegate.json_file import read_json
 
 # Where composite models keep the config of the part that routes.
 _NESTED = ("text_config", "thinker_config", "language_config", "llm_config")
@@ -120,14 +120,9 @@ def _as_dict(config: object) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"config: no file {path}") from None
-    except OSError as error:
-        raise ValueError(f"config: cannot read {path}: {error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: {path} is not JSON: {error}") from None
+    if not os.path.lexists(path):
+        raise ValueError(f"config: no file {path}")
+    loaded = read_json(path, "config:")
     if not isinstance(loaded, dict):
         raise ValueError(f"config: {path} holds a {type(loaded).__name__}, not an object")
     return loaded

@@ -10,6 +10,7 @@ import torch
 
 from moegate.backends.cuda.tiling import ROWS_OF_TILE
 from moegate.choice.candidates import CUBLAS, ROUTER_GEMM, plain_product
+from moegate.choice.chips import most_bandwidth
 from moegate.choice.facts import Facts, Machine
 from moegate.choice.tables import Shape, Table, shape_of, table_for
 
@@ -41,6 +42,28 @@ def expected(facts: Facts, key: str, num_tokens: int) -> Cost | None:
     if found.is_inferred:
         return Cost(round(us, 3), f"inferred from {gpu.name} (sm_{gpu.sm}): {what} there")
     return Cost(round(us, 3), f"{what} on {'this ' * found.table.is_own}{gpu.name}")
+
+
+def at_least_floor(facts: Facts, cost: Cost, num_tokens: int) -> Cost:
+    """A cost as it is told: what another GPU's times let expect, but no less than this one takes to read its inputs.
+
+    The floor reads the weight and the hidden states once, from memory; a chip in whose cache they lie may be faster. A
+    chip that is known by its architecture alone is taken for the one with the most bandwidth. Plans compare times
+    without it.
+    """
+    machine, found = facts.machine, table_for(facts.machine)
+    if num_tokens == 0 or not found.is_inferred or machine.capability is None:
+        return cost
+    bandwidth = machine.bandwidth or most_bandwidth(machine.capability)
+    if bandwidth is None:
+        return cost
+    spec = facts.spec
+    read = spec.hidden_size * (spec.num_gate_rows * facts.weight.itemsize + num_tokens * facts.hidden.itemsize)
+    us = read / (bandwidth * 1e3)
+    if cost.us >= us:
+        return cost
+    floor = f"no less than reading {read / 1e6:.1f} MB, weight and hidden states, from memory at {bandwidth:g} GB/s"
+    return Cost(round(us, 3), f"{floor}; {cost.evidence}, {cost.us:.2f} us")
 
 
 class Neighbour(NamedTuple):

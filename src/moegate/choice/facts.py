@@ -11,6 +11,7 @@ from packaging.version import InvalidVersion, Version
 
 from moegate.backends.cuda import jit
 from moegate.backends.flashinfer import limits
+from moegate.choice.chips import chip
 from moegate.spec import RouterSpec
 
 _DESCRIBED = re.compile(r"sm_(\d{1,2})(\d)[af]?")
@@ -63,6 +64,8 @@ class Facts:
 @cache
 def machine_of(device: torch.device) -> Machine:
     """The machine around a device that is here."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        return Machine("an AMD GPU", device=device)
     if device.type != "cuda" or torch.version.cuda is None:
         return Machine(device.type, device=device)
     properties = torch.cuda.get_device_properties(device)
@@ -79,7 +82,13 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def described_machine(text: str) -> Machine | None:
-    """A GPU by its architecture, such as "sm_103", with everything compiled that is installed; None: no such GPU."""
+    """A GPU by its architecture, such as "sm_103", or its name, such as "RTX 5090"; None: no such GPU.
+
+    Everything that is installed can be compiled for it.
+    """
+    named = chip(text)
+    if named is not None:
+        return Machine(f"NVIDIA {named.name}", named.capability, named.num_sms, named.bandwidth)
     found = _DESCRIBED.fullmatch(text.strip().lower())
     if found is None or int(found[1] + found[2]) not in CHIPS:
         return None

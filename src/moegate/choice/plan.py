@@ -49,7 +49,8 @@ class Explanation:
     kernel: str
     why: str
     expected_us: float | None
-    """Microseconds in a CUDA graph behind a predecessor; None: no measurement says anything about it."""
+    """Microseconds in a CUDA graph behind a predecessor; None: no measurement says anything about it. A time that was
+    inferred from another GPU is no less than this one takes to read the weight and the hidden states."""
     evidence: str
     rejected: tuple[Rejected, ...]
     notes: tuple[str, ...]
@@ -144,14 +145,15 @@ class Plan:
         differs = choice.candidate.backend == "cuda" and not self.facts.frozen
         if cost is not None and differs and not costs.tells_of_not_frozen(self.facts.machine, key):
             notes.append("the times are a frozen gate's; this one is not frozen")
+        told = None if cost is None else costs.at_least_floor(self.facts, cost, num_tokens)
         others = [candidate for candidate in CANDIDATES if candidate is not choice.candidate]
         return Explanation(
             num_tokens,
             choice.candidate.backend,
             choice.candidate.kernel_of(self.facts),
             choice.why,
-            None if cost is None else cost.us,
-            "nothing measured says anything about it" if cost is None else cost.evidence,
+            None if told is None else told.us,
+            "nothing measured says anything about it" if told is None else told.evidence,
             tuple(self._rejected(candidate, num_tokens, cost) for candidate in others),
             (*notes, *table_for(self.facts.machine).problems),
         )
@@ -176,7 +178,7 @@ class Plan:
                 reason = f"router_gemm runs up to one number of tokens, here {gemm_tokens(facts)}, and cuBLAS beyond"
             else:
                 reason = "slower at the most tokens that were measured"
-        times = (None, None) if cost is None else cost
+        times = (None, None) if cost is None else costs.at_least_floor(facts, cost, num_tokens)
         return Rejected(candidate.backend, candidate.kernel_of(facts), reason, *times)
 
     def spans(self) -> list[tuple[int, int | None, Candidate]]:

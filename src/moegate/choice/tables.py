@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,14 +13,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from platformdirs import user_cache_path
-
 from moegate import __version__
 from moegate.arguments import FLOATS
 from moegate.backends.cuda import jit
+from moegate.cache_folder import cache_folder
 from moegate.choice.facts import Facts, Machine
+from moegate.json_file import read_json
 from moegate.spec import RouterSpec
 from moegate.warn import warn_once
+from moegate.whole_file import replacing
 
 SCHEMA = 1
 _WEIGHT_DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
@@ -98,8 +98,12 @@ def shape_of(facts: Facts) -> Shape:
 
 
 def user_file(gpu: str) -> Path:
-    """Where `moegate tune` keeps the table of a GPU; XDG_CACHE_HOME moves it."""
-    return user_cache_path("moegate") / "costs" / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+    """Where `moegate tune` keeps the table of a GPU.
+
+    Raises:
+        OSError: See `cache_folder`.
+    """
+    return cache_folder() / "costs" / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
 
 def write(path: Path, table: Table) -> None:
@@ -118,9 +122,8 @@ def write(path: Path, table: Table) -> None:
         "rows": [{"model": row.model, **row.shape._asdict(), **_times(row)} for row in table.rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as new:
+        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read(path: Any) -> Table:
@@ -129,8 +132,8 @@ def read(path: Any) -> Table:
     Raises:
         ValueError: No JSON, another schema, or a field that is not what it should be; the message has the path.
     """
+    content = read_json(path, "the cost table")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             found = content.get("schema") if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"schema {found!r}, where this version reads {SCHEMA}")
@@ -143,7 +146,7 @@ def read(path: Any) -> Table:
             raise ValueError(f"made has no {', '.join(absent)}")
         if not rows:
             raise ValueError("it has no rows")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"the cost table {path} cannot be used: {reason}") from None
     return Table(machine, dict(made), rows)
@@ -172,11 +175,9 @@ class Found(NamedTuple):
 def table_for(machine: Machine) -> Found:
     """The user's table of this GPU, the package's, or the package's of the nearest relative, in this order."""
     problems: list[str] = []
-    path = user_file(machine.name)
-    if machine.device is not None and path.is_file():
-        own = _checked(lambda: _own(path, machine), problems)
-        if own is not None:
-            return Found(own, False, ())
+    own = _checked(lambda: _own(machine), problems) if machine.device is not None else None
+    if own is not None:
+        return Found(own, False, ())
     shipped = [_checked(lambda file=file: read(file), problems) for file in _shipped()]  # type: ignore[misc]
     # No time of a chip with early starts says anything about one without, nor the other way round.
     usable = [table for table in shipped if table is not None and _starts_early(table.gpu) == _starts_early(machine)]
@@ -188,7 +189,19 @@ def table_for(machine: Machine) -> Found:
     return Found(nearest, nearest.gpu.name != machine.name, tuple(problems))
 
 
-def _own(path: Path, machine: Machine) -> Table:
+def _own(machine: Machine) -> Table | None:
+    """The user's table; None: there is no such file.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    try:
+        path = user_file(machine.name)
+        path.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"the cost table of this GPU cannot be looked for ({error})") from None
     table = read(path)
     reason = stale(table, machine)
     if reason is not None:
@@ -196,7 +209,7 @@ def _own(path: Path, machine: Machine) -> Table:
     return Table(table.gpu, table.made, table.rows, is_own=True)
 
 
-def _checked(load: Callable[[], Table], problems: list[str]) -> Table | None:
+def _checked(load: Callable[[], Table | None], problems: list[str]) -> Table | None:
     try:
         return load()
     except ValueError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 from typing import Annotated
 
@@ -10,6 +12,7 @@ import typer
 
 from moegate import __version__
 from moegate.cli import bench, check, explain, models, route, tune
+from moegate.cli.output import complain
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,4 +45,22 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no █ gets a ? in its place
-    app(prog_name="moegate")
+    try:
+        try:
+            app(prog_name="moegate")
+        finally:
+            if sys.stdout is not None:  # closed by the caller
+                sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None:  # of no stream
+            raise
+        _leave_stdout()
+        if error.errno != errno.EPIPE:
+            complain(f"cannot write to standard output: {error.strerror}")
+        sys.exit(1)
+
+
+def _leave_stdout() -> None:
+    """What is still to be written goes nowhere, so that Python does not try once more when it ends."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 from moegate.cli.explain import numbers
-from moegate.cli.output import complain, console, errors_in_one_line, fail, new_table, print_json
+from moegate.cli.output import check_out, complain, console, errors_in_one_line, fail, new_table, print_json
 from moegate.cli.progress import INTERRUPTED, need_gpu, progress_bar
+from moegate.json_file import read_json
+from moegate.whole_file import replacing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,19 +52,22 @@ def bench(
     """Measure moegate and its installed peers on this GPU: cold, hot, and in a chain behind another kernel.
 
     Every result is held against float64, and a wrong one has no time. Can be stopped at any time; with --out the
-    same command goes on. Exit status: 130 if it was stopped, 2 where there is no GPU for it.
+    same command goes on. Exit status: 130 if it was stopped, 2 where there is no GPU for it, or no plotly for the page
+    of --render.
     """
     if render is not None:
         if sources or tokens or out is not None:
             fail("--render: allowed without sources, --tokens and --out, since nothing is measured")
         with errors_in_one_line():
             content = _read(render)
-        _write_page(render, content)
+            if not _write_page(render, content):
+                raise typer.Exit(2)
     else:
         need_gpu("moegate bench")
         content = _measured(sources or [], tokens, out)
         if out is not None:
-            _write_page(out, content)
+            with errors_in_one_line():
+                _write_page(out, content)
     if as_json:
         print_json(content)
     else:
@@ -80,10 +85,13 @@ def _measured(names: list[str], tokens: str | None, out: Path | None) -> dict[st
         counts = list(cases.TOKENS) if tokens is None else numbers("--tokens", tokens)
         if 0 in counts:
             raise ValueError("--tokens: got 0; allowed: 1 or more")
+        if out is not None:
+            _check_folder(out)
     command = shlex.join(["moegate", *("DIR" if word == str(out) else word for word in sys.argv[1:])])
     run = describe_run(command)
     with tempfile.TemporaryDirectory() as scratch:
-        record = cases.record_in(out or Path(scratch), run)
+        with errors_in_one_line():
+            record = cases.record_in(out or Path(scratch), run)
         todo = [
             case for case in cases.cases(chosen, counts, cases.WAYS) if not record.has(case[0].title, case[1], case[2])
         ]
@@ -110,6 +118,17 @@ def _run(record: Record, todo: list[Case]) -> None:
         except KeyboardInterrupt:
             complain("stopped; with --out the same command goes on")
             raise typer.Exit(INTERRUPTED) from None
+        except OSError as error:
+            fail(f"cannot write {record.path}: {error}")
+
+
+def _check_folder(out: Path) -> None:
+    """Makes the folder of --out, so that what cannot be written is told before anything is measured."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file; allowed: a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("bench.json", "bench.html"):
+        check_out("--out", out / name)
 
 
 def _source(name: str) -> Source:
@@ -125,20 +144,19 @@ def _source(name: str) -> Source:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    import json
-
     file = folder / "bench.json"
+    content: dict[str, Any] = read_json(file, "--render:")
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         rows = content["rows"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"--render: {file} is not what `moegate bench --out` writes: {error}") from None
     if not rows:
         raise ValueError(f"--render: {file} has no rows")
     return content
 
 
-def _write_page(folder: Path, content: dict[str, Any]) -> None:
+def _write_page(folder: Path, content: dict[str, Any]) -> bool:
+    """False, with a line that says why, where plotly is missing."""
     try:
         from moegate.report.page import page
     except ImportError:
@@ -146,9 +164,13 @@ def _write_page(folder: Path, content: dict[str, Any]) -> None:
             f"no {folder / 'bench.html'}: plotly is missing; after `pip install moegate[bench]`, here or elsewhere, "
             f"`moegate bench --render {folder}` makes it"
         )
-        return
-    (folder / "bench.html").write_text(page(content), encoding="utf-8")
+        return False
+    check_out("--out", folder / "bench.html")
+    text = page(content)
+    with replacing(folder / "bench.html") as new:
+        new.write_text(text, encoding="utf-8")
     complain(f"written {folder / 'bench.html'}")
+    return True
 
 
 def _print(content: dict[str, Any], out: Console) -> None:
@@ -173,7 +195,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     from moegate.report.numbers import agreement, cell, label
 
     table = new_table()
-    table.add_column("candidate, µs a call")
+    table.add_column("candidate, µs a call", overflow="fold")
     for row in rows:
         table.add_column(f"M={row['tokens']}", justify="right", no_wrap=True)
     table.add_column("same experts", justify="right", width=_EXPERTS_WIDTH)

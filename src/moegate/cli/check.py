@@ -37,6 +37,7 @@ MODELS = (
     "inkling",
 )
 TOKENS = (1, 17, 256)
+_NARROW = 60  # of a console in which a table would leave no room for names
 
 
 def check(as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False) -> None:
@@ -117,14 +118,17 @@ def _compare(backend: Backend, device: torch.device, spec: RouterSpec, tokens: i
 
 
 def _print_machine(machine: dict[str, Any], support: list[dict[str, Any]], out: Console) -> None:
-    cuda = f"CUDA {machine['cuda']}" if machine["cuda"] else "without CUDA"
+    cuda = f"ROCm {machine['hip']}" if machine["hip"] else "without CUDA"
+    cuda = f"CUDA {machine['cuda']}" if machine["cuda"] else cuda
     out.print(f"python    {machine['python']}, {machine['system']}")
     out.print(f"torch     {machine['torch']}, {cuda}", soft_wrap=True)
     out.print(f"cpu       {machine['cpu']}, threads used: {machine['threads']}", soft_wrap=True)
     for index, gpu in enumerate(machine["gpus"]):
-        facts = f"{gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['memory_gib']} GiB"
-        out.print(f"{f'cuda:{index}':<10}{facts}", soft_wrap=True)
-    if not machine["gpus"]:
+        capability = f"compute capability {gpu['compute_capability']}, " if machine["cuda"] else ""
+        out.print(f"{f'cuda:{index}':<10}{gpu['name']}, {capability}{gpu['memory_gib']} GiB", soft_wrap=True)
+    if machine["accelerator"]:
+        out.print(f"gpu       {machine['accelerator']}, for --device, which is not checked here")
+    elif not machine["gpus"]:
         out.print("gpu       none that PyTorch can use")
     for row in support:
         verdict = "runs" if row["reason"] is None else f"does not run: {row['reason']}"
@@ -133,17 +137,42 @@ def _print_machine(machine: dict[str, Any], support: list[dict[str, Any]], out: 
 
 
 def _print_checks(checks: list[dict[str, Any]], out: Console) -> None:
+    runs = {
+        run: [row for row in checks if (row["backend"], row["device"], row["model"]) == run]
+        for run in dict.fromkeys((row["backend"], row["device"], row["model"]) for row in checks)
+    }
+    if out.width < _NARROW:
+        for (backend, device, model), rows in runs.items():
+            out.print(Text(f"{backend} on {device}, {model}: ").append(Text(", ").join(map(_text, _named_cells(rows)))))
+    else:
+        _print_table(runs, out)
+    out.print()
+    _print_problems(checks, out)
+
+
+def _named_cells(rows: list[dict[str, Any]]) -> list[str | Text]:
+    """A router's checks in a sentence."""
+    error, share, excused, verdict = _cells(rows)
+    return [verdict, f"logits off by {error}, {share} of bound", f"{excused} excused"] if error else [verdict]
+
+
+def _text(cell: str | Text) -> Text:
+    return cell if isinstance(cell, Text) else Text(cell)
+
+
+def _print_table(runs: dict[tuple[str, str, str], list[dict[str, Any]]], out: Console) -> None:
     table = new_table()
     for name in ("backend", "device", "router"):
         table.add_column(name, overflow="fold")
     for name in ("logits off by", "of bound", "excused"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
-    for run in dict.fromkeys((row["backend"], row["device"], row["model"]) for row in checks):
-        rows = [row for row in checks if (row["backend"], row["device"], row["model"]) == run]
+    for run, rows in runs.items():
         table.add_row(*run, *_cells(rows))
     out.print(table)
-    out.print()
+
+
+def _print_problems(checks: list[dict[str, Any]], out: Console) -> None:
     for row in checks:
         for problem in row["problems"]:
             where = f"{row['backend']} on {row['device']}, {row['model']}, {row['tokens']} tokens"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _TOKENS = "1,4,16,64,4096"
 _NAME_WIDTH, _WIDE = 20, 120  # of a column of names; of a console in which no name needs to be broken
+_NARROW = 76  # of a console in which tables would cut times off, or leave sentences a word a line
 
 
 def explain(
@@ -27,8 +28,8 @@ def explain(
     device: Annotated[
         str | None,
         typer.Option(
-            help="cpu, cuda, cuda:1, ..., or a GPU that need not be here, such as sm_103; unless given, the GPU if "
-            "there is one.",
+            help="cpu, cuda, cuda:1, ..., or a GPU that need not be here, such as sm_103 or 'RTX 5090'; unless given, "
+            "the GPU if there is one.",
             metavar="D",
         ),
     ] = None,
@@ -90,6 +91,7 @@ def numbers(option: str, text: str) -> list[int]:
 
 
 def _machine(device: str | None, installed: str | None) -> Machine:
+    from moegate.choice.chips import suggestions
     from moegate.choice.facts import CHIPS, described_machine, machine_of, with_installed
     from moegate.cli.machine import pick_device
 
@@ -99,7 +101,10 @@ def _machine(device: str | None, installed: str | None) -> Machine:
             machine = machine_of(pick_device(device))
         except ValueError as error:
             chips = ", ".join(f"sm_{number}" for number in sorted(CHIPS))
-            raise ValueError(f"{error}; or a GPU that need not be here: {chips}") from None
+            like = [] if device is None else suggestions(device)
+            names = " or ".join(map(repr, like or ["H100", "RTX 5090"]))
+            named = f"did you mean {names}?" if like else f"or its name, such as {names}"
+            raise ValueError(f"{error}; or a GPU that need not be here: {chips}; {named}") from None
     if installed is None:
         return machine
     pretended = with_installed(machine, installed)
@@ -122,6 +127,16 @@ def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> No
     for note, counts in _by_tokens(found, lambda row: row.notes).items():
         out.print(Text(f"note      M = {counts}: ", style="yellow").append(str(note)), soft_wrap=True)
     out.print()
+    if out.width < _NARROW:
+        for row in found:
+            out.print(str(row))
+            out.print()
+        return
+    _print_found(found, out)
+    _print_rejected(found, out)
+
+
+def _print_found(found: list[Explanation], out: Console) -> None:
     table = _new_table(out)
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column("backend", no_wrap=True)
@@ -134,7 +149,6 @@ def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> No
         table.add_row(str(row.tokens), row.backend, kernel, _time(row.expected_us), row.evidence, row.why)
     out.print(table)
     out.print()
-    _print_rejected(found, out)
 
 
 def _print_rejected(found: list[Explanation], out: Console) -> None:

@@ -22,7 +22,9 @@ def pick_device(name: str | None) -> torch.device:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError):  # PyTorch built without CUDA asserts
         allowed = ", ".join(str(device) for device in devices())
-        gpus = "" if torch.cuda.is_available() else " (PyTorch finds no GPU)"
+        other = other_accelerator()
+        allowed += "" if other is None else f", {other}"
+        gpus = "" if torch.cuda.is_available() or other is not None else " (PyTorch finds no GPU)"
         raise ValueError(f"device = {name!r}; allowed here: {allowed}{gpus}") from None
     return device
 
@@ -30,6 +32,12 @@ def pick_device(name: str | None) -> torch.device:
 def devices() -> list[torch.device]:
     """The CPU and every GPU."""
     return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+
+
+def other_accelerator() -> str | None:
+    """What PyTorch has beside the CPU and "cuda" (NVIDIA and AMD): "mps", "xpu", ...; None: nothing."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None or found.type == "cuda" else found.type
 
 
 def device_name(device: torch.device) -> str:
@@ -58,9 +66,11 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "accelerator": other_accelerator(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
     }
 

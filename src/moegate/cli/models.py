@@ -101,7 +101,7 @@ def _print_table(found: list[Model], out: Console, notes: bool) -> None:
     table.add_column("model", max_width=26 if out.width < _NARROW else None, overflow="fold")
     for name in ("K", "N", "k"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("router")
+    table.add_column("router", overflow="fold")
     table.add_column("type", no_wrap=True)
     for model in found:
         spec = model.spec

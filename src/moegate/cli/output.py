@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from moegate.whole_file import why_no_file
 
 MAX_TOKENS = 1 << 20
 """The most tokens that a command takes."""
@@ -28,8 +32,12 @@ def new_table() -> Table:
 
 
 def print_json(value: object) -> None:
-    """Prints JSON; a NaN or an infinity, which JSON does not have, becomes null."""
-    typer.echo(json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False))
+    """Prints JSON; a NaN or an infinity, which JSON does not have, becomes null.
+
+    Where the output cannot take every letter, those beyond ASCII are escaped.
+    """
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
+    typer.echo(json.dumps(_strict(value), indent=2, ensure_ascii=not encoding.startswith("utf"), allow_nan=False))
 
 
 def complain(message: object) -> None:
@@ -41,6 +49,17 @@ def fail(message: object) -> NoReturn:
     """One line on stderr, and exit status 2."""
     complain(message)
     raise typer.Exit(2)
+
+
+def check_out(option: str, out: Path) -> None:
+    """Checks that an option names a file that can be written: a new one, or one to be replaced.
+
+    Raises:
+        ValueError: A folder, device, pipe or socket; or its folder is not there.
+    """
+    reason = why_no_file(out)
+    if reason is not None:
+        raise ValueError(f"{option}: {reason}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moegate.cli.output import MAX_TOKENS, complain, console, errors_in_one_line, print_json
+from moegate.cli.output import MAX_TOKENS, check_out, complain, console, errors_in_one_line, print_json
 
 if TYPE_CHECKING:
     from moegate.cli.inputs import Job
@@ -52,8 +52,9 @@ def route(
     """Run a model's router: show where tokens go, how exact the logits are, and how long a call takes.
 
     A named model gets random weights of realistic size; a checkpoint folder (config.json and safetensors)
-    its own. Several layers get a row each, and their names in --out and an object each in --json.
-    Exit status: 1 if the result breaks the contract, 2 for wrong arguments.
+    its own. Several layers get a row each, and their names in --out and an object each in --json. Tokens whose weights
+    are NaN, as those of NaN hidden states are, are counted and left out of the load; that is what the contract says of
+    them, and no failure. Exit status: 1 if the result breaks the contract, 2 for wrong arguments.
     """
     with errors_in_one_line():
         from moegate.cli.inputs import DEFAULT_TOKENS, Inputs, change_of, load_jobs
@@ -92,12 +93,10 @@ def _report(job: Job, routing: Routing, out: Path | None, as_json: bool) -> None
 
 
 def _check_out(out: Path, hidden: Path | None) -> None:
-    if hidden is not None and out.resolve() == hidden.resolve():
+    is_there = hidden is not None and hidden.exists() and out.exists()
+    if hidden is not None and (out.resolve() == hidden.resolve() or (is_there and out.samefile(hidden))):
         raise ValueError(f"--out: {out} is the file of --hidden; allowed: another file")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out: no folder {out.parent}")
-    if out.is_dir():
-        raise ValueError(f"--out: {out} is a folder; allowed: a file")
+    check_out("--out", out)
 
 
 def _write(out: Path, job: Job, routing: Routing) -> None:
@@ -108,10 +107,12 @@ def _write(out: Path, job: Job, routing: Routing) -> None:
     from safetensors.torch import save_file
 
     from moegate import __version__
+    from moegate.whole_file import replacing
 
     tensors = {name: part.contiguous() for name, part in routing._asdict().items() if part is not None}
     spec = json.dumps(dataclasses.asdict(job.gate.spec))
     try:
-        save_file(tensors, out, metadata={"spec": spec, "source": job.title, "moegate": __version__})
-    except SafetensorError as error:
+        with replacing(out) as new:
+            save_file(tensors, new, metadata={"spec": spec, "source": job.title, "moegate": __version__})
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"--out: cannot write {out}: {error}") from None

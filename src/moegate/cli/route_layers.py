@@ -22,6 +22,7 @@ from moegate.cli.output import complain, console, new_table, print_json
 from moegate.cli.progress import progress_bar
 from moegate.cli.route_report import Summary, summarise
 from moegate.spec import RouterSpec
+from moegate.whole_file import replacing
 
 
 def route_layers(jobs: Jobs, out: Path | None, as_json: bool) -> None:
@@ -69,8 +70,9 @@ def _by_layer(summary: Summary) -> dict[str, Tensor]:
 def _write(out: Path, tensors: dict[str, Tensor], source: str, facts: list[dict[str, Any]]) -> None:
     specs = json.dumps({fact["layer"]: fact["spec"] for fact in facts})
     try:
-        save_file(tensors, out, metadata={"specs": specs, "source": source, "moegate": __version__})
-    except SafetensorError as error:
+        with replacing(out) as new:
+            save_file(tensors, new, metadata={"specs": specs, "source": source, "moegate": __version__})
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"--out: cannot write {out}: {error}") from None
 
 

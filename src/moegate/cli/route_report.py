@@ -21,8 +21,10 @@ from moegate.routing import Routing
 from moegate.spec import RouterSpec
 
 _TOKENS_SHOWN = 4
+_NAME_WIDTH, _PAIR_WIDTH = 14, 16  # of the columns of a table of tokens
 _LEVELS = "▁▂▃▄▅▆▇█"
-_PER_LINE = 64
+_PER_LINE = (64, 32, 16)  # bars, as many as the console has room for behind an id
+_ID_WIDTH = 10
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Summary:
     backend: str
     device: str
     load: Tensor
-    """[E] int64: the tokens of each selectable id."""
+    """[E] int64: the tokens of each selectable id, without those that are NaN."""
+    nan_tokens: int
+    """With a NaN weight, which says nothing about experts."""
     comparison: Verdict
     timing: Timing
 
@@ -53,6 +57,7 @@ class Summary:
             "backend": self.backend,
             "device": {"type": str(self.job.hidden.device), "name": self.device},
             "first_tokens": {name: part[:_TOKENS_SHOWN].tolist() for name, part in parts.items()},
+            "nan_tokens": self.nan_tokens,
             "load": {"experts": load[: spec.num_experts], "zero_experts": load[spec.num_experts :]},
             "logits": {
                 "dtype": spec.logits_dtype,
@@ -74,13 +79,13 @@ def summarise(job: Job, routing: Routing) -> Summary:
     spec, device = job.gate.spec, job.weight.device
     with torch.no_grad():
         comparison = compare(routing, job.hidden, job.weight, spec, job.tensors, job.input_ids)
-    in_range = routing.topk_ids.flatten().long().cpu()
+    is_nan = routing.topk_weights.isnan().any(dim=-1)
+    in_range = routing.topk_ids[~is_nan].flatten().long().cpu()
     in_range = in_range[(in_range >= 0) & (in_range < spec.num_selectable)]  # a broken backend is reported, too
     load = torch.bincount(in_range, minlength=spec.num_selectable)
     timing = time_call(lambda: job.gate(job.hidden, input_ids=job.input_ids), device)
-    return Summary(
-        job, routing, job.gate.explain(len(job.hidden)).backend, device_name(device), load, comparison, timing
-    )
+    backend, nan_tokens = job.gate.explain(len(job.hidden)).backend, int(is_nan.sum())
+    return Summary(job, routing, backend, device_name(device), load, nan_tokens, comparison, timing)
 
 
 def print_report(summary: Summary, out: Console) -> None:
@@ -122,7 +127,8 @@ def _print_tokens(summary: Summary, out: Console) -> None:
     routing, spec = summary.routing, summary.job.gate.spec
     table = new_table()
     table.add_column("expert, weight")
-    shown = min(_TOKENS_SHOWN, len(routing.topk_ids))
+    room = max(1, (out.width - _NAME_WIDTH) // _PAIR_WIDTH)
+    shown = min(_TOKENS_SHOWN, room, len(routing.topk_ids))
     for token in range(shown):
         table.add_column(f"token {token}", justify="right", no_wrap=True)
     ids, weights = routing.topk_ids[:shown].tolist(), routing.topk_weights[:shown].tolist()
@@ -147,6 +153,10 @@ def _pair(expert: int, weight: float, spec: RouterSpec) -> str:
 def _print_load(summary: Summary, out: Console) -> None:
     spec = summary.job.gate.spec
     load = summary.load.tolist()
+    if summary.nan_tokens:
+        verb = "is" if summary.nan_tokens == 1 else "are"
+        nan = f"{summary.nan_tokens} of {len(summary.routing.topk_ids)} tokens {verb} NaN, which the load leaves out"
+        out.print(Text("nan       ").append(nan, style="bold red"))
     _print_loads("load", "experts", load[: spec.num_experts], 0, max(load), out)
     if spec.num_zero_experts:
         _print_loads("zero", "zero experts", load[spec.num_experts :], spec.num_experts, max(load), out)
@@ -162,9 +172,10 @@ def _print_loads(label: str, what: str, load: list[int], first_id: int, highest:
     who = f" (id {first_id + busiest})" if load[busiest] else ""
     spread = f"min {min(load)}, mean {sum(load) / len(load):.1f}, max {load[busiest]} tokens{who}"
     out.print(f"{label:<10}{spread}; {load.count(0)} of {len(load)} {what} idle")
-    width = max(1, min(4, _PER_LINE // len(load)))  # a few experts get wide bars
-    for start in range(0, len(load), _PER_LINE):
-        part = load[start : start + _PER_LINE]
+    per_line = next((bars for bars in _PER_LINE if bars + _ID_WIDTH <= out.width), _PER_LINE[-1])
+    width = max(1, min(4, per_line // len(load)))  # a few experts get wide bars
+    for start in range(0, len(load), per_line):
+        part = load[start : start + per_line]
         bars = "".join(_bar(value, highest) * width + (" " if width > 1 else "") for value in part)
         out.print(Text(f"{first_id + start:>8}  ").append(bars.rstrip(), style="cyan"), soft_wrap=True)
 

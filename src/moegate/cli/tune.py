@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moegate.cli.output import complain, console, errors_in_one_line
+from moegate.cli.output import check_out, complain, console, errors_in_one_line, fail
 from moegate.cli.progress import INTERRUPTED, need_gpu, progress_bar
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ def tune(
         session = Session()
         machine = session.machine
         command = shlex.join(["moegate", "tune", *(sources or []), *([] if out is None else ["--out", str(out)])])
-        tuning = Tuning(out or user_file(machine.name), machine, made_by(command), more)
+        path = out or user_file(machine.name)
+        path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before anything is measured
+        check_out("--out" if out else "the cache folder", path)
+        tuning = Tuning(Path(os.path.realpath(path)), machine, made_by(command), more)
     run(tuning, lambda spec, tokens: session.measure(spec, tokens, WAY))
 
 
@@ -72,6 +76,8 @@ def run(tuning: Tuning, measure: Measure) -> None:
             left = len(tuning.missing())
             complain(f"stopped with {len(every) - left} of {len(every)} rows measured; the same command goes on")
             raise typer.Exit(INTERRUPTED) from None
+        except OSError as error:
+            fail(f"cannot write {tuning.path}: {error}")
     out.print(f"written   {tuning.path}", soft_wrap=True)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from moegate.backends.flashinfer import limits
+from moegate.json_file import read_json
+from moegate.whole_file import replacing
 
 Row = dict[str, Any]
 KEY = ("part", "model", "tokens", "way")
@@ -28,7 +30,7 @@ class Record:
         self.part = part
         self.path = folder / f"{part}.json"
         self.run = run
-        content = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        content = read_json(self.path, "the record") if self.path.exists() else {}
         self.runs: list[dict[str, Any]] = content.get("runs", [])
         self.rows: list[Row] = content.get("rows", [])
         self._keys = {self._key(row) for row in self.rows}
@@ -48,9 +50,8 @@ class Record:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"runs": self.runs, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        with replacing(self.path) as new:
+            new.write_text(json.dumps({"runs": self.runs, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def _key(row: Row) -> tuple[Any, ...]:

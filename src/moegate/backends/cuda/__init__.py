@@ -39,6 +39,8 @@ class CudaBackend:
 
     def unsupported(self, device: torch.device, spec: RouterSpec | None = None) -> str | None:
         """None, or what is missing: the GPU, or the compiler."""
+        if device.type == "cuda" and torch.version.hip is not None:
+            return f"{device} is an AMD GPU, and the kernels are for NVIDIA's"
         if device.type != "cuda" or torch.version.cuda is None:
             return f"{device} is no NVIDIA GPU"
         return unsupported_capability(torch.cuda.get_device_capability(device)) or jit.missing_compiler()

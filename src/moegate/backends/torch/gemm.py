@@ -5,33 +5,55 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moegate.backends.torch.pieces import in_sizes
 from moegate.backends.torch.prepared import PreparedWeight
-from moegate.plain import are_plain
+from moegate.plain import are_plain, can_be_asked
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
+from moegate.warn import warn_once
 
 
 def router_gemm(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, prepared: PreparedWeight | None = None
 ) -> Tensor:
     """[M, K] x [R, K] (+ [R]) -> logits [M, R], accumulated in float32 and rounded at most once."""
-    if hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32 and are_plain((hidden, weight)):
+    are_half = hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32
+    if are_half and are_plain((hidden, weight)) and _widens(hidden):
         logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         return (logits if bias is None else logits + bias.float()).to(out_dtype)
-    dtype = product_dtype(hidden.dtype, weight.dtype, out_dtype) if hidden.is_cpu else torch.float32
-    if bias is not None and bias.dtype != dtype:
-        dtype, bias = torch.float32, bias.float()
+    dtype = dtype_of_product(hidden.dtype, weight, bias, out_dtype) if hidden.is_cpu else torch.float32
+    if bias is not None:
+        bias = bias.to(dtype)
     if prepared is None or prepared.dtype != dtype or not hidden.shape[0]:
         logits = _linear(hidden.to(dtype), weight.to(dtype), bias)
     else:
         logits = _linear(hidden.to(dtype), prepared, bias)
     return logits if dtype == out_dtype else logits.to(out_dtype)
+
+
+def _widens(hidden: Tensor) -> bool:
+    """True where a product of half-precision matrices can be had in float32."""
+    return torch.version.hip is None or _widens_on_amd(hidden.device, hidden.dtype)
+
+
+@cache
+def _widens_on_amd(device: torch.device, dtype: torch.dtype) -> bool:
+    """Asked by a try: builds for ROCm of torch 2.8 and of 2.9's beginning refuse (sgl-project/sglang#34681)."""
+    one = torch.ones((1, 1), dtype=dtype, device=device)
+    try:
+        torch.mm(one, one, out_dtype=torch.float32)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        warn_once(f"torch.mm(out_dtype=torch.float32) fails on {device} ({reason}); operands are widened to float32")
+        return False
+    return True
 
 
 def logits(
@@ -57,6 +79,12 @@ def product_dtype(hidden: torch.dtype, weight: torch.dtype, out: torch.dtype) ->
     return out if hidden == weight == out else torch.float32
 
 
+def dtype_of_product(hidden: torch.dtype, weight: Tensor, bias: Tensor | None, out: torch.dtype) -> torch.dtype:
+    """The same with a bias, which in another dtype needs float32."""
+    dtype = product_dtype(hidden, weight.dtype, out)
+    return dtype if bias is None or bias.dtype == dtype else torch.float32
+
+
 def _linear(hidden: Tensor, weight: Tensor | PreparedWeight, bias: Tensor | None) -> Tensor:
     """`hidden @ weight.T + bias`; in float32, exact to float32 whatever the process allows PyTorch."""
     if hidden.dtype != torch.float32:
@@ -74,7 +102,11 @@ def _linear_as_allowed(hidden: Tensor, weight: Tensor | PreparedWeight, bias: Te
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # it answers in fewer bits
         with torch.autocast(kind, enabled=False):
             return _linear_as_allowed(hidden, weight, bias)
-    return weight.linear(hidden, bias) if isinstance(weight, PreparedWeight) else F.linear(hidden, weight, bias)
+    if isinstance(weight, PreparedWeight):
+        return weight.linear(hidden, bias)
+    if hidden.dtype == torch.float32 or not can_be_asked(hidden):
+        return F.linear(hidden, weight, bias)
+    return in_sizes(hidden, lambda rows: F.linear(rows, weight, bias))
 
 
 # `torch.set_float32_matmul_precision("high")`, which many programs call, lets PyTorch multiply float32

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moegate.backends.torch.pieces import in_sizes
+
 # What PyTorch's own compiler calls for packed weights; private, so that it is asked for and not taken for granted.
 _LINEAR = "_linear_pointwise"
 # A hint to oneDNN. One layout serves every number of tokens: those made for their own were no faster beyond noise.
@@ -32,7 +34,8 @@ class PreparedWeight(NamedTuple):
         if self.half is not None and hidden.shape[0] <= _HALF_MAX_TOKENS:
             logits: Tensor = torch.ops.quantized.linear_dynamic_fp16(hidden, self.half).mul_(self.unscale)
             return logits if bias is None else logits.add_(bias)
-        return getattr(torch.ops.mkldnn, _LINEAR)(hidden, self.packed, bias, "none", [], "")  # type: ignore[no-any-return]
+        linear = getattr(torch.ops.mkldnn, _LINEAR)
+        return in_sizes(hidden, lambda rows: linear(rows, self.packed, bias, "none", [], ""))
 
 
 def prepare(weight: Tensor, dtype: torch.dtype) -> PreparedWeight | None:

@@ -1,0 +1,37 @@
+"""JSON files that others wrote: whatever is wrong with one is a `ValueError` that names it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Protocol
+
+
+class Readable(Protocol):
+    """A `Path`, or a resource of a package."""
+
+    def read_text(self, encoding: str) -> str:
+        """The file's text."""
+        ...
+
+
+def read_json(path: Readable, what: str) -> Any:
+    """The content of a JSON file in UTF-8.
+
+    Args:
+        path: The file.
+        what: What it is to the user, in front of its path: "the cost table".
+
+    Raises:
+        ValueError: It is missing, cannot be read, is no UTF-8 or no JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8: {error.reason} at byte {error.start}"
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:
+        reason = f"not JSON: {error}"
+    raise ValueError(f"{what} {path} cannot be used: {reason}")

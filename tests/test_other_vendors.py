@@ -1,0 +1,103 @@
+"""What is said of GPUs that are not NVIDIA's, and what runs on AMD's; a stand-in, for no such GPU is here."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from command_line import run
+from routers import generator
+from torch import Tensor
+
+from moegate.backends.cuda import CudaBackend
+from moegate.backends.torch import gemm
+from moegate.choice.candidates import ROUTER_GEMM
+from moegate.choice.facts import facts_of, machine_of
+from moegate.cli import check, machine
+from moegate.spec import RouterSpec
+
+SPEC = RouterSpec(64, 16, 2)
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that this machine has an AMD GPU")
+
+
+class OnGpu(Tensor):
+    """A CPU's tensor that says it is on a GPU, which PyTorch calls "cuda" on AMD's, too."""
+
+    is_cuda = True
+    is_cpu = False
+
+
+@pytest.fixture
+def amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    machine_of.cache_clear()
+    gemm._widens_on_amd.cache_clear()
+
+
+@pytest.mark.usefixtures("amd")
+def test_an_amd_gpu_is_called_one() -> None:
+    device = torch.device("cuda", 0)
+    reason = CudaBackend().unsupported(device)
+    assert reason is not None
+    assert "AMD GPU" in reason
+    refused = ROUTER_GEMM.supports(facts_of(machine_of(device), SPEC, torch.bfloat16), 1)
+    assert refused is not None
+    assert "AMD GPU" in refused
+    machine_of.cache_clear()
+
+
+def test_other_devices_are_not_called_amd() -> None:
+    for name in ("cpu", "mps", "xpu"):
+        assert CudaBackend().unsupported(torch.device(name)) == f"{name} is no NVIDIA GPU"
+
+
+@pytest.mark.usefixtures("amd")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_where_mm_cannot_widen(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ROCm builds of torch 2.8: within a float32 product's error, and said once."""
+
+    def refuse(*arguments: object, **named: object) -> NoReturn:
+        raise RuntimeError("out_dtype is only supported for CUDA")
+
+    monkeypatch.setattr(torch, "mm", refuse)
+    hidden = torch.randn(5, 64, generator=generator(0)).to(dtype).as_subclass(OnGpu)
+    weight = torch.randn(16, 64, generator=generator(1)).to(dtype).as_subclass(OnGpu)
+    given = torch.randn(16, generator=generator(2)).as_subclass(OnGpu) if bias else None
+    with pytest.warns(RuntimeWarning, match="out_dtype is only supported for CUDA") as seen:
+        found = [gemm.router_gemm(hidden, weight, given, torch.float32) for _ in range(2)]
+    assert len([each for each in seen if each.category is RuntimeWarning]) == 1
+    plain = [part.as_subclass(Tensor).double() for part in (found[1], hidden, weight)]
+    exact = plain[1] @ plain[2].T + (0 if given is None else given.as_subclass(Tensor).double())
+    # 64 products of about 1 in float32, whose unit roundoff is 2**-24.
+    assert torch.allclose(plain[0], exact, rtol=0, atol=64 * 2**-22)
+    gemm._widens_on_amd.cache_clear()
+
+
+@pytest.mark.usefixtures("amd")
+def test_where_mm_can_widen_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def mm(one: Tensor, other: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        asked.append(out_dtype)
+        return one.float() @ other.float()
+
+    monkeypatch.setattr(torch, "mm", mm)
+    hidden, weight = (torch.ones(rows, 64, dtype=torch.bfloat16).as_subclass(OnGpu) for rows in (2, 3))
+    for _ in range(2):
+        assert gemm.router_gemm(hidden, weight, None, torch.float32).tolist() == [[64.0] * 3] * 2
+    assert asked == [torch.float32] * 3  # a try, then each product
+    gemm._widens_on_amd.cache_clear()
+
+
+def test_check_names_rocm_and_other_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "MODELS", ("qwen3-30b-a3b",))
+    monkeypatch.setattr(check, "TOKENS", (1,))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ROCm 6.4" in run("check").stdout
+    monkeypatch.setattr(machine, "other_accelerator", lambda: "mps")
+    printed = run("check").stdout
+    assert "gpu       mps" in printed
+    assert "none that PyTorch can use" not in printed

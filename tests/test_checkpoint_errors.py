@@ -151,7 +151,7 @@ CONFIGS: dict[str, tuple[Break, str]] = {
     "a folder": (lambda path: path.rename(path.with_suffix("")).with_suffix(".json").mkdir(), "Is a directory"),
     "empty": (lambda path: path.write_text(""), "not JSON"),
     "no JSON": (lambda path: path.write_text("{'model_type': 'mixtral'}"), "not JSON"),
-    "no text": (lambda path: path.write_bytes(b"\xff\xfe"), "not JSON"),
+    "no text": (lambda path: path.write_bytes(b"\xff\xfe"), "not UTF-8"),
     "a list": (lambda path: path.write_text("[]"), "list"),
     "no model_type": (lambda path: change_config(path.parent, model_type=None, architectures=None), "model_type"),
     "model_type of no model": (

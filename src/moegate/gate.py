@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from moegate import arguments, ops
 from moegate.backends import choose
 from moegate.choice.plan import Explanation, log
+from moegate.look import NAMES, Given
 from moegate.noticing import (
-    NAMES,
-    Given,
     Noted,
     is_capturing,
     learned,
@@ -383,6 +382,14 @@ class Gate(nn.Module):
     def _given(self) -> Given:
         # By name: torch.nn.utils.parametrize and prune take a tensor out of `_parameters` and compute it.
         return tuple(getattr(self, name, None) for name in NAMES)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assigns; a tensor that the spec does not ask for, which no look sees, is refused by the next call."""
+        super().__setattr__(name, value)
+        if name in NAMES and value is not None:
+            noted = self._noted
+            if noted is not None and noted.forms[NAMES.index(name)] is None:
+                self._noted = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         """Moves and casts like any module, less the casts that would change the choice of experts."""

@@ -1,10 +1,9 @@
-"""What a gate took note of, and whether its tensors still are what it saw: the look of every call."""
+"""What a gate takes note of: its tensors, and what was made of them."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -15,37 +14,14 @@ from moegate import arguments
 from moegate.backends.base import Router
 from moegate.choice.plan import BACKEND_NAMES, Plan
 from moegate.choice.planned import planned
-from moegate.plain import META, are_plain, is_plain
+from moegate.look import NAMES, Form, Given, Look, Questions, form_of, look_of, place_of, questions_about
+from moegate.plain import META, are_plain
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
 from moegate.warn import warn_once
 
-NAMES = ("weight", *RouterTensors._fields)
-Given = tuple[Tensor | None, ...]
-"""A gate's tensors, in the order of `NAMES`."""
-
-_KINDS = (Tensor, nn.Parameter)
 # Refreshes in calls, after which a frozen gate is called slow.
 _MANY_REFRESHES = 16
-
-# Dtype, shape, strides (None: contiguous), device.
-_Form = tuple[torch.dtype, torch.Size, "tuple[int, ...] | None", torch.device]
-_Holder = Mapping[str, Any]
-# A tensor, its address, version (None: not looked at), dtype, shape and strides; plain, for every call takes it apart.
-_Seen = tuple[Tensor, int, "int | None", torch.dtype, torch.Size, "tuple[int, ...] | None"]
-
-
-def _form(tensor: Tensor | None) -> _Form | None:
-    if tensor is None:
-        return None
-    return tensor.dtype, tensor.shape, None if tensor.is_contiguous() else tensor.stride(), tensor.device
-
-
-def _seen(tensor: Tensor, *, values_count: bool) -> _Seen:
-    # An inference tensor counts no writes.
-    version = tensor._version if values_count and not tensor.is_inference() else None
-    strides = None if tensor.is_contiguous() else tensor.stride()
-    return tensor, tensor.data_ptr(), version, tensor.dtype, tensor.shape, strides
 
 
 class Noted(NamedTuple):
@@ -55,11 +31,12 @@ class Noted(NamedTuple):
     """None: nothing to rely on, so that the next call refreshes."""
     own: Given
     """The tensors; None for the weight of a gate that is not frozen, which may be any that is alike."""
-    forms: tuple[_Form | None, ...]
-    seen: tuple[_Seen, ...]
-    """Those of `own`."""
-    holds: Callable[[RouterSpec, _Holder, _Holder], bool]
-    """Whether a gate's spec, parameters and buffers are as they were noted: see `_look`."""
+    forms: tuple[Form | None, ...]
+    places: dict[str, tuple[int, int | None]]
+    """Address and version of those of `own` of which they count."""
+    questions: Questions | None
+    """Whether other tensors are like these; None: wrappers, of which nothing can be told."""
+    holds: Look
     kept: tuple[Tensor, ...]
     """Views of a frozen gate's tensors, which keep their memory: no other tensor comes to lie in the same place."""
     device: torch.device
@@ -77,69 +54,32 @@ class Noted(NamedTuple):
         is_same = spec is self.spec and not frozen and not spec.hash_routing and are_plain(given)
         if not is_same or any(tensor is not None and not isinstance(tensor, Tensor) for tensor in given):
             return None
-        if tuple(_form(tensor) for tensor in given) != self.forms:
+        if self.questions is None or tuple(map(form_of, given)) != self.forms:
             return None
         tensors = RouterTensors(*given[1:])
-        own, seen = (None, *tensors), tuple(_seen(part, values_count=False) for part in tensors if part is not None)
-        holds = _look(spec, own, self.forms[0], seen)
-        return self._replace(own=own, seen=seen, holds=holds, tensors=tensors, learned=learned(tensors))
+        own = (None, *tensors)
+        holds = look_of(spec, _named(own), self.questions, {})
+        return self._replace(own=own, holds=holds, tensors=tensors, learned=learned(tensors))
 
     def first_change(self, spec: RouterSpec, given: Given) -> str:
         """The name of what is not as it was noted; "gate", if it is not one of the tensors."""
         if spec is self.spec:
-            stale = [
-                tensor
-                for tensor, place, version, *_ in self.seen
-                if tensor.data_ptr() != place or (version is not None and tensor._version != version)
-            ]
             for name, tensor, own, form in zip(NAMES, given, self.own, self.forms, strict=True):
                 is_other = (own is not None and tensor is not own) or not isinstance(tensor, Tensor | None)
-                if is_other or _form(tensor) != form or any(tensor is one for one in stale):
+                if is_other or form_of(tensor) != form:
+                    return name
+                if name in self.places and tensor is not None and place_of(tensor) != self.places[name]:
                     return name
         return "gate"
 
 
-def _look(
-    spec: RouterSpec | None, own: Given, form: _Form | None, seen: tuple[_Seen, ...]
-) -> Callable[[RouterSpec, _Holder, _Holder], bool]:
-    """The look of every call, a function of its own so that nothing has to be looked up; `form` is the weight's."""
-    own_weight, bias, correction, input_scale, expert_scale, global_scale, table = own
-    dtype, shape, strides, device = form or (None,) * 4
+def _named(own: Given) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in zip(NAMES, own, strict=True) if tensor is not None}
 
-    def is_alike(weight: Any) -> bool:
-        if type(weight) not in _KINDS and not (isinstance(weight, Tensor) and is_plain(weight)):
-            return False
-        if weight.dtype is not dtype or weight.shape != shape or weight.device != device:
-            return False
-        return weight.is_contiguous() if strides is None else weight.stride() == strides  # type: ignore[no-any-return]
 
-    def holds(now: RouterSpec, parameters: _Holder, buffers: _Holder) -> bool:
-        try:
-            if (
-                now is not spec
-                or parameters["bias"] is not bias
-                or buffers["e_score_correction_bias"] is not correction
-                or parameters["input_scale"] is not input_scale
-                or parameters["per_expert_scale"] is not expert_scale
-                or parameters["global_scale"] is not global_scale
-                or buffers["tid2eid"] is not table
-            ):
-                return False
-            weight = parameters["weight"]
-        except KeyError:
-            return False
-        if not is_alike(weight) if own_weight is None else weight is not own_weight:
-            return False
-        for tensor, place, version, dtype, shape, strides in seen:
-            if tensor.data_ptr() != place or (version is not None and tensor._version != version):
-                return False
-            if tensor.dtype is not dtype or tensor.shape != shape:
-                return False
-            if not (tensor.is_contiguous() if strides is None else tensor.stride() == strides):
-                return False
-        return True
-
-    return holds
+def _never(*now: object) -> bool:
+    """The look at wrappers, of which nothing can be told."""
+    return False
 
 
 def learned(tensors: RouterTensors) -> tuple[Tensor, ...]:
@@ -223,15 +163,18 @@ def take_note(
         for name, tensor in zip(NAMES, given, strict=True)
     ]
     own = tuple(tensor if noted else None for tensor, noted in zip(given, is_noted, strict=True))
-    forms = tuple(map(_form, given))
-    seen = tuple(_seen(part, values_count=keeps or part is tensors.tid2eid) for part in own if part is not None)
+    forms = tuple(map(form_of, given))
+    noted = _named(own)
+    questions = questions_about(*{"weight": weight, **noted}.values()) if are_all_plain else None
+    places = {name: place_of(tensor) for name, tensor in noted.items() if keeps or name == "tid2eid"}
     final_spec = spec if is_final else None
     return Noted(
         final_spec,
         own,
         forms,
-        seen,
-        _look(final_spec, own, forms[0], seen),
+        places,
+        questions,
+        _never if questions is None else look_of(final_spec, noted, questions, places),
         tuple(tensor.detach() for tensor in own if tensor is not None and keeps),
         weight.device,
         tensors,

@@ -60,5 +60,6 @@ def top_k_per_group(keys: Tensor, n_group: int, k: int, *, coarse: bool, few: bo
         values = rows.gather(1, ids)
     # The groups are in the order of their ids, and so are equal keys of one: a stable sort keeps the lowest id first.
     values, order = values.view(-1, k).sort(dim=-1, descending=True, stable=True)
-    first = torch.arange(0, keys.shape[1], rows.shape[1], device=keys.device).repeat_interleave(share)
-    return values, (ids.reshape(-1, k) + first).gather(1, order)
+    of_group = ids.reshape(-1, n_group, share)
+    group = torch.ones_like(of_group).cumsum(1) - 1  # no arange: a wrapper's operations take no plain tensor
+    return values, (of_group + group * rows.shape[1]).flatten(1).gather(1, order)

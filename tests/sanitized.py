@@ -46,7 +46,8 @@ def beside_cublas(weight: Tensor, spec: RouterSpec, tensors: RouterTensors, ids:
         )
         products = torch.randn(shares, tokens, -(-product.weight_parts * rows // 8) * 8, device=device)
         logits = torch.empty((tokens, rows), dtype=logits_dtype, device=device)
-        select.launch(select.outputs(logits), tensors, ids, stream, products=products, norm_factors=factors)
+        routing = select.outputs(logits, tokens)
+        select.launch(routing, tensors, ids, tokens, stream, products=products, norm_factors=factors)
         sum_of(rows, product.weight_parts, bias_dtype, logits_dtype, device)(products, tensors.bias, logits, stream)
 
 

@@ -97,7 +97,7 @@ def test_gemms_from_ptx_keep_the_contract(
         hidden = random_hidden(spec, rows, hidden_dtype)
         logits = torch.full((rows, spec.num_gate_rows), torch.nan, device="cuda")
         kernels.launch(
-            hidden, weight, tensors.bias, tensors.input_scale, logits, torch.cuda.current_stream().cuda_stream
+            hidden, weight, tensors.bias, tensors.input_scale, logits, rows, torch.cuda.current_stream().cuda_stream
         )
         assert verify_logits(logits, hidden, weight, spec, tensors).problems == []
 
@@ -113,9 +113,9 @@ def test_selections_from_ptx_keep_the_contract(name: str, arch: str) -> None:
     )
     for rows in (1, 9, 2000):
         logits = random_logits(spec, rows).cuda()
-        routing = kernels.outputs(logits)
+        routing = kernels.outputs(logits, rows)
         ids = token_ids(rows).cuda() if spec.hash_routing else None
-        kernels.launch(routing, tensors, ids, torch.cuda.current_stream().cuda_stream)
+        kernels.launch(routing, tensors, ids, rows, torch.cuda.current_stream().cuda_stream)
         verdict = verify_routing(routing, logits, spec, tensors, input_ids=ids)
         assert verdict.problems == []
 

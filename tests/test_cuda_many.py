@@ -174,8 +174,8 @@ def test_logits_of_products_to_the_bit(name: str, weight_parts: int, aligned: bo
         factors = None if spec.input_norm_eps is None else torch.rand(tokens, device="cuda")
         logits = logits_of(products, rows, tensors.bias, dtype, factors)
         room = torch.full((logits.numel() + 1,), -1, dtype=dtype, device="cuda")
-        routing = kernels.outputs(room[0 if aligned else 1 :][: logits.numel()].view_as(logits))
-        kernels.launch(routing, tensors, ids, stream, products=products, norm_factors=factors)
+        routing = kernels.outputs(room[0 if aligned else 1 :][: logits.numel()].view_as(logits), tokens)
+        kernels.launch(routing, tensors, ids, tokens, stream, products=products, norm_factors=factors)
         for part, right in zip(routing, CudaBackend().select(logits, spec, tensors, ids), strict=True):
             assert (part is None) == (right is None)
             if part is not None:

@@ -150,8 +150,9 @@ class Bench:
         kernels = gemm_kernels(*weights[0].shape[::-1], dtypes, None, stage.layers.device, frozen=True, pdl=True)
 
         def frozen(layer: int, hidden: Tensor) -> Tensor:
-            logits = torch.empty(len(hidden), spec.num_gate_rows, device=hidden.device)
-            kernels.launch(hidden, weights[layer], None, None, logits, torch.cuda.current_stream().cuda_stream)
+            num_tokens, stream = len(hidden), torch.cuda.current_stream().cuda_stream
+            logits = torch.empty(num_tokens, spec.num_gate_rows, device=hidden.device)
+            kernels.launch(hidden, weights[layer], None, None, logits, num_tokens, stream)
             return logits
 
         peer = "F.linear float32" if is_float32 else "torch.mm(out_dtype=float32)"

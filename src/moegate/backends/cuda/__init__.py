@@ -74,7 +74,8 @@ class CudaBackend:
             if num_tokens > 0:
                 dtypes = GemmDtypes(hidden.dtype, weight.dtype, None if bias is None else bias.dtype, None, out_dtype)
                 kernels = gemm.gemm_kernels(hidden_size, rows, dtypes, None, device, frozen=False, pdl=True)
-                kernels.launch(hidden, weight, bias, None, logits, torch.cuda.current_stream().cuda_stream)
+                stream = torch.cuda.current_stream().cuda_stream
+                kernels.launch(hidden, weight, bias, None, logits, num_tokens, stream)
         return logits
 
     def select(self, logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
@@ -89,9 +90,10 @@ class CudaBackend:
                 frozen=False,
                 pdl=True,
             )
-            routing = kernels.outputs(logits)
-            if logits.shape[0]:
-                kernels.launch(routing, tensors, input_ids, torch.cuda.current_stream().cuda_stream)
+            num_tokens = logits.shape[0]
+            routing = kernels.outputs(logits, num_tokens)
+            if num_tokens:
+                kernels.launch(routing, tensors, input_ids, num_tokens, torch.cuda.current_stream().cuda_stream)
         return routing
 
     def route(

@@ -141,16 +141,16 @@ class CudaRouter:
             return self._route_many(hidden, weight, tensors, input_ids, out, select, stream)
         if logits is None:
             logits = empty((num_tokens, self._spec.num_gate_rows), self._logits_dtype)
-        routing = select.of_logits.outputs(logits, out)
+        routing = select.of_logits.outputs(logits, num_tokens, out)
         if num_tokens == 0:
             return routing
         assert gemm_kernels is not None
         self._check_dtype(weight)
-        gemm_kernels.launch(hidden, weight, tensors.bias, tensors.input_scale, logits, stream)
+        gemm_kernels.launch(hidden, weight, tensors.bias, tensors.input_scale, logits, num_tokens, stream)
         # Behind a short product the next layer's kernels wait for the logits: what they load early would be in the way
         # of these, or not, as the chip happens to place their blocks.
         is_short = num_tokens <= TOKENS_OF_TILE
-        select.of_logits.launch(routing, tensors, input_ids, stream, holds_dependents=is_short)
+        select.of_logits.launch(routing, tensors, input_ids, num_tokens, stream, holds_dependents=is_short)
         return routing
 
     def _check_dtype(self, weight: Tensor) -> None:
@@ -168,6 +168,7 @@ class CudaRouter:
     ) -> Routing:
         """By cuBLAS's product, of which the selection makes the logits where it is not these."""
         logits, rows = None if out is None else out.logits, self._spec.num_gate_rows
+        num_tokens = hidden.shape[0]
         kernels, products, factors = select.of_logits, None, None
         reason = self._refuses_product(hidden.dtype)
         if reason is not None:
@@ -184,9 +185,9 @@ class CudaRouter:
                 assert select.of_products is not None
                 kernels = select.of_products
         if logits is None:
-            logits = empty((hidden.shape[0], rows), self._logits_dtype)
-        routing = kernels.outputs(logits, out)
-        kernels.launch(routing, tensors, input_ids, stream, products=products, norm_factors=factors)
+            logits = empty((num_tokens, rows), self._logits_dtype)
+        routing = kernels.outputs(logits, num_tokens, out)
+        kernels.launch(routing, tensors, input_ids, num_tokens, stream, products=products, norm_factors=factors)
         return routing
 
     def _refuses_product(self, hidden: torch.dtype) -> str | None:

@@ -52,14 +52,14 @@ class SelectKernels:
         self._some = in_blocks_of(1, "select_some" if weight_parts else "select_many")
         self._many = in_blocks_of(8, "select_many")
 
-    def outputs(self, logits: Tensor, out: Routing | None = None) -> Routing:
+    def outputs(self, logits: Tensor, num_tokens: int, out: Routing | None = None) -> Routing:
         """The tensors for the routing of these logits, to be filled: those of `out`, if that is given.
 
         New ones are on the current device.
         """
         if out is not None:
             return out if out.logits is logits else out._replace(logits=logits)
-        spec, num_tokens = self._spec, logits.shape[0]
+        spec = self._spec
         dtype, shared = self._weights_dtype, spec.num_shared_gates
         return Routing(
             empty((num_tokens, spec.top_k), torch.int32),
@@ -74,6 +74,7 @@ class SelectKernels:
         routing: Routing,
         tensors: RouterTensors,
         input_ids: Tensor | None,
+        num_tokens: int,
         stream: int,
         *,
         products: Tensor | None = None,
@@ -89,7 +90,6 @@ class SelectKernels:
         logits, table = routing.logits, tensors.tid2eid
         assert logits is not None
         source = logits if products is None else products
-        num_tokens = logits.shape[0]
         if num_tokens <= self._most_few:
             warps, kernel = self._few
         else:
@@ -110,7 +110,7 @@ class SelectKernels:
             routing.topk_weights.data_ptr(),
             _address(routing.shared_weights),
             _address(routing.identity_weight),
-            source.stride(-2),
+            source.stride()[-2],
             0 if table is None else table.stride(0),
             0 if table is None else table.shape[0],
             num_tokens,

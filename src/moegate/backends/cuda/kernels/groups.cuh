@@ -1,7 +1,7 @@
 // What groups make of the choice: only the experts of the best groups, or the best experts of each group.
 //
 // Groups that are whole lanes keep their keys in registers. Any others go through the warp's share of shared memory,
-// where a lane looks through a group, and another lane through the next.
+// each looked through by one lane.
 #pragma once
 #include "top_k.cuh"
 
@@ -17,8 +17,8 @@ __forceinline__ uint32 group_score(uint32 first, uint32 second) {
   return first;
 }
 
-// The kBest best values of each group of lanes, one after the other, the lowest id first among equals: in each lane
-// `found(round, key)` with the key, and true in the lane that has the value, as its first.
+// Takes the kBest best values of each group of lanes off the lanes' lists, one a round, the lowest id first among equals.
+// `found(round, key, is_mine)` tells each lane the key, and whether the value is its own, values[0].
 template <int kLanes, int kBest, class Value, int kPerLane, class Found>
 __forceinline__ void best_of_lanes(Value (&values)[kPerLane], Found found) {
   const int lane = threadIdx.x % 32;

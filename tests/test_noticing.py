@@ -205,6 +205,15 @@ def _as_integers(gate: Gate) -> None:
     gate._parameters["weight"] = gate.weight.data.view(torch.int16)  # type: ignore[assignment]
 
 
+def _bias_as_integers_in_place(gate: Gate) -> None:
+    assert gate.e_score_correction_bias is not None
+    gate.e_score_correction_bias.data = gate.e_score_correction_bias.data.view(torch.int32)
+
+
+def _weight_on_meta(gate: Gate) -> None:
+    gate.weight = nn.Parameter(gate.weight.to("meta"))
+
+
 def _no_bias(gate: Gate) -> None:
     gate.e_score_correction_bias = None
 
@@ -250,6 +259,8 @@ MISFITS: list[tuple[Callable[[Gate], None], type[Exception], str]] = [
     (_transpose, ValueError, r"weight: got strides \[1, 256\]"),
     (_widen, TypeError, "weight: got dtype float64"),
     (_as_integers, TypeError, "weight: got dtype int16"),
+    (_bias_as_integers_in_place, TypeError, "e_score_correction_bias: got dtype int32"),
+    (_weight_on_meta, ValueError, "e_score_correction_bias: got device"),
     (_no_bias, ValueError, "e_score_correction_bias: got None"),
     (_short_bias, ValueError, r"e_score_correction_bias: got shape \[1\]"),
     (_bias_cut_in_place, ValueError, r"e_score_correction_bias: got shape \[255\]"),
@@ -513,6 +524,28 @@ def test_threads_that_find_a_change(frozen: bool, prepared: list[Tensor]) -> Non
         assert len(prepared) == 1
         expected = moegate.route(HIDDEN, gate.weight, SPEC, e_score_correction_bias=gate.e_score_correction_bias)
         assert all(routing.topk_ids.equal(expected.topk_ids) for routing in got)
+
+
+def test_threads_that_wait_for_a_refresh_make_none(prepared: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = a_gate(frozen=True)
+    waiting = threading.Semaphore(0)
+    notice = Gate._notice
+
+    def counted(self: Gate) -> object:
+        waiting.release()
+        return notice(self)
+
+    monkeypatch.setattr(Gate, "_notice", counted)
+    prepared.clear()
+    _write(gate, gate.weight * 2)
+    with ThreadPoolExecutor(4) as pool:
+        with noticing.lock_of(gate):
+            calls = [pool.submit(gate, HIDDEN) for _ in range(4)]
+            for _ in calls:
+                assert waiting.acquire(timeout=30)
+        for call in calls:
+            call.result()
+    assert len(prepared) == 1
 
 
 @pytest.mark.cpu

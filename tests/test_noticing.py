@@ -579,10 +579,10 @@ def test_a_child_of_a_process_that_was_refreshing() -> None:
 @pytest.mark.cpu
 def test_a_refresh_during_a_capture_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a CPU in the place of the GPU; test_cuda_streams.py has the GPU."""
-
-    gate = a_gate(frozen=True)
+    gate, capturing = a_gate(frozen=True), [True]
     bias = gate.e_score_correction_bias
-    monkeypatch.setattr("moegate.gate.is_capturing", lambda device: True)
+    for module in ("gate", "noticing"):
+        monkeypatch.setattr(f"moegate.{module}.is_capturing", lambda device: capturing[0])
     gate(HIDDEN)
     changes: list[tuple[str, Callable[[], object]]] = [
         ("weight", lambda: _write(gate, gate.weight)),
@@ -593,7 +593,9 @@ def test_a_refresh_during_a_capture_is_an_error(monkeypatch: pytest.MonkeyPatch)
         change()
         with pytest.raises(RuntimeError, match=rf"{name}: .*call gate\.refresh\(\) before the capture"):
             gate(HIDDEN)
+        capturing[0] = False
         gate.refresh()
+        capturing[0] = True
         gate(HIDDEN)
 
 

@@ -30,6 +30,8 @@ from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 from moegate.warn import warn_once
 
+_OPTIONS = frozenset({"spec", "frozen", "pdl", "backend", "policy"})
+
 
 class Gate(nn.Module):
     """The router of one layer.
@@ -239,7 +241,7 @@ class Gate(nn.Module):
             routing = self._unlooked(hidden, input_ids, out)
         else:
             spec, noted, parameters = self.spec, self._noted, self._parameters
-            if noted is not None and noted.holds(spec, parameters, self._buffers):
+            if noted is not None and noted.holds(parameters, self._buffers):
                 weight: Tensor | None = parameters["weight"]
             else:
                 noted, weight = self._notice()
@@ -333,7 +335,7 @@ class Gate(nn.Module):
             return self._noted, self._given()[0]
 
     def _holds(self, noted: Noted) -> bool:
-        return noted.holds(self.spec, self._parameters, self._buffers)
+        return noted.holds(self._parameters, self._buffers)
 
     @torch.inference_mode(False)  # what is made here outlives the mode
     @torch.no_grad()
@@ -384,12 +386,11 @@ class Gate(nn.Module):
         return tuple(getattr(self, name, None) for name in NAMES)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assigns; a tensor that the spec does not ask for, which no look sees, is refused by the next call."""
+        """Assigns. What no look sees, an option or a tensor that the spec does not ask for, is for the next call."""
         super().__setattr__(name, value)
-        if name in NAMES and value is not None:
-            noted = self._noted
-            if noted is not None and noted.forms[NAMES.index(name)] is None:
-                self._noted = None
+        noted = self.__dict__.get("_noted")
+        if noted is not None and (name in _OPTIONS or (name in NAMES and noted.forms[NAMES.index(name)] is None)):
+            self._noted = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         """Moves and casts like any module, less the casts that would change the choice of experts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from moegate.plain import is_plain
 from moegate.routing import RouterTensors
-from moegate.spec import RouterSpec
 
 _TensorGuards: Any
 try:  # what compiled code asks of its inputs: type, dtype, device, sizes and strides of several tensors in one call
@@ -23,8 +23,8 @@ NAMES = ("weight", *RouterTensors._fields)
 _BUFFERS = frozenset({"e_score_correction_bias", "tid2eid"})
 Given = tuple[Tensor | None, ...]
 """A gate's tensors, in the order of `NAMES`."""
-Look = Callable[[RouterSpec, Mapping[str, Any], Mapping[str, Any]], bool]
-"""Whether a gate's spec, parameters and buffers are as they were noted."""
+Look = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
+"""Whether a gate's parameters and buffers are as they were noted."""
 Form = tuple[torch.dtype, torch.Size, "tuple[int, ...] | None", torch.device]
 """Dtype, shape, strides (None: contiguous), device."""
 
@@ -68,16 +68,10 @@ def questions_about(*tensors: Tensor) -> Questions:
     return Questions(_quick_question(*tensors), in_inference, is_alike)
 
 
-def look_of(
-    spec: RouterSpec | None,
-    own: Mapping[str, Tensor],
-    questions: Questions,
-    places: Mapping[str, tuple[int, int | None]],
-) -> Look:
+def look_of(own: Mapping[str, Tensor], questions: Questions, places: Mapping[str, tuple[int, int | None]]) -> Look:
     """The look for one gate.
 
     Args:
-        spec: What the gate computes; None: nothing to rely on, so that the next call refreshes.
         own: The tensors that must be the same objects, by name, in the order of `NAMES`. Without the weight: any that
             is alike. Of a tensor that the spec does not ask for, `Gate.__setattr__` tells if one comes.
         questions: About the weight and the others in this order.
@@ -85,37 +79,37 @@ def look_of(
     """
     counted = tuple(name for name, (_, version) in places.items() if version is not None)
     values: dict[str, object] = {f"{name}_place": place for name, (place, _) in places.items()}
+    values |= {f"{name}_address": own[name].data_ptr for name in places}
     values |= {f"{name}_version": places[name][1] for name in counted}
-    make = _maker(tuple(own), tuple(places), counted)
-    return make(spec=spec, **questions._asdict(), **values, **own)
+    values |= {"all_own": tuple(own.values()), **questions._asdict(), **own}
+    exec(_code(tuple(own), tuple(places), counted, tuple(values)), values)  # of nothing but the names above
+    return values["holds"]  # type: ignore[return-value]
 
 
 @cache
-def _maker(own: tuple[str, ...], moved: tuple[str, ...], counted: tuple[str, ...]) -> Callable[..., Look]:
-    """What makes a look: one expression without loops, which took as long as the questions in them."""
-    asked = tuple(dict.fromkeys(("weight", *own)))
-    at = {name: f"{'buffers' if name in _BUFFERS else 'parameters'}[{name!r}]" for name in asked}
-    arguments = ", ".join(name if name in own else at[name] for name in asked)
+def _code(own: tuple[str, ...], moved: tuple[str, ...], counted: tuple[str, ...], values: tuple[str, ...]) -> CodeType:
+    """The code of a look. It runs in every call, so that every tenth of a microsecond in it counts.
+
+    One expression, since a loop takes as long as the questions in it; what is compared with is an argument with a
+    default, and `data_ptr` bound to its tensor, which is looked up faster.
+    """
+    at = {name: f"{'buffers' if name in _BUFFERS else 'parameters'}[{name!r}]" for name in ("weight", *own)}
+    asked = "*all_own" if "weight" in own else ", ".join([at["weight"], *own])
     terms = [
-        "now is spec",
         *(f"{at[name]} is {name}" for name in own),
-        *(f"{name}.data_ptr() == {name}_place" for name in moved),
+        *(f"{name}_address() == {name}_place" for name in moved),
         *(f"{name}._version == {name}_version" for name in counted),
-        f"(quick({arguments}) or in_inference({arguments}) or is_alike({arguments}))",
+        f"(quick({asked}) or in_inference({asked}) or is_alike({asked}))",
     ]
-    places = [*(f"{name}_place" for name in moved), *(f"{name}_version" for name in counted)]
+    defaults = ", ".join(f"{name}={name}" for name in values)
     text = (
-        f"def make(*, {', '.join(['spec', 'quick', 'in_inference', 'is_alike', *own, *places])}):\n"
-        "    def holds(now, parameters, buffers):\n"
-        "        try:\n"
-        f"            return {' and '.join(terms)}\n"
-        "        except KeyError:\n"
-        "            return False\n"
-        "    return holds\n"
+        f"def holds(parameters, buffers, {defaults}):\n"
+        "    try:\n"
+        f"        return {' and '.join(terms)}\n"
+        "    except KeyError:\n"
+        "        return False\n"
     )
-    made: dict[str, Any] = {}
-    exec(text, made)  # of nothing but the names above
-    return made["make"]  # type: ignore[no-any-return]
+    return compile(text, f"<the look at {', '.join(own) or 'a weight'}>", "exec")
 
 
 def _quick_question(*tensors: Tensor) -> Callable[..., bool]:

@@ -58,7 +58,7 @@ class Noted(NamedTuple):
             return None
         tensors = RouterTensors(*given[1:])
         own = (None, *tensors)
-        holds = look_of(spec, _named(own), self.questions, {})
+        holds = look_of(_named(own), self.questions, {})
         return self._replace(own=own, holds=holds, tensors=tensors, learned=learned(tensors))
 
     def first_change(self, spec: RouterSpec, given: Given) -> str:
@@ -78,7 +78,7 @@ def _named(own: Given) -> dict[str, Tensor]:
 
 
 def _never(*now: object) -> bool:
-    """The look at wrappers, of which nothing can be told."""
+    """The look at wrappers, of which nothing can be told, and at what is not all loaded yet."""
     return False
 
 
@@ -167,14 +167,13 @@ def take_note(
     noted = _named(own)
     questions = questions_about(*{"weight": weight, **noted}.values()) if are_all_plain else None
     places = {name: place_of(tensor) for name, tensor in noted.items() if keeps or name == "tid2eid"}
-    final_spec = spec if is_final else None
     return Noted(
-        final_spec,
+        spec if is_final else None,
         own,
         forms,
         places,
         questions,
-        _never if questions is None else look_of(final_spec, noted, questions, places),
+        look_of(noted, questions, places) if questions is not None and is_final else _never,
         tuple(tensor.detach() for tensor in own if tensor is not None and keeps),
         weight.device,
         tensors,

@@ -62,6 +62,11 @@ HASH_LAYER: dict[str, Any] = {"num_hidden_layers": 1, "layer_types": ["sliding_a
 _NO_TINY_MODEL: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": {},
     "dots3_note_text": {},
+    "hy_v4_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+    },
+    "inkling2_loop_text": {},
+    "lara_mini": {},
     "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, 16], "adapter_in_dim": 64},
     "qwen3_omni_moe_talker_text": {"norm_topk_prob": True},
     "qwen4_exp_text": {},

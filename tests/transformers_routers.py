@@ -251,6 +251,7 @@ QUIRKS: dict[str, Quirk] = {
     ),
     "hy_v3": Quirk(bias_is_argument=True),
     "inkling_text": Quirk(unpack=_inkling),
+    "inkling2_loop_text": Quirk(float32_weight=True),
     "inkling2_text": Quirk(float32_weight=True),
     "jetmoe": Quirk(
         construct=lambda router, config: router(

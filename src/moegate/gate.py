@@ -235,8 +235,8 @@ class Gate(nn.Module):
             RuntimeError: Tensors of the gate changed, and a CUDA graph is being captured.
         """
         if is_compiling() or (
-            (type(hidden) is not Tensor or input_ids is not None or out is not None or is_taken_over())
-            and not are_plain((hidden, input_ids, *(out if isinstance(out, tuple) else ())))
+            (type(hidden) is not Tensor or input_ids is not None or is_taken_over())
+            and not are_plain((hidden, input_ids))
         ):
             routing = self._unlooked(hidden, input_ids, out)
         else:
@@ -248,8 +248,10 @@ class Gate(nn.Module):
             assert weight is not None
             tensors, device = noted.tensors, noted.device
             arguments.check_hidden(hidden, spec, device)
-            if input_ids is not None or out is not None or spec.hash_routing:
-                arguments.check_others(input_ids, out, hidden.shape[0], spec, tensors, device)
+            if input_ids is not None or spec.hash_routing:
+                arguments.check_input_ids(input_ids, spec, tensors, hidden.shape[0], device)
+            if out is not None:
+                arguments.check_out(out, spec, hidden.shape[0], device)
             had_grad = torch.is_grad_enabled()
             if had_grad and (hidden.requires_grad or weight.requires_grad or _require_grad(noted.learned)):
                 warn_of_no_grad()

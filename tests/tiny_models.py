@@ -136,7 +136,7 @@ TINY: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {},
     "hy_v3": {},
     "hy_v4": {},
-    "inkling2_text": {},
+    "inkling2_text": {"unpadded_vocab_size": 128},
     "inkling_text": {},
     "jamba": {"use_cache": False},
     "jetmoe": {},

@@ -1,0 +1,103 @@
+"""What a gate reads from a checkpoint: the part of `Gate` that needs one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moegate.spec import RouterSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class FromCheckpoint:
+    """A class whose objects are made of a spec, tensors by role and the options of a gate."""
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        layer: int,
+        *,
+        spec: RouterSpec | Callable[[RouterSpec], RouterSpec] | None = None,
+        tensors: Mapping[str, str] | None = None,
+        device: torch.device | str = "cpu",
+        frozen: bool = True,
+        backend: str | None = None,
+        policy: str = "measured",
+    ) -> Self:
+        """The gate of a layer of a local Hugging Face checkpoint.
+
+        Reads the config and, through the index if the checkpoint is sharded, only this gate's tensors. A float8 weight
+        is multiplied by its scale (one number, one a row or one a block) in float32. Then it is rounded to the model's
+        dtype, which it had before it was quantised (bfloat16 if the config states none), unless the spec pins float32.
+
+        Args:
+            path: The folder with `config.json` and the safetensors files, or one of these files.
+            layer: The layer, counted as the checkpoint counts.
+            spec: What the router computes, where the config does not say so or you want another:
+                a `RouterSpec`, with which no config is needed, or a function from the one that was found to another,
+                such as `lambda found: dataclasses.replace(found, logits_dtype="float32")`.
+            tensors: Names of tensors that have none that the catalog knows, by role: `weight`, `bias`,
+                `e_score_correction_bias`, `input_scale`, `per_expert_scale`, `global_scale`, `tid2eid`. A full name,
+                in which {layer} stands for the layer, or what stands behind "layers.3.".
+            device: Where the gate's tensors go.
+            frozen: See the class; nobody else holds the tensors that were read here.
+            backend: See the class.
+            policy: See the class.
+
+        Raises:
+            TypeError: A layer that is no int, a spec that is none, names that are no str.
+            ValueError: A missing, broken or unknown config; a missing, corrupt or truncated file, or one outside the
+                folder; a layer without a router (the message names those that have one); a gate in a quantised format
+                other than float8, or with an adapter; a tensor that is missing or there twice, or has another shape
+                than the spec says; a bias in the layer that the spec does not take; an unknown backend or policy, or a
+                backend that cannot run there.
+        """
+        (gate,) = cls.all_from_checkpoint(
+            path, (layer,), spec=spec, tensors=tensors, device=device, frozen=frozen, backend=backend, policy=policy
+        ).values()
+        return gate
+
+    @classmethod
+    def all_from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        layers: Iterable[int] | None = None,
+        *,
+        spec: RouterSpec | Callable[[RouterSpec], RouterSpec] | None = None,
+        tensors: Mapping[str, str] | None = None,
+        device: torch.device | str = "cpu",
+        frozen: bool = True,
+        backend: str | None = None,
+        policy: str = "measured",
+    ) -> dict[int, Self]:
+        """The gates of many layers of a local checkpoint, by layer: one pass over its names, each file opened once.
+
+        Args:
+            path: As in `from_checkpoint`.
+            layers: The layers; None: all that have a router, less those past the config's number of layers, which
+                predict further tokens.
+            spec: For all layers; a function is called for each.
+            tensors: For all layers, so that a full name has {layer} in it.
+            device: As there.
+            frozen: As there.
+            backend: As there.
+            policy: As there.
+
+        Raises:
+            TypeError: As there.
+            ValueError: As there; or no layer has a router.
+        """
+        from moegate.catalog.checkpoint import Checkpoint
+
+        make: Callable[..., Self] = cls
+        gates = {}
+        for number, (found, read) in Checkpoint(path, spec, tensors).read_all(layers):
+            there: dict[str, Any] = {name: tensor.to(device) for name, tensor in read.items()}
+            gates[number] = make(found, **there, frozen=frozen, backend=backend, policy=policy)
+        return gates

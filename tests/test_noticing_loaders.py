@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from noticing_gates import HIDDEN, IDS, a_gate, routed_as
 from on_device import DEVICE
 from routers import SPECS
-from test_noticing import HIDDEN, IDS, a_gate, routed_as
 from torch import Tensor
 
 from moegate import Gate, RouterSpec, Routing

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from noticing_gates import a_gate
 from on_device import there
 from routers import SPECS, generator, route_arguments, tensors_of
-from test_noticing import a_gate
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh

@@ -16,6 +16,7 @@ from moegate.from_checkpoint import FromCheckpoint
 from moegate.look import NAMES, Given
 from moegate.noticing import (
     Noted,
+    Options,
     is_capturing,
     learned,
     lock_of,
@@ -262,16 +263,8 @@ class Gate(FromCheckpoint, nn.Module):
         arguments.check_spec(self.spec)
         widen_correction_bias(self)
         before = None if self._noted is None else self._noted.plan
-        self._noted = take_note(
-            self.spec,
-            self._given(),
-            frozen=self.frozen,
-            pdl=self.pdl,
-            backend=self.backend,
-            policy=self.policy,
-            is_loaded=is_loaded,
-            in_calls=in_calls,
-        )
+        options = Options(self.frozen, self.pdl, self.backend, self.policy)
+        self._noted = take_note(self.spec, self._given(), options, is_loaded=is_loaded, in_calls=in_calls)
         self._spec_text = ops.spec_text(self.spec)
         if self._noted.plan is not before:
             log(self._noted.plan)

@@ -116,21 +116,20 @@ def warn_of_many_refreshes(in_calls: int) -> None:
         )
 
 
-def take_note(
-    spec: RouterSpec,
-    given: Given,
-    *,
-    frozen: bool,
-    pdl: bool,
-    backend: str | None,
-    policy: str,
-    is_loaded: bool,
-    in_calls: int,
-) -> Noted:
+class Options(NamedTuple):
+    """How a gate is to run; see `Gate`."""
+
+    frozen: bool
+    pdl: bool
+    backend: str | None
+    policy: str
+
+
+def take_note(spec: RouterSpec, given: Given, options: Options, *, is_loaded: bool, in_calls: int) -> Noted:
     """Checks a gate's tensors as at first, plans for them, and prepares what pays to be made once.
 
     `is_loaded`: What stands in a hash table must be right. Else a wrong one, which may be a placeholder, is left to
-    the next call, which takes note again. `in_calls` is of `Noted`, the others are the gate's.
+    the next call, which takes note again. `in_calls` is of `Noted`.
 
     Raises:
         TypeError: See `Gate`.
@@ -143,45 +142,51 @@ def take_note(
     if is_here and is_capturing(weight.device):
         refuse_in_capture("gate")
     is_final = are_all_plain and (weight.is_meta or _has_table(tensors, spec, is_loaded=is_loaded))
-    plan, router = planned(
-        weight.device if are_all_plain else META,
-        spec,
-        weight.dtype,
-        None if tensors.bias is None else tensors.bias.dtype,
-        frozen=frozen,
-        policy=policy,
-        # Where the tensors are not yet, a backend that runs where they will be is not asked for.
-        backend=backend if is_here or backend not in BACKEND_NAMES else None,
-    )
-    keeps = frozen and is_here
+    plan, router = _planned_for(weight if are_all_plain else None, weight.dtype, spec, tensors, options)
+    keeps = options.frozen and is_here
     if keeps and weight.is_cuda:
         # Calls load a frozen weight without a wait for the kernel in front. What is enqueued here starts when all
         # before it has ended, whoever wrote the weight among it, and ends before a call starts.
         torch.zeros(1, device=weight.device)
-    is_noted = [
-        tensor is not None and are_all_plain and (keeps or name != "weight")
-        for name, tensor in zip(NAMES, given, strict=True)
-    ]
-    own = tuple(tensor if noted else None for tensor, noted in zip(given, is_noted, strict=True))
-    forms = tuple(map(form_of, given))
-    noted = _named(own)
-    questions = questions_about(*{"weight": weight, **noted}.values()) if are_all_plain else None
-    places = {name: place_of(tensor) for name, tensor in noted.items() if keeps or name == "tid2eid"}
+    own = (weight if keeps else None, *tensors) if are_all_plain else (None,) * len(NAMES)
+    named = _named(own)
+    questions = questions_about(*{"weight": weight, **named}.values()) if are_all_plain else None
+    places = {name: place_of(tensor) for name, tensor in named.items() if keeps or name == "tid2eid"}
+    prepared = None
+    if is_here:
+        prepared = router.prepare(weight.detach(), spec, tensors, frozen=options.frozen, pdl=options.pdl)
     return Noted(
         spec if is_final else None,
         own,
-        forms,
+        tuple(map(form_of, given)),
         places,
         questions,
-        look_of(noted, questions, places) if questions is not None and is_final else _never,
-        tuple(tensor.detach() for tensor in own if tensor is not None and keeps),
+        look_of(named, questions, places) if questions is not None and is_final else _never,
+        tuple(tensor.detach() for tensor in named.values() if keeps),
         weight.device,
         tensors,
         learned(tensors),
         plan,
         router,
-        router.prepare(weight.detach(), spec, tensors, frozen=frozen, pdl=pdl) if is_here else None,
+        prepared,
         in_calls,
+    )
+
+
+def _planned_for(
+    weight: Tensor | None, dtype: torch.dtype, spec: RouterSpec, tensors: RouterTensors, options: Options
+) -> tuple[Plan, Router]:
+    """The plan for a weight; None: for wrappers, which only PyTorch's operations take."""
+    is_here = weight is not None and not weight.is_meta
+    return planned(
+        META if weight is None else weight.device,
+        spec,
+        dtype,
+        None if tensors.bias is None else tensors.bias.dtype,
+        frozen=options.frozen,
+        policy=options.policy,
+        # Where the tensors are not yet, a backend that runs where they will be is not asked for.
+        backend=options.backend if is_here or options.backend not in BACKEND_NAMES else None,
     )
 
 

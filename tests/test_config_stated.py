@@ -116,6 +116,7 @@ LEFT_OPEN = {
     **dict.fromkeys(("deepseek_ocr2", "deepseek_ocr2_text", "deepseek_v2"), "no num_experts_per_tok"),
     **dict.fromkeys(("diffusion_gemma", "diffusion_gemma_text", "dots1", "nomic_bert"), "its config is not whole"),
     **dict.fromkeys(("gemma4", "gemma4_text"), "enable_moe_block = false"),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "has no experts"),
     "hunyuan_v1_moe": "num_experts = 1",
 }
 

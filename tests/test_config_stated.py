@@ -116,12 +116,16 @@ LEFT_OPEN = {
     **dict.fromkeys(("deepseek_ocr2", "deepseek_ocr2_text", "deepseek_v2"), "no num_experts_per_tok"),
     **dict.fromkeys(("diffusion_gemma", "diffusion_gemma_text", "dots1", "nomic_bert"), "its config is not whole"),
     **dict.fromkeys(("gemma4", "gemma4_text"), "enable_moe_block = false"),
-    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "has no experts"),
+    "gemma4_unified_assistant": "has no experts",
     "hunyuan_v1_moe": "num_experts = 1",
 }
 
 
-@pytest.mark.parametrize("name", [name for name in (*model_types(), *wrappers()) if name in CONFIG_MAPPING])
+# The class of one takes not even its own defaults.
+SAVED = [name for name in (*model_types(), *wrappers()) if name in CONFIG_MAPPING and name != "gemma4_assistant"]
+
+
+@pytest.mark.parametrize("name", SAVED)
 def test_configs_that_transformers_saves_anew(name: str) -> None:
     """Under the names that its class gives to the keys, with all of its defaults written out."""
     config = CONFIG_MAPPING[name]()

@@ -202,7 +202,7 @@ def test_lists_by_layer() -> None:
     for layer, allowed in ((2, "0 to 1"), (-1, "0 or more")):
         with pytest.raises(ValueError, match=f"layer = {layer}; allowed: {allowed}"):
             RouterSpec.from_config(differing, layer=layer)
-    with pytest.raises(ValueError, match="moe_topk differs"):
+    with pytest.raises(ValueError, match="moe_topk is an empty list"):
         RouterSpec.from_config({**HUNYUAN, "moe_topk": []})
 
 
@@ -226,6 +226,95 @@ def test_the_nearest_dtype_counts() -> None:
         ({**mixtral, "dtype": "float16"}, "float32"),
     ):
         assert RouterSpec.from_config(config).logits_dtype == logits_dtype
+
+
+def test_layers_by_a_table_or_a_list_of_theirs() -> None:
+    """Transformers takes numbers for keys, a file has texts; what some layers say is not the rule of the others."""
+    own = {"num_experts_per_tok": 1}
+    for layers in ({3: own}, {"3": own}, [{}, {}, {}, own]):
+        config = {**QWEN, "per_layer_config": layers}
+        assert [RouterSpec.from_config(config, layer=layer).top_k for layer in (0, 3)] == [4, 1]
+    every = {**QWEN, "num_hidden_layers": 2, "per_layer_config": {"0": own, "1": own}}
+    assert RouterSpec.from_config(every).top_k == 1
+    with pytest.raises(ValueError, match="num_experts_per_tok differs between layers"):
+        RouterSpec.from_config({**every, "per_layer_config": {"0": own, "1": {}}})
+    for wrong in (3, "0", {"0": 3}, [None]):
+        with pytest.raises(ValueError, match=r"per_layer_config = .*allowed: a dict of dicts"):
+            RouterSpec.from_config({**QWEN, "per_layer_config": wrong})
+    blocks = {**QWEN, "block_configs": [own, {}, None]}
+    assert [RouterSpec.from_config(blocks, layer=layer).top_k for layer in (0, 1, 2)] == [1, 4, 4]
+    with pytest.raises(ValueError, match="num_experts_per_tok differs between layers"):
+        RouterSpec.from_config(blocks)
+
+
+@pytest.mark.parametrize("layer", ["3", 3.0, True])
+def test_a_layer_that_is_none(layer: Any) -> None:
+    with pytest.raises(TypeError, match=r"layer: got .*; allowed: an int"):
+        RouterSpec.from_config(QWEN, layer=layer)
+
+
+def test_values_that_json_does_not_have() -> None:
+    deep: dict[str, Any] = {}
+    deep["text_config"] = deep
+    with pytest.raises(ValueError, match="nested too deeply"):
+        RouterSpec.from_config(deep)
+    for config in ({**QWEN, "model_type": {(1, 2): 3}}, {**V3, "scoring_func": {(1, 2): 3}}):
+        with pytest.raises(ValueError, match=r"a dict|\{\(1, 2\): 3\}"):
+            RouterSpec.from_config(config)
+    with pytest.raises(TypeError, match="to_dict"):
+        RouterSpec.from_config(SimpleNamespace(to_dict=lambda: [1]))
+    with pytest.raises(ValueError, match="unknown model_type 'other'"):
+        RouterSpec.from_config({"model_type": "other", "num_experts": torch.ones(2)})
+
+
+def test_texts_that_read_as_other_values_are_none_of_them() -> None:
+    minimax = {"model_type": "minimax_m2", "hidden_size": 64, "num_local_experts": 16}
+    for text in ("false", "true", "null", "0"):
+        with pytest.raises(ValueError, match="use_routing_bias = "):
+            RouterSpec.from_config({**minimax, "use_routing_bias": text})
+    for first in (2.0, "2", [2], True):
+        with pytest.raises(ValueError, match=r"num_hash_layers = .*allowed: an int, or null"):
+            RouterSpec.from_config({**V4, "num_hash_layers": first}, layer=2)
+
+
+def test_an_error_names_the_key_that_it_comes_from() -> None:
+    with pytest.raises(
+        ValueError, match=r"RouterSpec\.num_experts must be int, got str '16' \(read from n_routed_experts\)"
+    ):
+        RouterSpec.from_config({**V3, "n_routed_experts": "16"})
+
+
+@pytest.mark.parametrize(("dtype", "logits"), [("fp32", "float32"), ("bf16", "bfloat16"), (None, "float32")])
+def test_the_dtype_of_a_router(dtype: str | None, logits: str) -> None:
+    ring = {**RING, "model_type": "bailing_moe_v2", "dtype": "bfloat16", "router_dtype": dtype}
+    assert RouterSpec.from_config(ring).logits_dtype == logits
+    if dtype is not None:
+        lite = {"model_type": "bailing_moe", "hidden_size": 64, "num_experts": 16, "num_experts_per_tok": 4}
+        spec = RouterSpec.from_config({**lite, "dtype": "bfloat16", "norm_topk_prob": True, "router_dtype": dtype})
+        assert spec.logits_dtype == logits
+    with pytest.raises(ValueError, match="router_dtype = 'fp8'; allowed for logits_dtype: fp32, bf16"):
+        RouterSpec.from_config({**ring, "router_dtype": "fp8"})
+    with pytest.warns(RuntimeWarning, match="moe_router_dtype = bf16 is not followed"):
+        RouterSpec.from_config({**V3, "moe_router_dtype": "bf16"})
+
+
+def test_gemma_has_experts_only_if_it_says_so() -> None:
+    gemma = {"model_type": "gemma4_text", "hidden_size": 64, "num_experts": 8, "top_k_experts": 2}
+    assert RouterSpec.from_config({**gemma, "enable_moe_block": True}).num_experts == 8
+    for stated in ({}, {"enable_moe_block": None}, {"enable_moe_block": False}, {"enable_moe_block": "true"}):
+        with pytest.raises(ValueError, match=r"no experts .*enable_moe_block"):
+            RouterSpec.from_config({**gemma, **stated})
+
+
+def test_a_composite_type_around_an_unknown_one() -> None:
+    inner = {"model_type": "other", "num_experts": 8}
+    with pytest.raises(ValueError, match=r"unknown model_type 'other'; did you mean 'aria_text'"):
+        RouterSpec.from_config({"model_type": "aria", "text_config": inner})
+    with pytest.raises(ValueError, match="'llama4' is a composite type, and there is no text_config"):
+        RouterSpec.from_config({"model_type": "llama4", "num_local_experts": 16})
+    small = {"model_type": "smallthinker", "hidden_size": 64, "moe_num_primary_experts": 32}
+    with pytest.raises(ValueError, match="unknown model_type 'smallthinker'"):
+        RouterSpec.from_config(small)
 
 
 def test_config_of_one_layer() -> None:

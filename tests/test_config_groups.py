@@ -22,8 +22,10 @@ PANGU = {"model_type": "PanguProMoE", "hidden_size": 5120, "num_experts": 64, "n
 
 @pytest.mark.parametrize("model_type", QWEN)
 def test_the_best_of_each_group(model_type: str) -> None:
-    _, fields = router_fields({**CONFIG, "model_type": model_type, "router_n_groups": 4})
-    assert fields.items() >= {"n_group": 4, "topk_group": 4, "select_per_group": True, "renormalize": True}.items()
+    found = router_fields({**CONFIG, "model_type": model_type, "router_n_groups": 4})
+    assert (
+        found.fields.items() >= {"n_group": 4, "topk_group": 4, "select_per_group": True, "renormalize": True}.items()
+    )
 
 
 @pytest.mark.parametrize("none", [None, -1, 0, 1])
@@ -37,7 +39,7 @@ def test_no_groups(model_type: str, none: int | None) -> None:
 
 def test_inside_a_composite_model() -> None:
     text = {key: value for key, value in CONFIG.items() if key != "model_type"}
-    name, fields = router_fields({"model_type": "interns1_pro", "text_config": {**text, "router_n_groups": 8}})
+    name, fields, _ = router_fields({"model_type": "interns1_pro", "text_config": {**text, "router_n_groups": 8}})
     assert (name, fields["n_group"], fields["select_per_group"]) == ("interns1_pro_text", 8, True)
 
 

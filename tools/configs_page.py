@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from moegate.catalog.model_types import ModelType, model_types, read_toml, wrappers
 
-_ENGINES = ("published", "transformers", "vllm", "sglang", "mlx")
+_ENGINES = ("published", "transformers", "vllm", "sglang", "others")
 _NAMES = {
     "published": "the published code",
     "transformers": "Transformers",
     "vllm": "vLLM",
     "sglang": "SGLang",
-    "mlx": "mlx-lm",
+    "others": "others",
 }
 
 _HEAD = """
@@ -21,9 +21,9 @@ _HEAD = """
 Written by `python tools/configs_page.py` from the tables in `src/moegate/catalog/types`, whose README says how to add
 a model type. `RouterSpec.from_config` reads a config by three rules.
 
-1. **Nothing invented.** A config that does not state the number of experts is refused: a dense member of the family,
-   a draft head, or a config that is not whole. A nested config (`text_config`, ...) is entered before any table of the
-   outer type.
+1. **Nothing invented.** The number of experts is never assumed. A config that does not state it is refused: a dense
+   member of the family, a draft head, or a config that is not whole. Other keys that are missing have the value that
+   the type's config class gives them. A nested config (`text_config`, ...) counts before the keys around it.
 2. **Nothing dropped.** A key that some engine reads as routing is followed, is refused, or is warned of once.
 3. **Nothing without a source.** A type that has none, or whose router a `RouterSpec` cannot say, is refused by name.
 
@@ -34,7 +34,8 @@ _DIFFERS = """
 ## Where engines read a key differently
 
 Each row is a routing key of a model type for which the engines' code disagrees. moegate follows the reader in the last
-column.
+column. An empty cell says nothing of an engine: most often, it has no code for the type. The published code is the
+model's own.
 """
 _KEYS = """
 ## Model types

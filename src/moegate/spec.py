@@ -140,21 +140,24 @@ class RouterSpec:
                 configuration object with `to_dict()`. A model whose logits have the model's dtype
                 counts as float32 if the config states none (gpt-oss's: bfloat16), as in Transformers;
                 `Gate.from_checkpoint` takes the dtype of the stored weight then.
-            layer: The layer, for models whose layers differ (DeepSeek-V4's hash layers, Hunyuan's
-                lists). None takes the rule that most layers follow.
+            layer: The layer, for models whose layers differ. None: the rule of all layers, if a config
+                lists one for each; of the layers without an entry of their own; of DeepSeek-V4's layers, most.
 
         Raises:
-            TypeError: No form of a config.
+            TypeError: No form of a config; a layer that is no int.
             ValueError: A file that is missing or broken; a model without experts; a model type that is unknown or
                 out of scope; a field with neither a value nor a default; values that make no sense together.
         """
         from moegate.catalog.config import router_fields
 
-        model_type, fields = router_fields(config, layer=layer)
+        found = router_fields(config, layer=layer)
         try:
-            return cls(**fields)
+            return cls(**found.fields)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"config of model_type {model_type!r}: {error}") from None
+            text = str(error)
+            keys = [key for name, key in found.read_from.items() if f"RouterSpec.{name} " in text]
+            origin = f" (read from {keys[0]})" if keys else ""
+            raise ValueError(f"config of model_type {found.model_type!r}: {text}{origin}") from None
 
     @cached_property
     def num_selectable(self) -> int:

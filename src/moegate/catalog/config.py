@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from moegate.catalog.lookup import at, has, of_layer, text_of
+from moegate.catalog.lookup import at, check_layer, has, of_layer, text_of
 from moegate.catalog.model_types import ModelType
 from moegate.catalog.parts import routing_config
 from moegate.catalog.stated import warn_of_keys_not_followed
@@ -23,25 +23,33 @@ class Found(NamedTuple):
     """The config key that decided; None: the table alone."""
 
 
-def router_fields(config: object, *, layer: int | None = None) -> tuple[str, dict[str, Any]]:
-    """The model type and the RouterSpec fields of a config; see `RouterSpec.from_config`."""
-    if layer is not None and layer < 0:
-        raise ValueError(f"layer = {layer}; allowed: 0 or more, or None")
+class RouterFields(NamedTuple):
+    """What a config says of its router."""
+
+    model_type: str
+    fields: dict[str, Any]
+    """By name, what RouterSpec is to be made of."""
+    read_from: dict[str, str]
+    """The config key that decided a field."""
+
+
+def router_fields(config: object, *, layer: object = None) -> RouterFields:
+    """See `RouterSpec.from_config`."""
+    layer = None if layer is None else check_layer(layer)
     values, model_type = routing_config(config)
-    values = {**values, **_of_blocks(values, layer)}
-    if layer is not None:
-        values = {**values, **_of_one_layer(values, layer)}
+    values = {**values, **_of_blocks(values, layer), **_of_layers(values, layer)}
     _check_has_experts(values, model_type)
     found = {name: _field(name, values, model_type, layer) for name in model_type.fields}
     fields = {name: field.value for name, field in found.items() if field.value is not _ABSENT}
     if fields["num_experts"] in (0, 1, None):  # one expert takes every token: families write their dense members so
         raise _no_experts(model_type, f"{found['num_experts'].by} = {text_of(fields['num_experts'])}")
     _settle(fields, values, model_type)
-    warn_of_keys_not_followed(values, model_type, fields, {name: field.by for name, field in found.items()})
+    read_from = {name: field.by for name, field in found.items() if field.by is not None}
+    warn_of_keys_not_followed(values, model_type, fields, read_from)
     rule = model_type.hash_routing_layers
     if rule is not None and _is_hash_layer(values, rule, layer):
         fields.update(hash_routing=True, correction_bias=None)
-    return model_type.name, fields
+    return RouterFields(model_type.name, fields, read_from)
 
 
 def _settle(fields: dict[str, Any], values: dict[str, Any], model_type: ModelType) -> None:
@@ -60,9 +68,10 @@ def _check_has_experts(values: dict[str, Any], model_type: ModelType) -> None:
     for rule in model_type.dense:
         value = at(values, rule["key"])
         lacks = isinstance(value, (str, list, tuple)) and "without" in rule and rule["without"] not in value
-        if lacks or (has(values, rule["key"]) and "is" in rule and value == rule["is"]):
-            shown = f"{rule['key']} has no {rule['without']!r}" if lacks else f"{rule['key']} = {text_of(value)}"
-            raise _no_experts(model_type, shown)
+        is_dense = has(values, rule["key"]) and "is" in rule and value == rule["is"]
+        if lacks or is_dense or ("unless" in rule and value != rule["unless"]):
+            stated = f"{rule['key']} = {text_of(value)}" if has(values, rule["key"]) else f"no {rule['key']}"
+            raise _no_experts(model_type, f"{rule['key']} has no {rule['without']!r}" if lacks else stated)
 
 
 def _no_experts(model_type: ModelType, why: str) -> ValueError:
@@ -112,22 +121,41 @@ def _choose(name: str, choice: dict[str, Any], values: dict[str, Any], model_typ
     raise ValueError(f"config of model_type {model_type.name!r}: {key} = {value!r}; allowed for {name}: {allowed}")
 
 
-def _of_one_layer(values: dict[str, Any], layer: int) -> dict[str, Any]:
-    """What a config says of this layer alone."""
+def _of_layers(values: dict[str, Any], layer: int | None) -> dict[str, Any]:
+    """What `per_layer_config` says: of this layer, or of all layers as lists if it has an entry for each."""
     layers = values.get("per_layer_config")
-    own = layers.get(str(layer)) if isinstance(layers, Mapping) else None
-    return dict(own) if isinstance(own, Mapping) else {}
+    if layers is None:
+        return {}
+    entries = dict(enumerate(layers)) if isinstance(layers, (list, tuple)) else layers
+    if not isinstance(entries, Mapping) or not all(isinstance(entry, Mapping) for entry in entries.values()):
+        allowed = "a dict of dicts by layer, or their list"
+        raise ValueError(f"config: per_layer_config = {text_of(layers)}; allowed: {allowed}")
+    by_layer = {str(number): dict(entry) for number, entry in entries.items()}  # a config in memory has ints
+    if layer is not None:
+        return by_layer.get(str(layer), {})
+    count = values.get("num_hidden_layers")
+    if not isinstance(count, int) or not all(str(number) in by_layer for number in range(count)):
+        return {}  # the rule of the layers without an entry
+    return _as_lists([by_layer[str(number)] for number in range(count)], values)
 
 
 def _of_blocks(values: dict[str, Any], layer: int | None) -> dict[str, Any]:
     """What `block_configs` says: of this layer, or of all layers as lists."""
     blocks = values.get("block_configs")
-    if not isinstance(blocks, (list, tuple)) or not all(isinstance(block, Mapping) for block in blocks):
+    if not isinstance(blocks, (list, tuple)):
         return {}
+    found = [dict(block) if isinstance(block, Mapping) else {} for block in blocks]
     if layer is not None:
-        return dict(of_layer("block_configs", blocks, layer, "its router"))
-    keys = dict.fromkeys(key for block in blocks for key in block)
-    return {key: [block[key] for block in blocks if key in block] for key in keys}
+        return dict(of_layer("block_configs", found, layer, "its router"))
+    return _as_lists(found, values)
+
+
+def _as_lists(entries: list[dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
+    """By key, the values of the layers; a layer without the key has the config's own, if that has one."""
+    keys = dict.fromkeys(key for entry in entries for key in entry)
+    return {
+        key: [entry.get(key, values.get(key)) for entry in entries if key in entry or key in values] for key in keys
+    }
 
 
 def _is_hash_layer(values: dict[str, Any], rule: dict[str, Any], layer: int | None) -> bool:
@@ -137,4 +165,6 @@ def _is_hash_layer(values: dict[str, Any], rule: dict[str, Any], layer: int | No
             return bool(of_layer(rule["key"], kinds, layer, "hash_routing") == rule["value"])
         return 2 * list(kinds).count(rule["value"]) > len(kinds)
     first = values.get(rule["first_key"])
-    return layer is not None and bool(layer < (first if isinstance(first, int) else rule["first_default"]))
+    if first is not None and (not isinstance(first, int) or isinstance(first, bool)):
+        raise ValueError(f"config: {rule['first_key']} = {text_of(first)}; allowed: an int, or null")
+    return layer is not None and layer < (rule["first_default"] if first is None else first)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
+
+_LITERAL = re.compile(r"true|false|null|-?\d+(\.\d+)?")
 
 
 def has(values: Any, key: str) -> bool:
@@ -25,8 +29,13 @@ def at(values: Any, key: str) -> Any:
 
 
 def text_of(value: Any) -> str:
-    """What the tables call a value: its JSON text, or the string itself."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    """What the tables call a value: its JSON text, or the string itself unless that would read as another value."""
+    if isinstance(value, str) and not _LITERAL.fullmatch(value):
+        return value
+    try:
+        return json.dumps(value, default=repr)
+    except (TypeError, ValueError, RecursionError):  # no JSON: keys that are no strings, a value inside itself
+        return f"a {type(value).__name__}"
 
 
 def of_layer(key: str, value: Any, layer: int | None, wanted: str) -> Any:
@@ -41,6 +50,18 @@ def of_layer(key: str, value: Any, layer: int | None, wanted: str) -> Any:
         if not 0 <= layer < len(value):
             raise ValueError(f"layer = {layer}; allowed: 0 to {len(value) - 1}, for {key} lists {len(value)} layers")
         return value[layer]
-    if not value or any(entry != value[0] for entry in value):
+    if not value:
+        raise ValueError(f"config: {key} is an empty list, which has no {wanted}")
+    if any(entry != value[0] for entry in value):
         raise ValueError(f"config: {key} differs between layers ({value}); name the layer to get {wanted}")
     return value[0]
+
+
+def check_layer(layer: object) -> int:
+    """The number of a layer, if it is one."""
+    if isinstance(layer, bool) or not isinstance(layer, SupportsIndex):
+        raise TypeError(f"layer: got {type(layer).__name__}; allowed: an int")
+    number = index(layer)
+    if number < 0:
+        raise ValueError(f"layer = {number}; allowed: 0 or more")
+    return number

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from operator import index
-from typing import Any, SupportsIndex
+from typing import Any
 
 from moegate.catalog.layer_names import ROLES
 from moegate.spec import RouterSpec
@@ -32,13 +31,3 @@ def check_names(tensors: object) -> dict[str, str]:
         if not isinstance(name, str):
             raise TypeError(f"tensors: {role} = {name!r}; allowed: a str, the name of a tensor")
     return dict(tensors)
-
-
-def check_layer(layer: object) -> int:
-    """The number of a layer, if it is one."""
-    if isinstance(layer, bool) or not isinstance(layer, SupportsIndex):
-        raise TypeError(f"layer: got {type(layer).__name__}; allowed: an int")
-    number = index(layer)
-    if number < 0:
-        raise ValueError(f"layer = {number}; allowed: 0 or more")
-    return number

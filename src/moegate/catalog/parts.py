@@ -42,7 +42,10 @@ def routing_config(config: object) -> tuple[dict[str, Any], ModelType]:
         TypeError: No form of a config.
         ValueError: A file that is missing or broken; no part with a router, and why.
     """
-    parts = list(_parts(_as_dict(config), None, None))
+    try:
+        parts = list(_parts(_as_dict(config), None, None))
+    except RecursionError:
+        raise ValueError("config: nested too deeply") from None
     routers = [part for part in parts if part.type_name in model_types()]
     # The innermost that counts its experts; where none does, the innermost tells what it misses.
     part = next((part for part in routers if _counts_experts(part.values)), next(iter(routers), None))
@@ -79,7 +82,8 @@ def _type_name(values: dict[str, Any]) -> str | None:
 
 
 def _counts_experts(values: dict[str, Any]) -> bool:
-    return any(at(values, key) not in (None, 0, 1) for key in routing_keys().states["num_experts"])
+    counts = (at(values, key) for key in routing_keys().states["num_experts"])
+    return any(count is not None and not (isinstance(count, (int, float)) and count in (0, 1)) for count in counts)
 
 
 def _become(model_type: ModelType, values: dict[str, Any]) -> ModelType:
@@ -96,15 +100,25 @@ def _without_router(parts: list[Part]) -> str:
     names = [part.type_name for part in reversed(parts) if part.type_name is not None]
     if not names:
         return "config: no model_type in it; allowed: a config.json of a mixture-of-experts model"
-    got = ", ".join(map(repr, names))
     for name in names:
         if name in refused():
             return f"config: model_type {name!r} is refused: {refused()[name]}"
+    got = ", ".join(map(repr, names))
     if not any(_counts_experts(part.values) for part in parts):
-        return f"config: {got}: this model has no experts, for no key of its config counts any"
-    close = difflib.get_close_matches(names[-1], model_types(), n=3)
-    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"config: unknown model_type {got}; {hint}allowed: the model types that docs/configs.md lists"
+        return f"config: {got}: this model has no experts, for no key that counts experts is in its config"
+    unknown = [name for name in names if name not in wrappers()]
+    if not unknown:
+        asked = " or ".join(key for name in names for key in wrappers()[name])
+        return f"config: {got} is a composite type, and there is no {asked} with a router in it"
+    close = [*_inner_types(names), *difflib.get_close_matches(unknown[-1], model_types(), n=3)]
+    hint = f"did you mean {' or '.join(map(repr, dict.fromkeys(close)))}? " if close else ""
+    allowed = "allowed: the model types that docs/configs.md lists"
+    return f"config: unknown model_type {', '.join(map(repr, unknown))}; {hint}{allowed}"
+
+
+def _inner_types(names: list[str]) -> list[str]:
+    """The types that the composite ones among the names have inside them."""
+    return [inner for name in names for inner in wrappers().get(name, {}).values() if inner in model_types()]
 
 
 def _as_dict(config: object) -> dict[str, Any]:
@@ -113,8 +127,9 @@ def _as_dict(config: object) -> dict[str, Any]:
     if isinstance(config, (str, os.PathLike)):
         return _read(Path(config))
     to_dict = getattr(config, "to_dict", None)
-    if callable(to_dict):
-        return dict(to_dict())
+    values = to_dict() if callable(to_dict) else None
+    if isinstance(values, Mapping):
+        return dict(values)
     raise TypeError(f"config must be a path, a dict or a configuration with to_dict(), got {type(config).__name__}")
 
 

@@ -19,6 +19,7 @@ _PLAIN: dict[str, Any] = {
     "num_shared_gates": 0,
     "logit_multiplier": 1.0,
     "linear_bias": False,
+    "logits_dtype": "float32",
 }
 _SCORE_OF_SELECTED = {"softmax_of_selected": "softmax", "sigmoid_of_selected": "sigmoid"}
 
@@ -34,7 +35,7 @@ class Statement(NamedTuple):
 
 
 def warn_of_keys_not_followed(
-    values: dict[str, Any], model_type: ModelType, fields: dict[str, Any], decided_by: dict[str, str | None]
+    values: dict[str, Any], model_type: ModelType, fields: dict[str, Any], read_from: dict[str, str]
 ) -> None:
     """Warns, once for each text, of a routing key that states another router than the one that was read.
 
@@ -42,16 +43,16 @@ def warn_of_keys_not_followed(
         values: The config.
         model_type: Its type.
         fields: The RouterSpec fields that were read.
-        decided_by: The config key that decided each field; None: the type's table alone.
+        read_from: The config key that decided a field; the others are the type's table's.
     """
     got = _as_stated(fields)
     for key, value, name, stated in _statements(values):
-        if key in model_type.ignores or _has_a_say(key, name, model_type, decided_by):
+        if key in model_type.ignores or _has_a_say(key, name, model_type, read_from):
             continue
         if not _agree(stated, got[name]):
             warn_once(
                 f"config of model_type {model_type.name!r}: {key} = {text_of(value)} is not followed; "
-                f"the router has {name} = {fields.get(name, _PLAIN.get(name))!r}"
+                f"the router has {name} = {got[name]!r}"
             )
 
 
@@ -69,13 +70,13 @@ def _statements(values: dict[str, Any]) -> Iterator[Statement]:
             yield Statement(key, value, name, stated)
 
 
-def _has_a_say(key: str, name: str, model_type: ModelType, decided_by: dict[str, str | None]) -> bool:
+def _has_a_say(key: str, name: str, model_type: ModelType, read_from: dict[str, str]) -> bool:
     """True if the key decided the field, or a rule of the type's table settles what the key means."""
     rules = [*model_type.choices.values(), *model_type.becomes]
     if any(rule["key"] == key for rule in rules):
         return True
     choice = model_type.choices.get(name)
-    return decided_by.get(name) in (key, *([] if choice is None else [choice["key"]]))
+    return read_from.get(name) in (key, *([] if choice is None else [choice["key"]]))
 
 
 def _as_stated(fields: dict[str, Any]) -> dict[str, Any]:
@@ -96,5 +97,5 @@ def _agree(stated: Any, got: Any) -> bool:
     if got is None or isinstance(got, bool):
         return got is None or bool(stated) == got
     if isinstance(stated, (int, float)) and isinstance(got, (int, float)):
-        return float(stated) == float(got)
+        return bool(stated == got)
     return bool(stated == got)

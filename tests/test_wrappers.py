@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,22 @@ def test_an_export_is_saved_and_loaded(name: str, strict: bool, tmp_path: Path) 
     got, expected = loaded(hidden_of(17), **ids), gate(hidden_of(17), **ids)
     assert type(got) is Routing
     assert_same(parts(got), expected, spec)
+
+
+@pytest.mark.cpu
+def test_an_export_is_loaded_by_another_process(tmp_path: Path) -> None:
+    file, hidden = tmp_path / "gate.pt2", hidden_of(5)
+    gate = a_gate(SPECS["softmax"])
+    torch.export.save(torch.export.export(gate, (hidden,)), file)
+    torch.save(hidden, tmp_path / "hidden.pt")
+    program = (
+        "import sys, torch, moegate.ops\n"
+        "hidden = torch.load(sys.argv[2])\n"
+        "print(torch.export.load(sys.argv[1]).module()(hidden).topk_ids.tolist())\n"
+    )
+    command = [sys.executable, "-c", program, str(file), str(tmp_path / "hidden.pt")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == str(gate(hidden).topk_ids.tolist())
 
 
 # Tensors of torch.distributed, with one process.

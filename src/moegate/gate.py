@@ -25,6 +25,7 @@ from moegate.noticing import (
     warn_of_many_refreshes,
     warn_of_no_grad,
     widen_correction_bias,
+    widened,
 )
 from moegate.plain import META, are_plain, is_compiling, is_taken_over
 from moegate.routing import RouterTensors, Routing
@@ -47,10 +48,11 @@ class Gate(FromCheckpoint, nn.Module):
 
     Each call looks at the tensors, however they came to change: an assigned, loaded, moved, pruned or
     swapped one takes effect at once, and one that does not fit raises what the constructor would. A
-    frozen gate notices writes in place, too, by the tensors' version, and refreshes. What no call can
-    see is a write in place through `.data` or to an inference tensor, which counts no version: after
-    that a frozen gate needs a call of `refresh()`. So does a gate that changed before its calls are
-    captured into a CUDA graph, and a frozen one on a GPU that is called by `torch.compile`'s code.
+    frozen gate notices writes in place, too, by the tensors' version, and refreshes. No call can see
+    the writes that PyTorch does not count: through `.data`, to an inference tensor, by a collective or
+    a fused optimizer, through an alias (docs/noticing.md). After these a frozen gate, and one with a
+    hash table, needs a call of `refresh()`. So does a gate that changed before its calls are captured
+    into a CUDA graph, and a frozen one on a GPU that is called by `torch.compile`'s code.
 
     Args:
         spec: What the router computes. The tensors below must be given just when it asks for them.
@@ -181,8 +183,8 @@ class Gate(FromCheckpoint, nn.Module):
 
     def _unlooked(self, hidden: Tensor, input_ids: Tensor | None, out: Routing | None) -> Routing:
         """For compilers, one operator; for wrappers, and what has PyTorch's operations taken over, these operations."""
-        spec, given = self.spec, self._given()
-        weight, tensors = arguments.check_gate(given, spec)
+        spec = self.spec
+        weight, tensors = arguments.check_gate(widened(self._given()), spec)
         arguments.check_hidden(hidden, spec, weight.device)
         arguments.check_others(input_ids, out, hidden.shape[0], spec, tensors, weight.device)
         if torch.is_grad_enabled() and _require_grad((hidden, weight, *learned(tensors))):
@@ -241,7 +243,7 @@ class Gate(FromCheckpoint, nn.Module):
             if noted is None:
                 self._take_note()
             elif not self._holds(noted):
-                alike = noted.with_others_alike(self.spec, given, frozen=self.frozen)
+                alike = noted.with_others_alike(self.spec, given, frozenset(self._buffers), frozen=self.frozen)
                 if alike is not None:
                     self._noted = alike
                     return alike, given[0]
@@ -264,8 +266,8 @@ class Gate(FromCheckpoint, nn.Module):
         widen_correction_bias(self)
         before = None if self._noted is None else self._noted.plan
         options = Options(self.frozen, self.pdl, self.backend, self.policy)
-        self._noted = take_note(self.spec, self._given(), options, is_loaded=is_loaded, in_calls=in_calls)
-        self._spec_text = ops.spec_text(self.spec)
+        buffers = frozenset(self._buffers)
+        self._noted = take_note(self.spec, self._given(), buffers, options, is_loaded=is_loaded, in_calls=in_calls)
         if self._noted.plan is not before:
             log(self._noted.plan)
 
@@ -297,11 +299,19 @@ class Gate(FromCheckpoint, nn.Module):
         return tuple(getattr(self, name, None) for name in NAMES)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assigns. What no look sees, an option or a tensor that the spec does not ask for, is for the next call."""
+        """Assigns, and has the next call take note of what its look does not see."""
         super().__setattr__(name, value)
+        if name == "spec":
+            self._spec_text = ops.spec_text(value) if isinstance(value, RouterSpec) else ""
         noted = self.__dict__.get("_noted")
-        if noted is not None and (name in _OPTIONS or (name in NAMES and noted.forms[NAMES.index(name)] is None)):
+        if noted is None:
+            return
+        if name in _OPTIONS:
             self._noted = None
+        elif name in NAMES and (self.frozen or noted.forms[NAMES.index(name)] is None):
+            # A tensor that the spec does not ask for. Or the same one, which FSDP2 assigns again after it wrote to it
+            # where no version tells: its memory was freed meanwhile, and may be at the same address.
+            self._noted = noted.in_doubt()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         """Moves and casts like any module, less the casts that would change the choice of experts."""

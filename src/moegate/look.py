@@ -20,7 +20,6 @@ except ImportError:
     _TensorGuards = None
 
 NAMES = ("weight", *RouterTensors._fields)
-_BUFFERS = frozenset({"e_score_correction_bias", "tid2eid"})
 Given = tuple[Tensor | None, ...]
 """A gate's tensors, in the order of `NAMES`."""
 Look = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
@@ -68,7 +67,12 @@ def questions_about(*tensors: Tensor) -> Questions:
     return Questions(_quick_question(*tensors), in_inference, is_alike)
 
 
-def look_of(own: Mapping[str, Tensor], questions: Questions, places: Mapping[str, tuple[int, int | None]]) -> Look:
+def look_of(
+    own: Mapping[str, Tensor],
+    questions: Questions,
+    places: Mapping[str, tuple[int, int | None]],
+    buffers: frozenset[str],
+) -> Look:
     """The look for one gate.
 
     Args:
@@ -76,24 +80,33 @@ def look_of(own: Mapping[str, Tensor], questions: Questions, places: Mapping[str
             is alike. Of a tensor that the spec does not ask for, `Gate.__setattr__` tells if one comes.
         questions: About the weight and the others in this order.
         places: Of the tensors among them that must not have been moved or written to.
+        buffers: The names that are the gate's buffers; the others are its parameters.
     """
     counted = tuple(name for name, (_, version) in places.items() if version is not None)
     values: dict[str, object] = {f"{name}_place": place for name, (place, _) in places.items()}
     values |= {f"{name}_address": own[name].data_ptr for name in places}
     values |= {f"{name}_version": places[name][1] for name in counted}
     values |= {"all_own": tuple(own.values()), **questions._asdict(), **own}
-    exec(_code(tuple(own), tuple(places), counted, tuple(values)), values)  # of nothing but the names above
+    exec(
+        _code(tuple(own), tuple(places), counted, tuple(values), buffers.intersection(own)), values
+    )  # of nothing but the names above
     return values["holds"]  # type: ignore[return-value]
 
 
 @cache
-def _code(own: tuple[str, ...], moved: tuple[str, ...], counted: tuple[str, ...], values: tuple[str, ...]) -> CodeType:
+def _code(
+    own: tuple[str, ...],
+    moved: tuple[str, ...],
+    counted: tuple[str, ...],
+    values: tuple[str, ...],
+    buffers: frozenset[str],
+) -> CodeType:
     """The code of a look. It runs in every call, so that every tenth of a microsecond in it counts.
 
     One expression, since a loop takes as long as the questions in it; what is compared with is an argument with a
     default, and `data_ptr` bound to its tensor, which is looked up faster.
     """
-    at = {name: f"{'buffers' if name in _BUFFERS else 'parameters'}[{name!r}]" for name in ("weight", *own)}
+    at = {name: f"{'buffers' if name in buffers else 'parameters'}[{name!r}]" for name in ("weight", *own)}
     asked = "*all_own" if "weight" in own else ", ".join([at["weight"], *own])
     terms = [
         *(f"{at[name]} is {name}" for name in own),

@@ -22,6 +22,7 @@ from moegate.warn import warn_once
 
 # Refreshes in calls, after which a frozen gate is called slow.
 _MANY_REFRESHES = 16
+_CORRECTION = NAMES.index("e_score_correction_bias")
 
 
 class Noted(NamedTuple):
@@ -36,6 +37,8 @@ class Noted(NamedTuple):
     """Address and version of those of `own` of which they count."""
     questions: Questions | None
     """Whether other tensors are like these; None: wrappers, of which nothing can be told."""
+    buffers: frozenset[str]
+    """The names of the gate's buffers."""
     holds: Look
     kept: tuple[Tensor, ...]
     """Views of a frozen gate's tensors, which keep their memory: no other tensor comes to lie in the same place."""
@@ -49,7 +52,13 @@ class Noted(NamedTuple):
     in_calls: int
     """How many refreshes of this gate were made because a call found other tensors."""
 
-    def with_others_alike(self, spec: RouterSpec, given: Given, *, frozen: bool) -> Noted | None:
+    def in_doubt(self) -> Noted:
+        """The same, which the next call takes for changed."""
+        return self._replace(holds=_never)
+
+    def with_others_alike(
+        self, spec: RouterSpec, given: Given, buffers: frozenset[str], *, frozen: bool
+    ) -> Noted | None:
         """The same for other tensors of a gate that is not frozen, if a refresh would make nothing new of them."""
         is_same = spec is self.spec and not frozen and not spec.hash_routing and are_plain(given)
         if not is_same or any(tensor is not None and not isinstance(tensor, Tensor) for tensor in given):
@@ -58,8 +67,8 @@ class Noted(NamedTuple):
             return None
         tensors = RouterTensors(*given[1:])
         own = (None, *tensors)
-        holds = look_of(_named(own), self.questions, {})
-        return self._replace(own=own, holds=holds, tensors=tensors, learned=learned(tensors))
+        holds = look_of(_named(own), self.questions, {}, buffers)
+        return self._replace(own=own, buffers=buffers, holds=holds, tensors=tensors, learned=learned(tensors))
 
     def first_change(self, spec: RouterSpec, given: Given) -> str:
         """The name of what is not as it was noted; "gate", if it is not one of the tensors."""
@@ -125,7 +134,9 @@ class Options(NamedTuple):
     policy: str
 
 
-def take_note(spec: RouterSpec, given: Given, options: Options, *, is_loaded: bool, in_calls: int) -> Noted:
+def take_note(
+    spec: RouterSpec, given: Given, buffers: frozenset[str], options: Options, *, is_loaded: bool, in_calls: int
+) -> Noted:
     """Checks a gate's tensors as at first, plans for them, and prepares what pays to be made once.
 
     `is_loaded`: What stands in a hash table must be right. Else a wrong one, which may be a placeholder, is left to
@@ -161,7 +172,8 @@ def take_note(spec: RouterSpec, given: Given, options: Options, *, is_loaded: bo
         tuple(map(form_of, given)),
         places,
         questions,
-        look_of(named, questions, places) if questions is not None and is_final else _never,
+        buffers,
+        look_of(named, questions, places, buffers) if questions is not None and is_final else _never,
         tuple(tensor.detach() for tensor in named.values() if keeps),
         weight.device,
         tensors,
@@ -205,6 +217,14 @@ def _has_table(tensors: RouterTensors, spec: RouterSpec, *, is_loaded: bool) -> 
             raise
         return False
     return True
+
+
+def widened(given: Given) -> Given:
+    """A gate's tensors with a correction bias in half precision in float32."""
+    bias = given[_CORRECTION]
+    if not isinstance(bias, Tensor) or bias.dtype not in (torch.bfloat16, torch.float16):
+        return given
+    return (*given[:_CORRECTION], bias.detach().float(), *given[_CORRECTION + 1 :])
 
 
 def widen_correction_bias(gate: nn.Module) -> None:

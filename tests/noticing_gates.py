@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from on_device import gate_there, there
@@ -9,6 +12,7 @@ from routers import SPECS, generator, tensors_of, token_ids
 from torch import Tensor, nn
 
 from moegate import Gate, RouterSpec
+from moegate.backends.cuda import CudaBackend
 from moegate.backends.torch import TorchBackend
 
 SPEC = SPECS["sigmoid with bias in groups"]
@@ -43,13 +47,16 @@ def routed_as(gate: Gate, **given: Tensor) -> bool:
 def record_prepared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The weights that were prepared since."""
     weights: list[Tensor] = []
-    prepare = TorchBackend.prepare
+    for backend in (TorchBackend, CudaBackend):
+        prepare: Any = backend.prepare
 
-    def recorded(self: TorchBackend, weight: Tensor, *given: object, **named: object) -> object:
-        weights.append(weight)
-        return prepare(self, weight, *given, **named)  # type: ignore[arg-type]
+        def recorded(
+            self: Any, weight: Tensor, *given: object, _prepare: Callable[..., object] = prepare, **named: object
+        ) -> object:
+            weights.append(weight)
+            return _prepare(self, weight, *given, **named)
 
-    monkeypatch.setattr(TorchBackend, "prepare", recorded)
+        monkeypatch.setattr(backend, "prepare", recorded)
     return weights
 
 

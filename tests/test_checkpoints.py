@@ -170,6 +170,7 @@ def small_config(entry: ModelType) -> dict[str, Any]:
         for key in entry.keys.get(spec_field, ["hidden_size"] if spec_field == "hidden_size" else [])[:1]:
             part, _, leaf = key.rpartition(".")
             (config.setdefault(part, {}) if part else config)[leaf] = value
+    config |= {rule["key"]: rule["unless"] for rule in entry.dense if "unless" in rule}
     return config | ASKED.get(entry.name, {})
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any, Protocol
 
+from moegate.lfs import EXPLANATION, POINTER
+
 
 class Readable(Protocol):
     """A `Path`, or a resource of a package."""
@@ -25,7 +27,8 @@ def read_json(path: Readable, what: str) -> Any:
         ValueError: It is missing, cannot be read, is no UTF-8 or no JSON, or is nested too deeply.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text)
     except OSError as error:
         reason = error.strerror or str(error)
     except UnicodeDecodeError as error:
@@ -33,5 +36,5 @@ def read_json(path: Readable, what: str) -> Any:
     except RecursionError:
         reason = "nested too deeply"
     except ValueError as error:
-        reason = f"not JSON: {error}"
+        reason = EXPLANATION if text.startswith(POINTER) else f"not JSON: {error}"
     raise ValueError(f"{what} {path} cannot be used: {reason}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moegate.arguments import FLOATS
-from moegate.catalog.files import Reader, check_path, explain_no_config, tensor_files
+from moegate.catalog.files import Reader, check_path, explain_no_config, files_of, is_part, tensor_files
 from moegate.catalog.layer_names import (
     Found,
     LayerNames,
@@ -62,9 +62,29 @@ class Checkpoint:
     @property
     def layers(self) -> list[int]:
         """The model's layers with a gate. Later ones are heads that predict further tokens."""
-        counts = [self._config[key] for key in _NUM_LAYERS if isinstance(self._config.get(key), int)]
-        gated = self._gated()
-        return [layer for layer in gated if layer < counts[0]] if counts else gated
+        count = self._num_layers
+        return [layer for layer in self._gated() if count is None or layer < count]
+
+    @cached_property
+    def _num_layers(self) -> int | None:
+        """How many layers config.json counts; None: it does not say."""
+        key = next((key for key in _NUM_LAYERS if self._config.get(key) is not None), None)
+        if key is None:
+            return None
+        count = self._config[key]
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"path: {self._folder / 'config.json'}: {key} = {count!r}; allowed: an int, 0 or more")
+        return count
+
+    def explain_no_layers(self) -> str:
+        """Why `layers` is empty, for errors."""
+        gated, count = self._gated(), self._num_layers
+        if not gated:
+            return self.describe_layers()
+        several = len(gated) > 1
+        which = f"the layers with a router, {ranges(gated)}, are" if several else f"layer {gated[0]}, with a router, is"
+        counted = "1 layer" if count == 1 else f"{count} layers"
+        return f"config.json counts {counted}; {which} past it; allowed: {'these' if several else 'it'} by number"
 
     def describe_layers(self) -> str:
         """The layers that may be asked for, for errors."""
@@ -74,6 +94,10 @@ class Checkpoint:
         names = ", ".join(tail for tail, _ in alternatives(self._model_type, "weight"))
         beside = ", ".join(sorted(self._names.beside))
         return f"no layer has a {names}" + (f" (layers of {beside} are not the model's)" if beside else "")
+
+    def has_part(self, file: Path) -> bool:
+        """Whether writing this file would change the checkpoint; the file may be missing."""
+        return is_part(file, self._folder, files_of(self._folder, self._files))
 
     def check_has_gate(self, layer: int) -> None:
         """Refuses a layer without a gate."""
@@ -88,7 +112,7 @@ class Checkpoint:
         """The spec and the tensors of the gates of several layers, by their names in `Gate`; None: of `layers`."""
         wanted = self.layers if layers is None else sorted({check_layer(layer) for layer in layers})
         if layers is None and not wanted:
-            raise ValueError(f"path: {self.describe_layers()}, in {self.place}")
+            raise ValueError(f"path: {self.explain_no_layers()}, in {self.place}")
         self._check_given_for(wanted)
         for layer in wanted:
             self.check_has_gate(layer)

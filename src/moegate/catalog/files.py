@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from moegate.lfs import EXPLANATION, POINTER, why_unreadable
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
@@ -74,16 +76,22 @@ def tensor_files(place: Path) -> dict[str, Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """The file of each tensor as the index has it: names of files in its own folder."""
+    text = ""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)["weight_map"]
+        text = index.read_text(encoding="utf-8")
+        weight_map = json.loads(text, object_pairs_hook=_without_repeats)["weight_map"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise ValueError(f"path: {index} is no index of a sharded checkpoint: {error!r}") from None
+        raise ValueError(f"path: {index} is no index of a sharded checkpoint: {_why(text, error)}") from None
     if not isinstance(weight_map, dict) or not all(isinstance(entry, str) for entry in weight_map.values()):
         raise ValueError(f"path: {index} is no index of a sharded checkpoint: its weight_map names no files")
     for entry in set(weight_map.values()):
         if not _stays_inside(entry):
             raise ValueError(f"path: {index} names the file {entry!r}; allowed: files in its own folder")
     return weight_map
+
+
+def _why(text: str, error: Exception) -> str:
+    return EXPLANATION if text.startswith(POINTER) else repr(error)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -143,7 +151,32 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"path: {file} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"path: {file} is not a whole safetensors file: {why_unreadable(file, error)}") from None
+
+
+def files_of(folder: Path, files: Mapping[str, Path]) -> set[Path]:
+    """Every file that a reader of the checkpoint looks at, there or not."""
+    return {folder / "config.json", folder / _INDEX, *files.values(), *folder.glob("*.safetensors")}
+
+
+def is_part(file: Path, folder: Path, parts: Iterable[Path]) -> bool:
+    """Whether a file is one of a checkpoint's, by whatever name, or would be taken for one once it is there.
+
+    Args:
+        file: A file that may be missing.
+        folder: The checkpoint's.
+        parts: The files of the checkpoint.
+    """
+    target = Path(os.path.realpath(file))
+    names = (file, target)  # a link's own name counts: a reader of the folder follows the link
+    is_shard = any(name.suffix == ".safetensors" and is_same(name.parent, folder) for name in names)
+    return is_shard or any(is_same(target, part) for part in parts)
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder, or would if it were there."""
+    # realpath, since Path.resolve raises a RuntimeError where a link leads to itself
+    return os.path.realpath(one) == os.path.realpath(other) or (one.exists() and other.exists() and one.samefile(other))
 
 
 class Reader:
@@ -164,4 +197,4 @@ class Reader:
             tensor: Tensor = self._opened[file].get_tensor(name)
             return tensor
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"path: cannot read {name} from {file}: {error}") from None
+            raise ValueError(f"path: cannot read {name} from {file}: {why_unreadable(file, error)}") from None

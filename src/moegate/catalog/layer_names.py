@@ -23,6 +23,8 @@ _TEXT = {"text", "language"}  # "vision_language_model" is the model itself
 _PEFT = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
 _WRAPPERS = re.compile(rf"{_PEFT.pattern}|(?:^|(?<=\.))_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
+_UNTRAINED = re.compile(r"(?:^|\.)original_module\.")  # beside modules_to_save: what was there before training
+
 
 @dataclass(frozen=True)
 class Found:
@@ -57,7 +59,7 @@ class LayerNames:
         is_beside: dict[str, bool] = {}
         for name in names:
             part, layer, tail = self._split(name)
-            if layer is None:
+            if layer is None or ("original_module." in name and _UNTRAINED.search(name)):
                 continue
             if part not in is_beside:
                 is_beside[part] = _is_beside(part, model_type)

@@ -22,7 +22,10 @@ _NARROW = 76  # of a console in which tables would cut times off, or leave sente
 
 def explain(
     source: Annotated[
-        str, typer.Argument(help="A name of `moegate models`, or a folder with a config.json.", metavar="SOURCE")
+        str,
+        typer.Argument(
+            help="A name of `moegate models`, or a folder with a config.json, or a file of it.", metavar="SOURCE"
+        ),
     ],
     tokens: Annotated[str, typer.Option(help="Numbers of tokens.", metavar="M,M,...")] = _TOKENS,
     device: Annotated[

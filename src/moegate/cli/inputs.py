@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from moegate import catalog
 from moegate.catalog.checkpoint import Checkpoint
+from moegate.catalog.files import files_of, is_part
 from moegate.catalog.synthetic import random_gate, random_hidden, random_input_ids
 from moegate.gate import Gate
+from moegate.lfs import why_unreadable
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
 
@@ -75,7 +77,8 @@ class Inputs:
             tensors: dict[str, Tensor] = load_file(self.file)
             return tensors
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"--hidden: {self.file} is not a whole safetensors file: {error}") from None
+            reason = why_unreadable(self.file, error)
+            raise ValueError(f"--hidden: {self.file} is not a whole safetensors file: {reason}") from None
 
     def of(self, gate: Gate) -> tuple[Tensor, Tensor | None]:
         """The hidden states, and the token ids if the gate needs them."""
@@ -98,6 +101,16 @@ class Jobs:
     layers: list[int]
     """Of a checkpoint; empty: of a named model."""
     _load: Callable[[], Iterator[Job]]
+    _checkpoint: Checkpoint | None = None
+
+    def check_out(self, out: Path) -> None:
+        """Refuses to write what is read.
+
+        Raises:
+            ValueError: The file is one of the checkpoint's, or would be taken for one.
+        """
+        if self._checkpoint is not None and self._checkpoint.has_part(out):
+            raise ValueError(f"--out: {out} is a file of the checkpoint; allowed: another file")
 
     def __iter__(self) -> Iterator[Job]:
         """The gates with their inputs; one after another, so that only one is in memory."""
@@ -128,7 +141,7 @@ def load_jobs(source: str, layers: str | None, inputs: Inputs, change: Callable[
     if layers is None:
         raise ValueError(f"--layer: missing; all, or {checkpoint.describe_layers()}, in {folder}")
     wanted = parse_layers(layers, checkpoint)
-    return Jobs(str(folder), wanted, lambda: _jobs_of(checkpoint, wanted, folder, inputs))
+    return Jobs(str(folder), wanted, lambda: _jobs_of(checkpoint, wanted, folder, inputs), checkpoint)
 
 
 def _named_job(source: str, inputs: Inputs, change: Callable[[RouterSpec], RouterSpec]) -> Iterator[Job]:
@@ -149,7 +162,7 @@ def parse_layers(text: str, checkpoint: Checkpoint) -> list[int]:
     """The layers that a text such as 3,5-7 means; all: every one of the checkpoint."""
     if text == "all":
         if not checkpoint.layers:
-            raise ValueError(f"--layer: {checkpoint.describe_layers()}, in {checkpoint.place}")
+            raise ValueError(f"--layer: {checkpoint.explain_no_layers()}, in {checkpoint.place}")
         return checkpoint.layers
     layers: set[int] = set()
     for part in text.split(","):
@@ -178,22 +191,37 @@ def change_of(logits_dtype: str | None, top_k: int | None) -> Callable[[RouterSp
 def load_spec(source: str) -> tuple[str, RouterSpec]:
     """A title and what the router computes: of a name, or of a folder with a config.json, at most of its layers.
 
+    A .safetensors file stands for its folder, whose path is the title.
+
     Raises:
         ValueError: An unknown name, or a folder whose config.json is missing, broken or unknown.
     """
     folder = _folder(source)
     if folder is None:
         return source.lower(), _named(source)
+    if folder.suffix == ".safetensors" and folder.is_file():
+        folder = folder.parent
     _check_folder(folder)
     return str(folder), RouterSpec.from_config(folder)
 
 
+def check_reads_not(out: Path, titles: Iterable[str]) -> None:
+    """Refuses to write into what `load_spec` read; named models have no folder.
+
+    Raises:
+        ValueError: The file is one of a source's, or would be taken for one.
+    """
+    for folder in map(Path, titles):
+        if folder.is_dir() and is_part(out, folder, files_of(folder, {})):
+            raise ValueError(f"--out: {out} is a file of the checkpoint {folder}; allowed: another file")
+
+
 def _folder(source: str) -> Path | None:
-    """The source as a checkpoint folder, or the one whose config.json it is; None: a name, or a misspelt one."""
-    path = Path(source).expanduser()
+    """The source as a checkpoint's folder or file, of a config.json the folder; None: a name, or a misspelt one."""
+    path = Path(os.path.expanduser(source))  # Path.expanduser raises for unknown users
     path = path.parent if path.name == "config.json" else path
     is_path = os.sep in source or source.startswith((".", "~"))
-    if is_path or (source.lower() not in catalog.names() and path.is_dir()):
+    if is_path or (source.lower() not in catalog.names() and path.exists()):
         return path
     return None
 
@@ -211,9 +239,13 @@ def _named(source: str) -> RouterSpec:
 def _check_folder(folder: Path) -> None:
     if folder.is_dir():
         return
+    if folder.exists():
+        allowed = "a folder with a config.json, that file, or a .safetensors file beside it"
+        raise ValueError(f"{folder} is no folder; allowed: {allowed}")
     name = folder.name.lower()
     hint = f"did you mean {name!r}? Nothing" if name in catalog.names() else "nothing"
-    raise ValueError(f"no folder {folder}; {hint} is downloaded; `moegate models` lists the names")
+    what = "file" if folder.suffix == ".safetensors" else "folder"
+    raise ValueError(f"no {what} {folder}; {hint} is downloaded; `moegate models` lists the names")
 
 
 def _hidden_of(file: Path, tensors: dict[str, Tensor], needs_ids: bool) -> tuple[Tensor, Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,8 +56,10 @@ def check_out(option: str, out: Path) -> None:
     """Checks that an option names a file that can be written: a new one, or one to be replaced.
 
     Raises:
-        ValueError: A folder, device, pipe or socket; or its folder is not there.
+        ValueError: A folder, device, pipe or socket; a link that leads to itself; or its folder is not there.
     """
+    if os.path.islink(os.path.realpath(out)):  # realpath follows every link but those that end nowhere
+        raise ValueError(f"{option}: {out} is a symbolic link that leads back to itself; allowed: a file")
     reason = why_no_file(out)
     if reason is not None:
         raise ValueError(f"{option}: {reason}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def route(
     source: Annotated[
-        str, typer.Argument(help="A name of `moegate models`, or a checkpoint folder.", metavar="SOURCE")
+        str, typer.Argument(help="A name of `moegate models`, or a checkpoint folder or file.", metavar="SOURCE")
     ],
     layer: Annotated[
         str | None,
@@ -67,6 +67,8 @@ def route(
             raise ValueError("--tokens: allowed without --hidden only, which has its own number of tokens")
         inputs = Inputs(hidden, DEFAULT_TOKENS if tokens is None else tokens, seed, pick_device(device))
         jobs = load_jobs(source, layer, inputs, change_of(logits_dtype, top_k))
+        if out is not None:
+            jobs.check_out(out)
         if len(jobs.layers) > 1:
             route_layers(jobs, out, as_json)
             return
@@ -93,10 +95,11 @@ def _report(job: Job, routing: Routing, out: Path | None, as_json: bool) -> None
 
 
 def _check_out(out: Path, hidden: Path | None) -> None:
-    is_there = hidden is not None and hidden.exists() and out.exists()
-    if hidden is not None and (out.resolve() == hidden.resolve() or (is_there and out.samefile(hidden))):
-        raise ValueError(f"--out: {out} is the file of --hidden; allowed: another file")
+    from moegate.catalog.files import is_same
+
     check_out("--out", out)
+    if hidden is not None and is_same(out, hidden):
+        raise ValueError(f"--out: {out} is the file of --hidden; allowed: another file")
 
 
 def _write(out: Path, job: Job, routing: Routing) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -23,6 +25,8 @@ from moegate.cli.progress import progress_bar
 from moegate.cli.route_report import Summary, summarise
 from moegate.spec import RouterSpec
 from moegate.whole_file import replacing
+
+_ANY_WIDTH = 1000  # of a console that no table fills
 
 
 def route_layers(jobs: Jobs, out: Path | None, as_json: bool) -> None:
@@ -57,8 +61,13 @@ def _summaries(jobs: Jobs) -> Iterator[Summary]:
             summary = summarise(job, routing)
             bar.update(task, advance=1, description=f"layer {job.layer}")
             if bar.disable:
-                console(stderr=True).print(f"layer {job.layer}: {_verdict(summary.comparison.ok)}", style="dim")
+                console(stderr=True).print(_progress(summary), style="dim", soft_wrap=True)
             yield summary
+
+
+def _progress(summary: Summary) -> str:
+    nan = f", {summary.nan_tokens} of {len(summary.routing.topk_ids)} tokens are NaN" if summary.nan_tokens else ""
+    return f"layer {summary.job.layer}: {_verdict(summary.comparison.ok)}{nan}"
 
 
 def _by_layer(summary: Summary) -> dict[str, Tensor]:
@@ -80,21 +89,50 @@ def _print(title: str, facts: Sequence[dict[str, Any]], out: Console) -> None:
     """The rows, under what they have in common."""
     first = facts[0]
     layers = f"  layers {ranges([fact['layer'] for fact in facts])}, {first['tokens']} tokens"
-    out.print(Text(title, style="bold cyan").append(layers, style="not bold default"), soft_wrap=True)
+    out.print(Text(title, style="bold cyan").append(layers, style="not bold default"))
     for router, where in _routers(facts).items():
         which = f" (layers {ranges(where)})" if len(where) < len(facts) else ""
-        out.print(f"router    {router}{which}", soft_wrap=True)
-    out.print(f"inputs    {first['origin']}", soft_wrap=True)
-    out.print(f"device    {first['device']['type']}, {first['device']['name']}", soft_wrap=True)
+        out.print(f"router    {router}{which}")
+    out.print(f"inputs    {first['origin']}")
+    out.print(f"device    {first['device']['type']}, {first['device']['name']}")
     out.print()
+    table = _table(facts)
+    if Measurement.get(out, out.options.update(max_width=_ANY_WIDTH), table).maximum <= out.width:
+        out.print(table)
+    else:
+        for fact in facts:
+            out.print(_lines(fact))
+    out.print()
+    nan = "; NaN: tokens whose weights are NaN, which the load leaves out" if _has_nan(facts) else ""
+    out.print(f"tokens of an expert: least, mean, most; excused: rows that differ as near-ties{nan}")
+
+
+def _has_nan(facts: Sequence[dict[str, Any]]) -> bool:
+    return any(fact["nan_tokens"] for fact in facts)
+
+
+def _table(facts: Sequence[dict[str, Any]]) -> Table:
+    """A row a layer; a column of NaN tokens where any layer has some."""
+    names = list(_cells(facts[0]))
+    if not _has_nan(facts):
+        names.remove("NaN")
     table = new_table()
-    for name in ("layer", "contract", "excused", "least", "mean", "most", "idle", "of bound", "µs a call"):
+    for name in names:
         table.add_column(name, justify="left" if name == "contract" else "right", no_wrap=True)
     for fact in facts:
-        table.add_row(*_row(fact))
-    out.print(table)
-    out.print()
-    out.print("tokens of an expert: least, mean, most; excused: rows that differ as near-ties", soft_wrap=True)
+        cells = _cells(fact) | {"contract": _styled(fact["contract"]["ok"])}
+        table.add_row(*(cells[name] for name in names))
+    return table
+
+
+def _lines(fact: dict[str, Any]) -> Text:
+    """What a row says, for a console that is too narrow for the table."""
+    cells = _cells(fact)
+    nan = f"NaN {cells['NaN']}, " if fact["nan_tokens"] else ""
+    numbers = ", ".join(f"{name} {cells[name]}" for name in ("least", "mean", "most", "idle"))
+    line = Text(f"layer {cells['layer']}: ").append_text(_styled(fact["contract"]["ok"]))
+    line.append(f", excused {cells['excused']}, {nan}{numbers}, ")
+    return line.append(f"{cells['of bound']} of bound, {cells['µs a call']} µs a call")
 
 
 def _routers(facts: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
@@ -107,13 +145,25 @@ def _routers(facts: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
     return found
 
 
-def _row(fact: dict[str, Any]) -> list[Text | str]:
+def _cells(fact: dict[str, Any]) -> dict[str, str]:
+    """What a row says, by the names of its columns."""
     load = fact["load"]["experts"] + fact["load"]["zero_experts"]
-    contract = fact["contract"]
-    verdict = Text(_verdict(contract["ok"]), style="green" if contract["ok"] else "bold red")
-    spread = [f"{min(load)}", f"{sum(load) / len(load):.1f}", f"{max(load)}", f"{load.count(0)}"]
-    share, time = f"{fact['logits']['share_of_bound']:.2%}", f"{fact['time']['median_us']:.1f}"
-    return [f"{fact['layer']}", verdict, f"{contract['excused_rows']}", *spread, share, time]
+    return {
+        "layer": f"{fact['layer']}",
+        "contract": _verdict(fact["contract"]["ok"]),
+        "excused": f"{fact['contract']['excused_rows']}",
+        "NaN": f"{fact['nan_tokens']}",
+        "least": f"{min(load)}",
+        "mean": f"{sum(load) / len(load):.1f}",
+        "most": f"{max(load)}",
+        "idle": f"{load.count(0)}",
+        "of bound": f"{fact['logits']['share_of_bound']:.2%}",
+        "µs a call": f"{fact['time']['median_us']:.1f}",
+    }
+
+
+def _styled(ok: bool) -> Text:
+    return Text(_verdict(ok), style="green" if ok else "bold red")
 
 
 def _verdict(ok: bool) -> str:

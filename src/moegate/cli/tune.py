@@ -39,11 +39,13 @@ def tune(
     need_gpu("moegate tune")
     with errors_in_one_line():
         from moegate.choice.tables import user_file
-        from moegate.cli.inputs import load_spec
+        from moegate.cli.inputs import check_reads_not, load_spec
         from moegate.measure.session import Session
         from moegate.measure.tune import WAY, Tuning, made_by
 
         more = dict(load_spec(source) for source in sources or [])
+        if out is not None:
+            check_reads_not(out, more)
         session = Session()
         machine = session.machine
         command = shlex.join(["moegate", "tune", *(sources or []), *([] if out is None else ["--out", str(out)])])

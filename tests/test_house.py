@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -44,6 +45,14 @@ def test_the_version_of_torch_is_said_once() -> None:
     assert range_start is not None
     assert oldest is not None
     assert oldest.groups() == range_start.groups()
+
+
+@pytest.mark.parametrize("name", ["config", "lookup", "model_types", "parts", "stated"])
+def test_what_reads_configs_knows_no_spec(name: str) -> None:
+    """`RouterSpec.from_config` calls the reader, so that the reader importing RouterSpec would be a circle."""
+    tree = ast.parse((ROOT / "src" / "moegate" / "catalog" / f"{name}.py").read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {module for module in imported if module in ("moegate", "moegate.spec", "moegate.catalog")}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,9 +104,24 @@ def test_options_that_are_assigned() -> None:
         gate(HIDDEN)
 
 
-def test_a_tensor_that_the_spec_does_not_take() -> None:
-    gate = a_gate()
+def by_assignment(gate: Gate, tensor: torch.Tensor) -> None:
+    gate.bias = nn.Parameter(tensor)
+
+
+def by_parameter(gate: Gate, tensor: torch.Tensor) -> None:
+    gate.register_parameter("bias", nn.Parameter(tensor))
+
+
+def by_buffer(gate: Gate, tensor: torch.Tensor) -> None:
+    del gate.bias
+    gate.register_buffer("bias", tensor)
+
+
+@pytest.mark.parametrize("give", [by_assignment, by_parameter, by_buffer])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_tensor_that_the_spec_does_not_take(give: Callable[[Gate, torch.Tensor], None], frozen: bool) -> None:
+    gate = a_gate(frozen=frozen)
     gate(HIDDEN)
-    gate.bias = nn.Parameter(there(torch.zeros(SPEC.num_gate_rows)))
+    give(gate, there(torch.zeros(SPEC.num_gate_rows)))
     with pytest.raises(ValueError, match="bias: got a tensor; allowed: None"):
         gate(HIDDEN)

@@ -303,12 +303,27 @@ class Gate(FromCheckpoint, nn.Module):
         super().__setattr__(name, value)
         if name == "spec":
             self._spec_text = ops.spec_text(value) if isinstance(value, RouterSpec) else ""
-        noted = self.__dict__.get("_noted")
-        if noted is None:
-            return
         if name in _OPTIONS:
             self._noted = None
-        elif name in NAMES and (self.frozen or noted.forms[NAMES.index(name)] is None):
+        else:
+            self._doubt(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Registers, which is an assignment too."""
+        super().register_parameter(name, param)
+        self._doubt(name)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Registers, which is an assignment too."""
+        super().register_buffer(name, tensor, persistent)
+        self._doubt(name)
+
+    def _doubt(self, name: str) -> None:
+        """Has the next call take note of the tensor that `name` was just given to."""
+        noted = self.__dict__.get("_noted")
+        if noted is None or name not in NAMES:
+            return
+        if self.frozen or noted.forms[NAMES.index(name)] is None:
             # A tensor that the spec does not ask for. Or the same one, which FSDP2 assigns again after it wrote to it
             # where no version tells: its memory was freed meanwhile, and may be at the same address.
             self._noted = noted.in_doubt()

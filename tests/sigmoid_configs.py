@@ -1,7 +1,7 @@
 """Configs of types with sigmoid routers, and the specs that they mean.
 
-The keys about routing alone: those of the config.json of the model that is named, as public copies of the file quote
-them, or those that the config class named reads.
+The keys about routing alone: of the model that is named, or those that the config class named reads. The files as they
+were published are in data/configs.
 """
 
 from __future__ import annotations

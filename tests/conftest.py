@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 from machines import forget
+from noticing_gates import record_prepared
 from torch import Tensor
 
 from moegate.backends.cuda import memory
@@ -53,6 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The weights that gates prepared since the test began."""
+    return record_prepared(monkeypatch)
 
 
 @pytest.fixture(scope="session")

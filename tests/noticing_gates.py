@@ -45,7 +45,7 @@ def routed_as(gate: Gate, **given: Tensor) -> bool:
 
 
 def record_prepared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The weights that were prepared since."""
+    """The weights that were prepared since, on either backend."""
     weights: list[Tensor] = []
     for backend in (TorchBackend, CudaBackend):
         prepare: Any = backend.prepare

@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+
+from sigmoid_configs import DEEPSEEK_V3, V3, Config
 
 from moegate import RouterSpec
 
-Config = dict[str, Any]
-
 DEEPSEEK: Config = {
-    "hidden_size": 7168,
-    "n_routed_experts": 256,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
+    key: value for key, value in DEEPSEEK_V3.items() if key not in ("architectures", "model_type", "torch_dtype")
 }
-DEEPSEEK_SPEC = RouterSpec(
-    7168,
-    256,
-    8,
-    "sigmoid",
-    "score",
-    n_group=8,
-    topk_group=4,
-    renormalize=True,
-    renormalize_eps=1e-20,
-    routed_scaling_factor=2.5,
-)
+DEEPSEEK_SPEC = V3
 V41: Config = {
     "hidden_size": 5120,
     "n_routed_experts": 384,

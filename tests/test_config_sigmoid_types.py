@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 
 import pytest
+from sigmoid_configs import Config
 from sigmoid_types import (
     DEEPSEEK_SPEC,
     MUSE,
@@ -17,7 +18,6 @@ from sigmoid_types import (
     V41,
     V41_SPEC,
     WRAPPED,
-    Config,
 )
 
 from moegate import RouterSpec

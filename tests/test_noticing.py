@@ -15,7 +15,6 @@ from noticing_gates import (
     SPEC,
     a_gate,
     assign,
-    record_prepared,
     routed_as,
     set_data,
     weight_of,
@@ -28,12 +27,6 @@ from torch import Tensor, nn
 import moegate
 from moegate import Gate
 from moegate.backends.torch import TorchBackend
-
-
-@pytest.fixture
-def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    return record_prepared(monkeypatch)
-
 
 # What puts another weight [256, 64] into a gate without a word.
 

@@ -22,7 +22,6 @@ from noticing_gates import (
     SPEC,
     a_gate,
     assign,
-    record_prepared,
     routed_as,
     set_data,
     weight_of,
@@ -34,11 +33,6 @@ from torch import Tensor, nn
 
 import moegate
 from moegate import Gate, noticing
-
-
-@pytest.fixture
-def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    return record_prepared(monkeypatch)
 
 
 # On meta, to be loaded.

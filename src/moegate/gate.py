@@ -167,6 +167,7 @@ class Gate(FromCheckpoint, nn.Module):
             assert weight is not None
             tensors, device = noted.tensors, noted.device
             arguments.check_hidden(hidden, spec, device)
+            # What `arguments.check_others` does, without its call in those calls that have neither.
             if input_ids is not None or spec.hash_routing:
                 arguments.check_input_ids(input_ids, spec, tensors, hidden.shape[0], device)
             if out is not None:

@@ -25,9 +25,10 @@ from torch import Tensor
 
 import moegate
 from moegate import Gate
+from moegate.arguments import check_gate
 from moegate.catalog.synthetic import random_hidden, random_tensors
 from moegate.cli.machine import cpu_name
-from moegate.contract.verify import verify_logits, verify_routing
+from moegate.contract.verify import verify_call
 from moegate.routing import RouterTensors
 
 # The name in the catalog, the router class of Transformers, and the config that gives it the model's size.
@@ -69,9 +70,8 @@ def peer(name: str, weight: Tensor, tensors: RouterTensors) -> torch.nn.Module:
 def hold_against_float64(gate: Gate, hidden: Tensor) -> None:
     """No time for a wrong result."""
     routing = gate(hidden, return_logits=True)
-    tensors = RouterTensors(bias=gate.bias, e_score_correction_bias=gate.e_score_correction_bias)
-    problems = verify_logits(routing.logits, hidden, gate.weight, gate.spec, tensors).problems
-    problems += verify_routing(routing, routing.logits, gate.spec, tensors).problems
+    weight, tensors = check_gate(gate._given(), gate.spec)
+    problems = verify_call(routing, hidden, weight, gate.spec, tensors).problems
     if problems:
         raise SystemExit(f"wrong result: {problems}")
 

@@ -4,12 +4,13 @@ from unittest.mock import patch
 
 from typer.testing import CliRunner, Result
 
-from moegate.cli import app, measure
+from moegate.cli import app
+from moegate.measure import wall_clock
 
 
 def run(*arguments: object, columns: int = 80) -> Result:
     """What the command printed, and its exit status; an exception that it let through is raised."""
-    with patch.object(measure, "_ENOUGH", 1000.0):  # microseconds of timing: here nobody reads the time
+    with patch.object(wall_clock, "_ENOUGH", 1000.0):  # microseconds of timing: here nobody reads the time
         result = CliRunner(env={"COLUMNS": str(columns)}).invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception  # for the user, a traceback

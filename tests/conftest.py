@@ -17,8 +17,8 @@ from machines import forget
 from noticing_gates import record_prepared
 from torch import Tensor
 
-from moegate.backends.cuda import memory
 from moegate.choice import tables
+from moegate.cuda import device as gpu
 from moegate.warn import warn_once
 
 # The same examples in every run, so that a red run is red again; `--hypothesis-profile explore` draws new ones.
@@ -97,7 +97,7 @@ def poisoned_memory() -> Iterator[None]:
             (torch, "empty_strided"),
             (Tensor, "new_empty"),
             (Tensor, "new_empty_strided"),
-            (memory, "_empty_strided_cuda"),
+            (gpu, "_empty_strided_cuda"),
         ):
             if getattr(owner, name) is None:  # not in every PyTorch
                 continue

@@ -8,8 +8,9 @@ import torch
 from machines import pretended
 
 from moegate import __version__, get_spec
-from moegate.choice.facts import Facts, Machine, facts_of
 from moegate.choice.tables import Row, Table, shape_of
+from moegate.machine import Machine
+from moegate.problem import Problem, problem_of
 
 DECODE, CUBLAS, OPS = "cuda:router_gemm+select", "cuda:cublas+select", "torch:mm+ops"
 MADE = {name: "x" for name in ("date", "command", "moegate_commit", "torch", "cuda", "flashinfer", "driver")}
@@ -18,14 +19,14 @@ NAMES = {"glm_4_5_air": "glm-4.5-air", "laguna_xs_2_1": "laguna-xs-2.1", "qwen3_
 GPU = Machine("GPU X", (9, 0), 100, 3000.0)
 
 
-def facts(model: str = "deepseek-v3", machine: Machine = GPU) -> Facts:
-    return facts_of(machine, get_spec(model), torch.bfloat16)
+def problem(model: str = "deepseek-v3", machine: Machine = GPU) -> Problem:
+    return problem_of(machine, get_spec(model), torch.bfloat16)
 
 
 def a_table(gpu: Machine = GPU, not_frozen: dict[str, float] | None = None, **us: dict[int, dict[str, float]]) -> Table:
     """By model, with _ for -, and number of tokens the times; `not_frozen` has those of other gates in every row."""
     rows = [
-        Row(model, shape_of(facts(NAMES.get(model, model.replace("_", "-")))), tokens, times, {}, not_frozen or {})
+        Row(model, shape_of(problem(NAMES.get(model, model.replace("_", "-")))), tokens, times, {}, not_frozen or {})
         for model, by_tokens in us.items()
         for tokens, times in by_tokens.items()
     ]

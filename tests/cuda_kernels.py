@@ -1,4 +1,4 @@
-"""What the tests of the CUDA kernels share: plans for chips that are not here, gates on a GPU, bit-exact comparison."""
+"""What tests of the CUDA kernels share: tilings for chips that are not here, gates on a GPU, comparison to the bit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ from routers import generator, tensors_of, token_ids
 from torch import Tensor
 
 from moegate import Gate, RouterSpec, Routing
-from moegate.backends.cuda import sources, tiling
-from moegate.contract.verify import verify_logits, verify_routing
+from moegate.choice.candidates import Candidate
+from moegate.choice.dispatch import Dispatch, Options, for_selection
+from moegate.choice.machines import machine_of
+from moegate.choice.plan import Plan
+from moegate.contract.verify import verify_call
+from moegate.cuda.device import Chip
+from moegate.gemm import router_gemm
+from moegate.gemm.cublas import BoundCublas
+from moegate.halves import Call
+from moegate.machine import Machine
+from moegate.problem import Dtypes, Problem, dtypes_of
 from moegate.routing import RouterTensors
+from moegate.selection import select_kernel
 
-# The fewest and the most multiprocessors of the GPUs of a compute capability, by NVIDIA's data sheets: the plan of a
-# product goes by them.
+# The fewest and the most multiprocessors of the GPUs of a compute capability, by NVIDIA's data sheets: the tiling of a
+# GEMM goes by them.
 SMS = {
     80: (56, 108),  # A30, A100
     86: (16, 84),  # RTX 3050 laptop, RTX A6000
@@ -29,6 +39,7 @@ SMS = {
 }
 # The most that a block can have of shared memory: CUDA C++ Programming Guide, table of compute capabilities.
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 120: 99 << 10, 121: 99 << 10}
+NO_TENSORS = RouterTensors()
 DEEPSEEK_V3 = RouterSpec(
     7168, 256, 8, "sigmoid", "score", 8, 4, renormalize=True, renormalize_eps=1e-20, routed_scaling_factor=2.5
 )
@@ -39,32 +50,27 @@ def number_of(arch: str) -> int:
     return int("".join(filter(str.isdigit, arch)))
 
 
-def gemm_texts(
-    arch: str, hidden_size: int, rows: int, dtypes: sources.GemmDtypes, norm_eps: float | None, *, frozen: bool
-) -> list[str]:
-    """The texts of a router GEMM, as it is planned for the smallest and the largest chip of that architecture."""
-    operand_parts = tiling.parts(dtypes.hidden, dtypes.weight, norm_eps is not None)[:2]
+def chips_of(arch: str) -> list[Chip]:
+    """The smallest and the largest chip of an architecture."""
     number = number_of(arch)
-    texts = []
-    for num_sms in SMS[number]:
-        chip = tiling.Chip(num_sms, number >= 90, SHARED_BYTES.get(number, 227 << 10))
-        of_chip = tiling.plan_gemm(hidden_size, rows, operand_parts, chip)
-        texts.append(sources.gemm_source(hidden_size, rows, dtypes, norm_eps, of_chip, frozen=frozen))
+    return [Chip(num_sms, number >= 90, SHARED_BYTES.get(number, 227 << 10)) for num_sms in SMS[number]]
+
+
+def a_problem(spec: RouterSpec, dtypes: Dtypes | None = None, *, frozen: bool = False) -> Problem:
+    """On a GPU that is not here; by default with the dtypes of routers.tensors_of."""
+    dtypes = dtypes or dtypes_of(spec, torch.bfloat16, tensors_of(spec))
+    return Problem(Machine("a GPU", (9, 0), 132), spec, dtypes, frozen)
+
+
+def gemm_texts(arch: str, problem: Problem) -> list[str]:
+    """The texts of a router GEMM, as it is tiled for the smallest and the largest chip of that architecture."""
+    texts = [router_gemm.source(problem, router_gemm.tiling_for(problem, chip)) for chip in chips_of(arch)]
     return list(dict.fromkeys(texts))
 
 
-def select_text(spec: RouterSpec, *, aligned: bool = True, frozen: bool = False, weight_parts: int = 0) -> str:
+def select_text(spec: RouterSpec, *, aligned: bool = True, frozen: bool = False, num_terms: int = 0) -> str:
     """The text of a selection, with the dtypes of routers.tensors_of."""
-    tensors = tensors_of(spec)
-    dtypes = sources.SelectDtypes(
-        getattr(torch, spec.logits_dtype),
-        None if tensors.per_expert_scale is None else tensors.per_expert_scale.dtype,
-        None if tensors.global_scale is None else tensors.global_scale.dtype,
-        None if tensors.tid2eid is None else tensors.tid2eid.dtype,
-        torch.int64 if spec.hash_routing else None,
-        None if tensors.bias is None or weight_parts == 0 else tensors.bias.dtype,
-    )
-    return sources.select_source(spec, dtypes, aligned=aligned, frozen=frozen, weight_parts=weight_parts)
+    return select_kernel.source(a_problem(spec, frozen=frozen), aligned=aligned, num_terms=num_terms)
 
 
 def on_gpu(tensors: RouterTensors) -> RouterTensors:
@@ -103,10 +109,36 @@ def problems_of(
     routing: Routing, hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors
 ) -> list[str]:
     """Breaches of the contract by a routing that has its logits."""
-    assert routing.logits is not None
     ids = token_ids(len(hidden)) if spec.hash_routing else None
-    of_logits = verify_logits(routing.logits, hidden, weight, spec, tensors).problems
-    return of_logits + verify_routing(routing, routing.logits, spec, tensors, input_ids=ids).problems
+    return verify_call(routing, hidden, weight, spec, tensors, ids).problems
+
+
+def selected(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None = None) -> Routing:
+    """What the selection alone makes of logits on the GPU, with them."""
+    dispatch = for_selection(logits.device, spec, logits.dtype, tensors, Options(backend="cuda"))
+    return dispatch.select(logits, tensors, input_ids)
+
+
+def routed_by(
+    candidate: Candidate, hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors
+) -> Routing:
+    """What a candidate makes of hidden states on the GPU, whatever a plan would choose."""
+    problem = Problem(machine_of(weight.device), spec, dtypes_of(spec, weight.dtype, tensors), frozen=False)
+    ids = token_ids(len(hidden)).cuda() if spec.hash_routing else None
+    return Dispatch(Plan(problem), only=candidate).route(hidden, weight, tensors, ids, {})
+
+
+def bound_cublas(spec: RouterSpec, weight: Tensor, tensors: RouterTensors = NO_TENSORS) -> BoundCublas:
+    """cuBLAS and the kernels around it, for a weight on the GPU."""
+    problem = Problem(machine_of(weight.device), spec, dtypes_of(spec, weight.dtype, tensors), frozen=False)
+    return BoundCublas(problem, weight.device)
+
+
+def a_call(hidden: Tensor, weight: Tensor, tensors: RouterTensors = NO_TENSORS, **given: Any) -> Call:
+    """On the current stream."""
+    stream = torch.cuda.current_stream().cuda_stream
+    call = Call(len(hidden), hidden, weight, tensors, None, {}, None, stream)
+    return call._replace(**given)
 
 
 def assert_same_bits(got: Routing, expected: Routing, where: object = "") -> None:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
 import pytest
 import torch
 
-from moegate import backends
-from moegate.backends.flashinfer import limits
-from moegate.backends.flashinfer import router as flashinfer_router
-from moegate.backends.torch import TorchBackend
-from moegate.choice import costs, planned, policies, tables
-from moegate.choice.facts import Machine, described_machine
+from moegate.choice import dispatch, policies
+from moegate.choice.machines import described_machine
+from moegate.flashinfer import functions, limits
+from moegate.gemm.cublas import Cublas
+from moegate.gemm.router_gemm import RouterGemm
+from moegate.gemm.torch_mm import TorchMm
+from moegate.machine import Machine
+from moegate.selection.select_kernel import Select
+from moegate.selection.torch_ops import TorchOps
 
 CPU = torch.device("cpu")
-
-
-class StandIn(TorchBackend):
-    """Takes the place of the cuda backend on a machine without a GPU."""
-
-    name = "cuda"
-
-    def __init__(self, gemm_tokens: int) -> None:
-        self.gemm_tokens = gemm_tokens
 
 
 def described(text: str, flashinfer: str | None = None) -> Machine:
@@ -39,25 +37,26 @@ def pretended(
 
 def forget() -> None:
     """Empties everything that is kept for the process."""
-    for known in (
-        planned.planned,
-        planned.router_of,
-        backends.choose,
-        tables.table_for,
-        costs.expected,
-        costs._curves,
-        costs.most_tokens,
-        costs.tells_of_not_frozen,
-        policies.gemm_tokens,
-        limits.installed_version,
-        limits.cannot_compile,
-    ):
-        known.cache_clear()
-    flashinfer_router._failures.clear()
+    dispatch.forget()
+    limits.installed_version.cache_clear()
+    limits.cannot_compile.cache_clear()
+    functions.forget_failures()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     """Gates are made on this machine from now on, with PyTorch in the place of the cuda kernels."""
     forget()
-    monkeypatch.setattr(planned, "machine_of", lambda device: machine)
-    monkeypatch.setattr(planned, "CudaBackend", StandIn)
+    monkeypatch.setattr(dispatch, "machine_of", lambda device: machine)
+    for gemm in (RouterGemm, Cublas):
+        monkeypatch.setattr(gemm, "bind", TorchMm.bind)
+    monkeypatch.setattr(Select, "bind", TorchOps.bind)
+
+
+@contextmanager
+def router_gemm_up_to(num_tokens: int) -> Iterator[None]:
+    """Whatever a table says of router_gemm and of cuBLAS."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policies, "gemm_tokens", cache(lambda problem: num_tokens))
+        dispatch.forget()
+        yield
+    dispatch.forget()

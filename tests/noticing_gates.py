@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from on_device import gate_there, there
@@ -12,8 +9,8 @@ from routers import SPECS, generator, tensors_of, token_ids
 from torch import Tensor, nn
 
 from moegate import Gate, RouterSpec
-from moegate.backends.cuda import CudaBackend
-from moegate.backends.torch import TorchBackend
+from moegate.choice.dispatch import Dispatch
+from moegate.halves import Prepared
 
 SPEC = SPECS["sigmoid with bias in groups"]
 PINNED = SPECS["softmax with bias and floor"]
@@ -45,18 +42,15 @@ def routed_as(gate: Gate, **given: Tensor) -> bool:
 
 
 def record_prepared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The weights that were prepared since, on either backend."""
+    """The weights that were prepared since."""
     weights: list[Tensor] = []
-    for backend in (TorchBackend, CudaBackend):
-        prepare: Any = backend.prepare
+    prepare = Dispatch.prepare
 
-        def recorded(
-            self: Any, weight: Tensor, *given: object, _prepare: Callable[..., object] = prepare, **named: object
-        ) -> object:
-            weights.append(weight)
-            return _prepare(self, weight, *given, **named)
+    def recorded(self: Dispatch, weight: Tensor) -> Prepared:
+        weights.append(weight)
+        return prepare(self, weight)
 
-        monkeypatch.setattr(backend, "prepare", recorded)
+    monkeypatch.setattr(Dispatch, "prepare", recorded)
     return weights
 
 

@@ -10,18 +10,16 @@ from __future__ import annotations
 import itertools
 
 import torch
-from cuda_kernels import gate_on_gpu, random_hidden, run
+from cuda_kernels import a_call, a_problem, bound_cublas, gate_on_gpu, random_hidden, routed_by, run, selected
 from routers import SPECS, token_ids
 from torch import Tensor
 
-from moegate import RouterSpec, get_spec
+from moegate import RouterSpec, Routing, get_spec
 from moegate.arguments import check_gate
-from moegate.backends.cuda import CudaBackend
-from moegate.backends.cuda.product import product_of, sum_of
-from moegate.backends.cuda.selection import select_dtypes, select_kernels
-from moegate.backends.cuda.sources import InputNorm
-from moegate.backends.cuda.tiling import MAX_GEMM_TOKENS
-from moegate.routing import RouterTensors
+from moegate.choice.candidates import ROUTER_GEMM
+from moegate.halves import PartialSums
+from moegate.routing import RouterTensors, outputs_of
+from moegate.selection.select_kernel import BoundSelect
 
 _FEW, _ALL = (1, 9), (1, 8, 9, 17, 33, 64)
 _MORE, _SOME = 150, 600  # router_gemm in groups of tokens; a selection in blocks of one warp
@@ -30,25 +28,29 @@ _MANY = 1100  # a selection's blocks have several warps there; cuBLAS, whose fin
 _REAL = ("deepseek-v3", "minimax-m2", "longcat-flash", "gemma-4-26b-a4b")
 
 
-def beside_cublas(weight: Tensor, spec: RouterSpec, tensors: RouterTensors, ids: Tensor | None) -> None:
+def beside_cublas(weight: Tensor, spec: RouterSpec, tensors: RouterTensors) -> None:
     """What runs before and after it."""
-    device, stream = weight.device, torch.cuda.current_stream().cuda_stream
-    bias_dtype, logits_dtype = None if tensors.bias is None else tensors.bias.dtype, getattr(torch, spec.logits_dtype)
-    (rows, hidden_size), scale, eps, factors = weight.shape, tensors.input_scale, spec.input_norm_eps, None
-    norm = None if scale is None or eps is None else InputNorm(eps, scale.dtype)
-    product = product_of(hidden_size, rows, weight.dtype, device, norm, pdl=True)
-    if product.weight_parts > 1 or rows % 8 != 0:
-        _, factors = product.prepared(random_hidden(spec, _MANY), weight, scale, stream)
-    dtypes = select_dtypes(logits_dtype, tensors, None if ids is None else ids.dtype)._replace(bias=bias_dtype)
-    for aligned, tokens, shares in itertools.product((True, False), (_MORE, _SOME, _MANY), (1, 3)):
-        select = select_kernels(
-            spec, dtypes, device, aligned=aligned, frozen=False, pdl=True, weight_parts=product.weight_parts
+    bound = bound_cublas(spec, weight, tensors)
+    device, rows = weight.device, len(weight)
+    factors = None
+    if bound._prepare is not None:
+        _, factors = bound._prepared(bound._prepare, a_call(random_hidden(spec, _MANY), weight, tensors))
+    select = BoundSelect(bound._problem, device, bound)
+    for first, tokens, num_splits in itertools.product((0, 1), (_MORE, _SOME, _MANY), (1, 3)):
+        sums = torch.randn(num_splits, tokens, bound._layout.columns, device=device)
+        # A caller's logits may start anywhere.
+        room = torch.empty(tokens * rows + 1, dtype=bound._problem.logits_dtype, device=device)
+        logits = room[first:][: tokens * rows].view(tokens, rows)
+        parts = (
+            torch.empty(output.shape(tokens), dtype=output.dtype, device=device) if output.is_there else None
+            for output in outputs_of(spec)
         )
-        products = torch.randn(shares, tokens, -(-product.weight_parts * rows // 8) * 8, device=device)
-        logits = torch.empty((tokens, rows), dtype=logits_dtype, device=device)
-        routing = select.outputs(logits, tokens)
-        select.launch(routing, tensors, ids, tokens, stream, products=products, norm_factors=factors)
-        sum_of(rows, product.weight_parts, bias_dtype, logits_dtype, device)(products, tensors.bias, logits, stream)
+        ids = token_ids(tokens).cuda() if spec.hash_routing else None
+        out = Routing(*parts)._replace(logits=logits)  # type: ignore[arg-type]
+        call = a_call(sums[0], weight, tensors, input_ids=ids, out=out)
+        select(call, PartialSums(sums, None if factors is None else factors[:tokens]))
+        if factors is None:
+            bound.reduce(PartialSums(sums, None), tensors.bias, logits, call.stream)
 
 
 def main() -> None:
@@ -61,12 +63,12 @@ def main() -> None:
                 for rows in tokens:
                     run(gate, random_hidden(spec, rows))
             weight, tensors = check_gate(gate._given(), spec)
-            ids = token_ids(_MORE).cuda() if spec.hash_routing else None
-            CudaBackend(MAX_GEMM_TOKENS).route(random_hidden(spec, _MORE), weight, spec, tensors, ids, None)
+            if ROUTER_GEMM.unsupported(a_problem(spec), _MORE) is None:
+                routed_by(ROUTER_GEMM, random_hidden(spec, _MORE), weight, spec, tensors)
             logits = torch.randn(_MANY, spec.num_gate_rows, device="cuda", dtype=getattr(torch, spec.logits_dtype))
             ids = token_ids(_MANY).cuda() if spec.hash_routing else None
-            CudaBackend().select(logits, spec, tensors, ids)
-            beside_cublas(weight, spec, tensors, ids)
+            selected(logits, spec, tensors, ids)
+            beside_cublas(weight, spec, tensors)
             print(name, flush=True)
     torch.cuda.synchronize()
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from machines import forget
 
-from moegate.backends.cuda.jit import cache
 from moegate.cache_folder import cache_folder
 from moegate.choice import tables
-from moegate.choice.facts import Machine
+from moegate.cuda.jit import cache
+from moegate.machine import Machine
 
 HERE = Machine("GPU X", (9, 0), 132, 3352.3, device=torch.device("cpu"))
 

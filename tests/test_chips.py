@@ -13,7 +13,7 @@ from machines import forget
 
 from moegate import catalog, get_spec
 from moegate.choice import chips
-from moegate.choice.facts import CHIPS, described_machine
+from moegate.choice.machines import CHIPS, described_machine
 
 
 @pytest.fixture(autouse=True)

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from cost_tables import CUBLAS, DECODE, GPU, HERE, OPS, a_table, facts
+from cost_tables import CUBLAS, DECODE, GPU, HERE, OPS, a_table, problem
 from machines import CPU, described, forget
 
 from moegate import get_spec
-from moegate.choice import costs, tables
-from moegate.choice.facts import Machine, default_weight_dtype, facts_of
+from moegate.choice import candidates, costs, tables
+from moegate.choice.explain import explain
 from moegate.choice.plan import Plan
 from moegate.choice.tables import Table, read, shape_of, write
+from moegate.machine import Machine
+from moegate.problem import default_weight_dtype, problem_of
 
 pytestmark = pytest.mark.usefixtures("shipped")
 
@@ -41,38 +43,46 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_measured_and_between_and_beyond(shipped: Callable[..., None]) -> None:
     shipped(a_table(deepseek_v3={4: {DECODE: 2.0}, 16: {DECODE: 8.0}}))
-    assert costs.expected(facts(), DECODE, 4) == (2.0, "measured on GPU X")
-    assert costs.expected(facts(), DECODE, 8) == (4.0, "interpolated between M = 4 and 16 on GPU X")
-    assert costs.expected(facts(), DECODE, 64) == (32.0, "extrapolated from M = 4 and 16 on GPU X")  # half a us a token
-    assert costs.expected(facts(), DECODE, 1) == (2.0, "taken from M = 4 on GPU X")  # few tokens are latency
-    assert costs.expected(facts(), OPS, 4) is None
-    assert costs.expected(facts(), OPS, 0) == (0.0, "nothing is launched")
+    assert costs.expected(problem(), candidates.ROUTER_GEMM, 4) == (2.0, "measured on GPU X")
+    assert costs.expected(problem(), candidates.ROUTER_GEMM, 8) == (4.0, "interpolated between M = 4 and 16 on GPU X")
+    assert costs.expected(problem(), candidates.ROUTER_GEMM, 64) == (
+        32.0,
+        "extrapolated from M = 4 and 16 on GPU X",
+    )  # half a us a token
+    assert costs.expected(problem(), candidates.ROUTER_GEMM, 1) == (
+        2.0,
+        "taken from M = 4 on GPU X",
+    )  # few tokens are latency
+    assert costs.expected(problem(), candidates.TORCH, 4) is None
+    assert costs.expected(problem(), candidates.TORCH, 0) == (0.0, "nothing is launched")
 
 
 def test_other_shapes_come_from_the_two_nearest(shipped: Callable[..., None]) -> None:
     near, far = {128: {OPS: 2.0}}, {128: {OPS: 50.0}}
     shipped(a_table(kimi_k2=near, glm_5={128: {OPS: 4.0}}, mixtral_8x7b=far))
-    cost = costs.expected(facts("mimo-v2.5-pro"), OPS, 128)  # 6144 x 384: between kimi's 7168 and glm's 256
+    cost = costs.expected(
+        problem("mimo-v2.5-pro"), candidates.TORCH, 128
+    )  # 6144 x 384: between kimi's 7168 and glm's 256
     assert cost is not None
     assert 2.0 < cost.us < 4.0
     assert cost.evidence == "interpolated from kimi_k2 and glm_5 on GPU X"
-    beyond = costs.expected(facts("mimo-v2.5-pro"), OPS, 4096)
+    beyond = costs.expected(problem("mimo-v2.5-pro"), candidates.TORCH, 4096)
     assert beyond is not None
     assert beyond.evidence == "extrapolated from kimi_k2 and glm_5 on GPU X"
-    assert costs.expected(facts_of(GPU, get_spec("minimax-m2"), torch.float32), OPS, 128) is None
+    assert costs.expected(problem_of(GPU, get_spec("minimax-m2"), torch.float32), candidates.TORCH, 128) is None
 
 
 def test_one_neighbour_is_not_the_shape_itself(shipped: Callable[..., None]) -> None:
     shipped(a_table(kimi_k2={1: {CUBLAS: 2.0}}))
-    cost = costs.expected(facts("deepseek-v3"), CUBLAS, 1)
+    cost = costs.expected(problem("deepseek-v3"), candidates.CUBLAS, 1)
     assert cost is not None
     assert "measured" not in cost.evidence
 
 
 def test_of_hidden_states_with_32_bits_no_table_tells(shipped: Callable[..., None]) -> None:
     shipped(a_table(deepseek_v3={1: {DECODE: 2.0}}))
-    assert costs.expected(dataclasses.replace(facts(), hidden=torch.float16), DECODE, 1) is not None
-    assert costs.expected(dataclasses.replace(facts(), hidden=torch.float32), DECODE, 1) is None
+    assert costs.expected(problem().given(torch.float16, None), candidates.ROUTER_GEMM, 1) is not None
+    assert costs.expected(problem().given(torch.float32, None), candidates.ROUTER_GEMM, 1) is None
 
 
 @pytest.mark.parametrize("model", ["gemma-4-26b-a4b", "deepseek-v3"])
@@ -81,8 +91,8 @@ def test_where_pytorch_makes_the_logits_no_time_of_cublas_is_told_and_a_note_is(
 ) -> None:
     times = {4096: {CUBLAS: 9.0, OPS: 90.0}}
     shipped(a_table(gemma_4_26b_a4b=times, deepseek_v3=times))
-    usual = facts(model)
-    explained = [Plan(each).explain(4096) for each in (usual, dataclasses.replace(usual, hidden=torch.float16))]
+    usual = problem(model)
+    explained = [explain(Plan(each), 4096) for each in (usual, usual.given(torch.float16, None))]
     assert [each.kernel for each in explained] == ["cublas+select", "cublas+select"]
     assert [each.expected_us for each in explained] == [9.0, None]
     assert explained[0].notes == ()
@@ -98,7 +108,7 @@ def test_the_table_of_the_h100_tells_the_times_of_other_routers() -> None:
     off: dict[tuple[str, int], float] = {}
     for row in json.loads(CATALOG.read_text())["rows"]:
         spec = get_spec(row["model"])
-        cost = costs.expected(facts_of(gpu, spec, default_weight_dtype(spec)), DECODE, row["tokens"])
+        cost = costs.expected(problem_of(gpu, spec, default_weight_dtype(spec)), candidates.ROUTER_GEMM, row["tokens"])
         assert cost is not None
         if not cost.evidence.startswith(("measured", "interpolated between M")):
             off[row["model"], row["tokens"]] = cost.us / row["candidates"]["moegate frozen"]["us"]
@@ -112,11 +122,11 @@ def test_the_table_of_the_h100_tells_the_times_of_other_routers() -> None:
 def test_of_two_shapes_as_near_the_one_with_the_same_kind_of_router_counts_more(shipped: Callable[..., None]) -> None:
     # trinity-mini is 2048 x 128 too, with sigmoid, bias and bfloat16 logits, as laguna-xs-2.1 is at 2048 x 256.
     shipped(a_table(laguna_xs_2_1={1: {OPS: 2.0}}, qwen3_5_35b_a3b={1: {OPS: 8.0}}))
-    cost = costs.expected(facts("trinity-mini"), OPS, 1)
+    cost = costs.expected(problem("trinity-mini"), candidates.TORCH, 1)
     assert cost is not None
     assert 2.0 < cost.us < 3.9  # the mean of both would be 4
     assert cost.evidence.startswith("interpolated from laguna_xs_2_1 and")
-    far = costs.expected(facts("qwen3-30b-a3b"), OPS, 1)
+    far = costs.expected(problem("qwen3-30b-a3b"), candidates.TORCH, 1)
     assert far is not None
     assert far.us > 4.1
 
@@ -124,9 +134,9 @@ def test_of_two_shapes_as_near_the_one_with_the_same_kind_of_router_counts_more(
 def test_a_spec_that_differs_in_a_factor_alone_has_the_same_shape() -> None:
     spec = get_spec("deepseek-v3")
     other = dataclasses.replace(spec, routed_scaling_factor=1.5, renormalize_eps=0.0)
-    assert shape_of(facts_of(GPU, other, torch.bfloat16)) == shape_of(facts())
+    assert shape_of(problem_of(GPU, other, torch.bfloat16)) == shape_of(problem())
     other = dataclasses.replace(spec, n_group=1, topk_group=1)
-    assert shape_of(facts_of(GPU, other, torch.bfloat16)) != shape_of(facts())
+    assert shape_of(problem_of(GPU, other, torch.bfloat16)) != shape_of(problem())
 
 
 def test_an_unknown_gpu_is_inferred_from_its_nearest_relative(shipped: Callable[..., None]) -> None:
@@ -135,7 +145,7 @@ def test_an_unknown_gpu_is_inferred_from_its_nearest_relative(shipped: Callable[
     shipped(*(a_table(gpu, deepseek_v3={1: {DECODE: 3.0}}) for gpu in (old, small, large, new)))
 
     def evidence(machine: Machine) -> str:
-        cost = costs.expected(facts(machine=machine), DECODE, 1)
+        cost = costs.expected(problem(machine=machine), candidates.ROUTER_GEMM, 1)
         assert cost is not None
         return cost.evidence
 
@@ -144,15 +154,15 @@ def test_an_unknown_gpu_is_inferred_from_its_nearest_relative(shipped: Callable[
     assert evidence(Machine("H100", (9, 0), 132, 3350.0)).startswith("inferred from Small")
     assert evidence(Machine("H20", (9, 0), 78, 4000.0)).startswith("inferred from Large")
     assert evidence(large) == "measured on Large"
-    explanation = Plan(facts(machine=described("sm_103"))).explain(1)
+    explanation = explain(Plan(problem(machine=described("sm_103"))), 1)
     assert explanation.evidence.startswith("inferred from New")
 
 
 def test_nothing_is_inferred_between_chips_with_and_without_early_starts(shipped: Callable[..., None]) -> None:
     gpu = Machine("Small", (9, 0), 114, 2000.0)
     shipped(a_table(gpu, deepseek_v3={1: {DECODE: 3.0}}))
-    assert costs.expected(facts(machine=described("sm_89")), DECODE, 1) is None
-    assert costs.expected(facts(machine=described("sm_100")), DECODE, 1) is not None
+    assert costs.expected(problem(machine=described("sm_89")), candidates.ROUTER_GEMM, 1) is None
+    assert costs.expected(problem(machine=described("sm_100")), candidates.ROUTER_GEMM, 1) is not None
 
 
 # A table in the user's folder.
@@ -168,9 +178,9 @@ def own_file(table: Table) -> Path:
 def test_the_users_own_table_comes_first(shipped: Callable[..., None]) -> None:
     shipped(a_table(deepseek_v3={1: {DECODE: 3.0}}))
     own_file(a_table(deepseek_v3={1: {DECODE: 2.5}}))
-    assert costs.expected(facts(machine=HERE), DECODE, 1) == (2.5, "measured on this GPU X")
+    assert costs.expected(problem(machine=HERE), candidates.ROUTER_GEMM, 1) == (2.5, "measured on this GPU X")
     elsewhere = dataclasses.replace(HERE, device=None)
-    assert costs.expected(facts(machine=elsewhere), DECODE, 1) == (3.0, "measured on GPU X")
+    assert costs.expected(problem(machine=elsewhere), candidates.ROUTER_GEMM, 1) == (3.0, "measured on GPU X")
 
 
 def _text(change: Callable[[dict[str, Any]], Any]) -> Callable[[str], str]:
@@ -215,16 +225,16 @@ BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
 def test_a_broken_or_stale_table_is_named_and_ignored(shipped: Callable[..., None], name: str) -> None:
     shipped(a_table(deepseek_v3={1: {DECODE: 3.0}}))
     path = own_file(a_table(deepseek_v3={1: {DECODE: 2.5}}))
-    change, problem = BROKEN[name]
+    change, expected = BROKEN[name]
     path.write_text(change(path.read_text()))
     with pytest.warns(RuntimeWarning, match="it is ignored"):
-        explanation = Plan(facts(machine=HERE)).explain(1)
+        explanation = explain(Plan(problem(machine=HERE)), 1)
     assert (explanation.expected_us, explanation.evidence) == (3.0, "measured on GPU X")
     (note,) = explanation.notes
     assert str(path) in note
-    assert problem in note
+    assert expected in note
 
 
 def test_no_gpu_has_no_times() -> None:
-    explanation = Plan(facts(machine=Machine("cpu", device=CPU))).explain(1)
+    explanation = explain(Plan(problem(machine=Machine("cpu", device=CPU))), 1)
     assert (explanation.expected_us, explanation.evidence) == (None, "nothing measured says anything about it")

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import moegate
 from moegate import Gate, get_spec
-from moegate.backends.flashinfer import limits
-from moegate.backends.flashinfer import router as flashinfer_router
 from moegate.catalog.synthetic import random_hidden, random_tensors
-from moegate.choice import facts
+from moegate.choice import machines
+from moegate.flashinfer import functions, limits
+from moegate.machine import Machine
 
 SPEC = get_spec("deepseek-v3")
 WEIGHT, TENSORS = random_tensors(SPEC)
@@ -141,7 +141,7 @@ def test_a_jit_that_fails_is_named_and_the_next_row_runs(
 def test_the_command_tries_what_the_plan_would_run(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = pretended((10, 3), "0.6.8")
     pretend(monkeypatch, machine)
-    monkeypatch.setattr(facts, "machine_of", lambda device: machine)
+    monkeypatch.setattr(machines, "machine_of", lambda device: machine)
     package.failure = RuntimeError("no nvcc")
     told = json.loads(run("explain", "deepseek-v3", "--policy", "sglang", "--tokens", "1", "--json").stdout)
     assert (told[0]["backend"], told[0]["notes"][0].endswith("mm_M1_16_K7168_N256 failed: RuntimeError: no nvcc")) == (
@@ -162,7 +162,7 @@ def test_the_command_tries_what_the_plan_would_run(package: Package, monkeypatch
         (pretended((10, 3), "0.6.8", no_nvcc="finds no nvcc"), "finds no nvcc"),
     ],
 )
-def test_without_it_nothing_is_imported(monkeypatch: pytest.MonkeyPatch, machine: facts.Machine, reason: str) -> None:
+def test_without_it_nothing_is_imported(monkeypatch: pytest.MonkeyPatch, machine: Machine, reason: str) -> None:
     pretend(monkeypatch, machine)
     monkeypatch.setitem(sys.modules, "flashinfer", None)  # an import raises
     with pytest.warns(RuntimeWarning, match=reason):
@@ -213,7 +213,7 @@ def test_the_compiler_is_looked_for_where_flashinfer_does(monkeypatch: pytest.Mo
 
 def test_a_machine_without_a_gpu_refuses_what_is_forced() -> None:
     forget()
-    assert facts.machine_of(CPU).capability is None
+    assert machines.machine_of(CPU).capability is None
     for backend in ("cuda", "flashinfer"):
         with pytest.raises(ValueError, match=f"backend: got '{backend}', which cannot route 1 tokens.*no NVIDIA GPU"):
             a_gate(backend=backend)
@@ -236,8 +236,8 @@ def test_flashinfer_is_asked_whether_it_supports_the_chip(package: Package, monk
     vars(function)["is_compute_capability_supported"] = supported
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, device.index))
     gemm = limits.GEMMS[7168, 256]
-    found: object = flashinfer_router._find(gemm, torch.device("cuda", 3))
+    found: object = functions._find(gemm, torch.device("cuda", 3))
     assert found is function
     with pytest.raises(RuntimeError, match="FlashInfer says that it does not support sm_100"):
-        flashinfer_router._find(gemm, torch.device("cuda", 0))
+        functions._find(gemm, torch.device("cuda", 0))
     assert asked == [103, 100]

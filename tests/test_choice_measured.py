@@ -8,15 +8,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cost_tables import CUBLAS, DECODE, GPU, HERE, OPS, a_table, facts
-from machines import CPU, StandIn, pretend
+from cost_tables import CUBLAS, DECODE, GPU, HERE, OPS, a_table, problem
+from machines import CPU, pretend
 from routers import SPECS
 
 from moegate import Gate, catalog, get_spec
-from moegate.choice import costs, planned, policies, tables
-from moegate.choice.facts import default_weight_dtype, facts_of
+from moegate.choice import candidates, costs, policies, tables
+from moegate.choice.dispatch import Options, for_route
+from moegate.choice.explain import explain
 from moegate.choice.plan import Plan
 from moegate.choice.tables import read
+from moegate.problem import default_weight_dtype, problem_of
+from moegate.routing import RouterTensors
 
 pytestmark = pytest.mark.usefixtures("shipped")
 
@@ -29,7 +32,7 @@ def test_the_fastest_that_keeps_the_contract_is_chosen(shipped: Callable[..., No
     shipped(
         a_table(deepseek_v3={64: times, 65: beyond, 256: {CUBLAS: 9.0, OPS: 12.0}, 4096: {CUBLAS: 90.0, OPS: 60.0}})
     )
-    plan = Plan(facts(machine=machine))
+    plan = Plan(problem(machine=machine))
     assert [plan.choice(tokens).candidate.backend for tokens in (1, 64, 65, 256, 4096)] == [
         "cuda",
         "cuda",  # whatever is faster up to 64 has other bits
@@ -37,10 +40,10 @@ def test_the_fastest_that_keeps_the_contract_is_chosen(shipped: Callable[..., No
         "cuda",
         "torch",
     ]
-    rejected = {entry.kernel: entry for entry in plan.explain(64).rejected}
+    rejected = {entry.kernel: entry for entry in explain(plan, 64).rejected}
     assert rejected["cublas+fused_topk_deepseek"].expected_us == 1.0
     assert "breaks a promise" in rejected["cublas+fused_topk_deepseek"].reason
-    assert [(first, last) for first, last, candidate in plan.spans() if candidate.backend == "torch"][-1][1] is None
+    assert [(first, last) for first, last, candidate in plan.spans if candidate.backend == "torch"][-1][1] is None
 
 
 def test_router_gemm_runs_as_far_as_it_takes_no_more(
@@ -60,35 +63,39 @@ def test_router_gemm_runs_as_far_as_it_takes_no_more(
         ({128: {CUBLAS: 7.0}}, 64),
     ):
         shipped(a_table(deepseek_v3={**times, 4096: beyond}))
-        plan = Plan(facts())
-        assert policies.gemm_tokens(facts()) == most
-        runs = [plan.explain(tokens).kernel for tokens in (1, 64, most, most + 1, 2048)]
+        plan = Plan(problem())
+        assert policies.gemm_tokens(problem()) == most
+        runs = [explain(plan, tokens).kernel for tokens in (1, 64, most, most + 1, 2048)]
         assert runs == ["router_gemm+select"] * 3 + ["cublas+select"] * 2
-        spans = [(first, candidate.key(facts())) for first, _, candidate in plan.spans()]
+        spans = [(first, candidate.key(problem())) for first, _, candidate in plan.spans]
         assert spans == [(1, DECODE), (most + 1, CUBLAS)]
         pretend(monkeypatch, HERE)
-        router = planned.planned(CPU, get_spec("deepseek-v3"), torch.bfloat16, frozen=True)[1]
-        assert isinstance(router, StandIn)
-        assert router.gemm_tokens == most
+        weight = torch.zeros(256, 7168, dtype=torch.bfloat16)
+        tensors = RouterTensors(e_score_correction_bias=torch.zeros(256))
+        dispatch = for_route(CPU, get_spec("deepseek-v3"), weight, tensors, Options(frozen=True))
+        halves = [dispatch._halves(tokens, torch.bfloat16, None) for tokens in (1, most, most + 1, 1 << 20)]
+        assert halves[0] is halves[1]
+        assert halves[2] is halves[3]
+        assert halves[1] is not halves[2]
 
 
 def test_where_a_product_is_not_latency_a_shape_tells_of_another_by_its_work(shipped: Callable[..., None]) -> None:
     """qwen3-30b-a3b (2048 x 128) at 256 tokens has the work of glm-4.5-air (4096 x 128) at 128."""
     times = {64: {DECODE: 4.0}, 128: {DECODE: 7.0, CUBLAS: 8.0}, 256: {DECODE: 11.0, CUBLAS: 9.0}}
     shipped(a_table(glm_4_5_air=times))
-    small = facts("qwen3-30b-a3b")
-    found = [costs.expected(small, DECODE, tokens) for tokens in (64, 256)]
+    small = problem("qwen3-30b-a3b")
+    found = [costs.expected(small, candidates.ROUTER_GEMM, tokens) for tokens in (64, 256)]
     assert [cost.us for cost in found if cost is not None] == [4.0, 7.0]
-    cublas = costs.expected(small, CUBLAS, 256)
+    cublas = costs.expected(small, candidates.CUBLAS, 256)
     assert cublas is not None
     assert cublas.us == 8.0
-    assert (policies.gemm_tokens(facts("glm-4.5-air")), policies.gemm_tokens(small)) == (128, 256)
+    assert (policies.gemm_tokens(problem("glm-4.5-air")), policies.gemm_tokens(small)) == (128, 256)
 
 
 def test_a_shape_that_was_not_measured_needs_both_its_neighbours(shipped: Callable[..., None]) -> None:
     large = {128: {DECODE: 6.0, CUBLAS: 9.0}, 256: {DECODE: 7.0, CUBLAS: 9.0}}
     small = {128: {DECODE: 5.7, CUBLAS: 5.5}, 256: {DECODE: 7.0, CUBLAS: 8.0}}
-    between = facts("llama-4-maverick")  # 5120 x 128
+    between = problem("llama-4-maverick")  # 5120 x 128
     shipped(a_table(glm_4_5_air=large, k_exaone_236b_a23b=large))
     assert policies.gemm_tokens(between) > 64
     shipped(a_table(glm_4_5_air=large, k_exaone_236b_a23b=small))
@@ -102,7 +109,7 @@ def test_the_product_chosen_for_a_shape_that_the_table_lacks(shipped: Callable[.
     for model in {row.model for row in table.rows}:
         shipped(dataclasses.replace(table, rows=tuple(row for row in table.rows if row.model != model)))
         spec = get_spec(model)
-        most = policies.gemm_tokens(facts_of(table.gpu, spec, default_weight_dtype(spec)))
+        most = policies.gemm_tokens(problem_of(table.gpu, spec, default_weight_dtype(spec)))
         for row in table.rows:
             if row.model == model and {DECODE, CUBLAS} <= row.us.keys():
                 chosen = row.us[DECODE if row.tokens <= most else CUBLAS]
@@ -118,9 +125,9 @@ def test_the_product_chosen_for_a_shape_that_the_table_lacks(shipped: Callable[.
 def test_times_beyond_those_measured_do_not_change_the_choice(shipped: Callable[..., None]) -> None:
     """From 62 to 180 and from 124 to 200 us: drawn on, the lines cross at some 6000 tokens."""
     shipped(a_table(deepseek_v3={1024: {CUBLAS: 62.0, OPS: 124.0}, 4096: {CUBLAS: 180.0, OPS: 200.0}}))
-    plan = Plan(facts())
+    plan = Plan(problem())
     assert {candidate.backend for candidate in plan.candidates} == {"cuda"}
-    explanation = plan.explain(1 << 20)
+    explanation = explain(plan, 1 << 20)
     torch_ops = next(entry for entry in explanation.rejected if entry.kernel == "mm+ops")
     assert explanation.expected_us is not None
     assert torch_ops.expected_us is not None
@@ -135,7 +142,7 @@ def test_on_a_gpu_with_a_table_every_router_runs_on_the_kernels(weight: torch.dt
     for gpu in gpus:
         for name, spec in specs.items():
             if spec.weight_dtype in (None, str(weight).removeprefix("torch.")):
-                plan = Plan(facts_of(gpu, spec, weight))
+                plan = Plan(problem_of(gpu, spec, weight))
                 assert {candidate.backend for candidate in plan.candidates} == {"cuda"}, (gpu.name, name)
 
 
@@ -170,9 +177,9 @@ def test_a_gate_that_is_not_frozen_is_planned_by_its_own_times(
     for frozen, kernel, most in ((True, "router_gemm+select", 128), (False, "cublas+select", 64)):
         gate = Gate(spec, weight, e_score_correction_bias=bias, frozen=frozen)
         assert gate.explain(128).kernel == kernel
-        assert gate._notice()[0].backend.gemm_tokens == most  # type: ignore[attr-defined]
+        assert gate._notice()[0].dispatch.plan.spans[0].last == most
 
 
 def test_a_time_is_compared_with_a_time_only(shipped: Callable[..., None]) -> None:
     shipped(a_table(deepseek_v3={256: {OPS: 1.0}}))
-    assert Plan(facts()).choice(256).candidate.backend == "cuda"
+    assert Plan(problem()).choice(256).candidate.backend == "cuda"

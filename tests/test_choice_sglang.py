@@ -10,8 +10,9 @@ from machines import described
 from packaging.version import Version
 
 from moegate import RouterSpec, get_spec
-from moegate.choice.facts import facts_of
+from moegate.choice.explain import explain
 from moegate.choice.plan import Plan
+from moegate.problem import problem_of
 
 CHIPS = (80, 89, 90, 100, 103, 110, 120, 121)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,10 +36,10 @@ def test_every_branch(sm: int, flashinfer: str | None) -> None:
     seen = set()
     for k, n, dtype in itertools.product((7168, 6144, 7160), (256, 384, 128), DTYPES):
         spec = RouterSpec(hidden_size=k, num_experts=n, top_k=8, scoring_func="sigmoid")
-        plan = Plan(facts_of(described(f"sm_{sm}", flashinfer), spec, dtype), "sglang")
+        plan = Plan(problem_of(described(f"sm_{sm}", flashinfer), spec, dtype), "sglang")
         for tokens in range(18):
-            candidate = plan.choice(tokens, dtype).candidate
-            got = candidate.backend, candidate.kernel_of(plan.facts)
+            candidate = plan.choice(tokens).candidate
+            got = candidate.backend, candidate.kernel_of(plan.problem)
             assert got == wanted(sm, tokens, k, n, dtype, flashinfer), (sm, tokens, k, n, dtype, flashinfer)
             seen.add(got[0])
     expected = {"torch"} | ({"cuda"} if sm >= 90 else set())
@@ -58,8 +59,8 @@ def test_every_branch(sm: int, flashinfer: str | None) -> None:
 def test_explain_says_why_the_rules_own_choice_does_not_run(
     sm: int, flashinfer: str | None, tokens: int, note: str
 ) -> None:
-    plan = Plan(facts_of(described(f"sm_{sm}", flashinfer), get_spec("deepseek-v3"), torch.bfloat16), "sglang")
-    explanation = plan.explain(tokens)
+    plan = Plan(problem_of(described(f"sm_{sm}", flashinfer), get_spec("deepseek-v3"), torch.bfloat16), "sglang")
+    explanation = explain(plan, tokens)
     assert explanation.backend == "cuda"
     assert explanation.notes[0].startswith("row 1 asks for mm_M1_16_K7168_N256: ")
     assert note in explanation.notes[0]
@@ -68,28 +69,28 @@ def test_explain_says_why_the_rules_own_choice_does_not_run(
 
 @pytest.mark.parametrize(("tokens", "dtype", "what"), [(0, torch.bfloat16, "M = 0"), (1, torch.float16, "float16")])
 def test_explain_says_where_the_rule_is_silent(tokens: int, dtype: torch.dtype, what: str) -> None:
-    plan = Plan(facts_of(described("sm_103", "0.6.8"), get_spec("deepseek-v3"), dtype), "sglang")
-    explanation = plan.explain(tokens)
+    plan = Plan(problem_of(described("sm_103", "0.6.8"), get_spec("deepseek-v3"), dtype), "sglang")
+    explanation = explain(plan, tokens)
     assert (explanation.backend, explanation.why.partition(":")[0]) == ("torch", "row 3")
     assert what in explanation.why
 
 
 def test_a_dtype_of_a_call_counts_and_not_that_of_the_gate() -> None:
-    plan = Plan(facts_of(described("sm_103", "0.6.8"), get_spec("deepseek-v3"), torch.bfloat16), "sglang")
+    plan = Plan(problem_of(described("sm_103", "0.6.8"), get_spec("deepseek-v3"), torch.bfloat16), "sglang")
     assert plan.choice(4).candidate.backend == "flashinfer"
-    assert plan.choice(4, torch.float32).candidate.backend == "torch"
+    assert plan.choice(4, plan.problem.given(torch.float32, None)).candidate.backend == "torch"
 
 
 def test_a_spec_whose_logits_flashinfer_cannot_write_takes_the_next_row() -> None:
     spec = RouterSpec(hidden_size=7168, num_experts=256, top_k=8, logits_dtype="bfloat16")
-    explanation = Plan(facts_of(described("sm_103", "0.6.8"), spec, torch.bfloat16), "sglang").explain(1)
+    explanation = explain(Plan(problem_of(described("sm_103", "0.6.8"), spec, torch.bfloat16), "sglang"), 1)
     assert explanation.backend == "cuda"
     assert "bfloat16 logits" in explanation.notes[0]
 
 
 @pytest.mark.parametrize("sm", [90, 110, 120])
 def test_row_2_is_no_makeshift_where_row_1_does_not_hold(sm: int) -> None:
-    plan = Plan(facts_of(described(f"sm_{sm}", "0.7.2"), get_spec("deepseek-v3"), torch.bfloat16), "sglang")
-    explanation = plan.explain(1)
+    plan = Plan(problem_of(described(f"sm_{sm}", "0.7.2"), get_spec("deepseek-v3"), torch.bfloat16), "sglang")
+    explanation = explain(plan, 1)
     assert explanation.why == "row 2: ours in the place of dsv3_router_gemm"
     assert explanation.notes == ()

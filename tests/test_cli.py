@@ -5,17 +5,22 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from command_line import run
+from machines import forget
+from torch import Tensor
 
 import moegate
-from moegate import RouterSpec, Routing, backends, catalog
-from moegate.backends.torch import TorchBackend
-from moegate.choice import planned
+from moegate import RouterSpec, Routing, catalog, noticing
+from moegate.choice import candidates, plan, policies
+from moegate.choice.candidates import TORCH, Candidate
 from moegate.cli import check
+from moegate.gemm.torch_mm import TORCH_MM, BoundMm, TorchMm
+from moegate.halves import BoundGemm, Call, Logits
+from moegate.problem import Problem
+from moegate.selection.torch_ops import TORCH_OPS, BoundOps, TorchOps
 
 # ---------------------------------------------------------------------------------------------------------------------
 # models
@@ -85,59 +90,55 @@ def test_models_says_what_a_router_does(name: str, phrase: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-UseBackends = Callable[..., None]
+UseWays = Callable[..., None]
 
 
-class Reversed(TorchBackend):
+class Reversed(TorchOps):
     """Returns the right experts, the worst first."""
 
-    name = "reversed"
+    def bind(self, problem: Problem, device: torch.device, gemm: BoundGemm | None) -> BoundOps:
+        class Bound(BoundOps):
+            def __call__(self, call: Call, logits: Logits) -> Routing:
+                routing = super().__call__(call, logits)
+                return routing._replace(topk_ids=routing.topk_ids.flip(-1), topk_weights=routing.topk_weights.flip(-1))
 
-    def route(self, *arguments: Any) -> Routing:
-        routing = super().route(*arguments)
-        return routing._replace(topk_ids=routing.topk_ids.flip(-1), topk_weights=routing.topk_weights.flip(-1))
+        return Bound(problem.spec)
 
 
-class Rough(TorchBackend):
+class Rough(TorchMm):
     """Its logits are a little too large."""
 
-    name = "rough"
+    def bind(self, problem: Problem, device: torch.device) -> BoundMm:
+        class Bound(BoundMm):
+            def __call__(self, call: Call) -> Tensor:
+                return super().__call__(call) * (1 + 2**-6)
 
-    def route(self, *arguments: Any) -> Routing:
-        logits = super().route(*arguments).logits
-        assert logits is not None
-        logits = logits * (1 + 2**-6)
-        _, _, spec, tensors, input_ids, _ = arguments
-        return self.select(logits, spec, tensors, input_ids)._replace(logits=logits)
+        return Bound(problem)
 
 
-class Raising(TorchBackend):
+class Raising(TorchMm):
     """Does not return at all."""
 
-    name = "raising"
-
-    def route(self, *arguments: Any) -> Routing:
+    def bind(self, problem: Problem, device: torch.device) -> BoundMm:
         raise RuntimeError("no kernel image\nis available")
 
 
-class Picky(TorchBackend):
+class Picky(TorchMm):
     """Runs nowhere."""
 
-    name = "picky"
-
-    def unsupported(self, device: torch.device, spec: RouterSpec | None = None) -> str | None:
+    def unsupported(self, problem: Problem, num_tokens: int) -> str | None:
         return "needs an abacus"
 
 
 @pytest.fixture
-def use_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[UseBackends]:
-    def forget() -> None:
-        for known in (backends.choose, planned.planned, planned.router_of):
-            known.cache_clear()
-
-    def use(*chosen: TorchBackend) -> None:
-        for module in (backends, planned):
-            monkeypatch.setattr(module, "BACKENDS", chosen)
+def use_candidates(monkeypatch: pytest.MonkeyPatch) -> Iterator[UseWays]:
+    def use(*chosen: Candidate) -> None:
+        backends = tuple(candidate.backend for candidate in chosen)
+        for module in (candidates, policies):
+            monkeypatch.setattr(module, "CANDIDATES", chosen)
+        monkeypatch.setattr(candidates, "BACKENDS", backends)
+        for module in (plan, noticing):
+            monkeypatch.setattr(module, "BACKEND_NAMES", backends)
         monkeypatch.setattr(check, "MODELS", ("qwen3-30b-a3b", "openai-privacy-filter"))
         monkeypatch.setattr(check, "TOKENS", (1, 5))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -147,8 +148,8 @@ def use_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[UseBackends]:
     forget()
 
 
-def test_check_passes(use_backends: UseBackends) -> None:
-    use_backends(TorchBackend())
+def test_check_passes(use_candidates: UseWays) -> None:
+    use_candidates(TORCH)
     assert "4 of 4 checks passed" in run("check").stdout
     result = run("check", "--json")
     facts = json.loads(result.stdout)
@@ -165,15 +166,15 @@ def test_check_passes(use_backends: UseBackends) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "problem"),
+    ("broken", "problem"),
     [
-        (Reversed(), "ids"),
-        (Rough(), "logits outside the bound"),
-        (Raising(), "RuntimeError: no kernel image is available"),
+        (Candidate("reversed", TORCH_MM, Reversed()), "ids"),
+        (Candidate("rough", Rough(), TORCH_OPS), "logits outside the bound"),
+        (Candidate("raising", Raising(), TORCH_OPS), "RuntimeError: no kernel image is available"),
     ],
 )
-def test_check_finds_a_broken_backend(use_backends: UseBackends, backend: TorchBackend, problem: str) -> None:
-    use_backends(backend, TorchBackend())
+def test_check_finds_a_broken_backend(use_candidates: UseWays, broken: Candidate, problem: str) -> None:
+    use_candidates(broken, TORCH)
     result = run("check", "--json")
     assert result.exit_code == 1
     for row in json.loads(result.stdout)["checks"]:
@@ -186,19 +187,18 @@ def test_check_finds_a_broken_backend(use_backends: UseBackends, backend: TorchB
     assert "4 of 8 checks" in result.stderr
 
 
-def test_check_says_why_a_backend_does_not_run(use_backends: UseBackends) -> None:
-    use_backends(Picky(), TorchBackend())
+def test_check_says_why_a_backend_does_not_run(use_candidates: UseWays) -> None:
+    picky = Candidate("picky", Picky(), TORCH_OPS)
+    use_candidates(picky, TORCH)
     result = run("check")
     assert result.exit_code == 0
     assert "picky on cpu: does not run: needs an abacus" in result.stdout
-    use_backends(Picky())
+    use_candidates(picky)
     assert run("check").exit_code == 1
 
 
-def test_route_reports_a_broken_contract(use_backends: UseBackends) -> None:
-    broken = Reversed()
-    broken.name = "torch"
-    use_backends(broken)
+def test_route_reports_a_broken_contract(use_candidates: UseWays) -> None:
+    use_candidates(Candidate("torch", TORCH_MM, Reversed()))
     result = run("route", "qwen3-30b-a3b", "--device", "cpu")
     assert result.exit_code == 1
     assert "BROKEN" in result.stdout

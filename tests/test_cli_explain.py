@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 import torch
 from command_line import refused, run
-from machines import forget, pretend, pretended
+from machines import CPU, forget, pretend, pretended
 
 import moegate
 from moegate import Gate, RouterSpec, catalog, get_spec
-from moegate.backends.cuda import CudaBackend
 from moegate.catalog.synthetic import random_gate
 from moegate.choice import costs
-from moegate.choice.facts import Facts
+from moegate.choice.candidates import CUBLAS, Candidate
+from moegate.halves import Call
+from moegate.problem import Problem, problem_of
+from moegate.routing import RouterTensors
 
 ASKED = ("explain", "deepseek-v3", "--device", "sm_103", "--tokens", "1,16,17")
 KEYS = {"tokens", "backend", "kernel", "expected_us", "evidence", "rejected"}
@@ -73,8 +75,8 @@ def test_what_is_installed_decides(more: tuple[str, ...], backend: str, note: st
 def test_whose_plan_it_is_is_said(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 
-    def expected(facts: Facts, key: str, num_tokens: int) -> None:
-        asked.append(facts.frozen)
+    def expected(problem: Problem, candidate: Candidate, num_tokens: int) -> None:
+        asked.append(problem.frozen)
 
     with monkeypatch.context() as patched:
         patched.setattr(costs, "expected", expected)
@@ -213,12 +215,14 @@ def test_route_warns_of_a_slow_path_too(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(seen) == 1
 
 
-def test_router_gemm_warns_of_a_k_that_its_kernel_cannot_take() -> None:
+def test_router_gemm_warns_of_a_k_that_its_kernel_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of(pretended((9, 0), None), RouterSpec(63, 4, 1), torch.float32)
     hidden, weight = torch.ones(2, 63), torch.ones(4, 63)
     with pytest.warns(RuntimeWarning, match="K = 63 is not a multiple of 8") as seen:
-        found = [CudaBackend().router_gemm(hidden, weight, None, torch.float32) for _ in range(2)]
-    assert len(seen) == 1
-    assert found[1].tolist() == [[63.0] * 4] * 2
+        bound = [CUBLAS.gemm.bind(problem, CPU) for _ in range(2)]
+    assert len([each for each in seen if "multiple of 8, which" in str(each.message)]) == 1
+    call = Call(2, hidden, weight, RouterTensors(), None, {}, None, 0)
+    assert bound[1].logits(call).tolist() == [[63.0] * 4] * 2
 
 
 def test_the_log_names_the_mix_of_a_plan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

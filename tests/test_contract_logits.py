@@ -12,11 +12,11 @@ from routers import SPECS, generator, tensors_of, with_bfloat16_logits
 from torch import Tensor
 
 from moegate import RouterSpec
-from moegate.backends.torch import gemm
-from moegate.backends.torch.prepared import prepare
 from moegate.contract import bounds
 from moegate.contract.reference import router_logits
 from moegate.contract.verify import verify_logits
+from moegate.gemm import torch_mm
+from moegate.gemm.cpu_packed import pack
 from moegate.routing import RouterTensors
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -114,8 +114,8 @@ def test_logits_of_a_prepared_weight_are_within_the_bound(
 ) -> None:
     hidden, weight, spec, biases = gemm_case(shape, hidden_dtype, weight_dtype, out_dtype)
     for given in biases:
-        prepared = prepare(weight, gemm.product_dtype(weight.dtype, weight.dtype, out_dtype))
-        logits = gemm.router_gemm(hidden, weight, given, out_dtype, prepared)
+        packed = pack(weight, torch_mm.dtype_of_product(weight.dtype, weight.dtype, None, out_dtype))
+        logits = torch_mm.router_gemm(hidden, weight, given, out_dtype, packed)
         assert verify_logits(logits, hidden, weight, spec, RouterTensors(bias=given)).problems == []
 
 
@@ -151,19 +151,19 @@ def test_float32_logits_keep_the_bound_at_any_precision(precision: str) -> None:
 def test_reduced_precision_is_not_used(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = draw((8, 2048, 16))
     seen = []
-    linear = gemm._linear_as_allowed
+    linear = torch_mm._linear_as_allowed
 
     def watched(*args: object) -> Tensor:
-        seen.append(gemm._allows_less_than_float32(is_cuda=False))
+        seen.append(torch_mm._allows_less_than_float32(is_cuda=False))
         return linear(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(gemm, "_linear_as_allowed", watched)
+    monkeypatch.setattr(torch_mm, "_linear_as_allowed", watched)
     for by_device in (True, False):
-        monkeypatch.setattr(gemm, "_HAS_SETTING_BY_DEVICE", by_device and gemm._HAS_SETTING_BY_DEVICE)
+        monkeypatch.setattr(torch_mm, "_HAS_SETTING_BY_DEVICE", by_device and torch_mm._HAS_SETTING_BY_DEVICE)
         torch.set_float32_matmul_precision(precision)
         try:
             router_gemm(hidden, weight)
-            assert gemm._allows_less_than_float32(is_cuda=False), "the user's setting is kept"
+            assert torch_mm._allows_less_than_float32(is_cuda=False), "the user's setting is kept"
         finally:
             torch.set_float32_matmul_precision("highest")
     assert seen == [False, False]

@@ -9,7 +9,7 @@ from routers import SPECS, VOCABULARY, random_logits, select_arguments, tensors_
 from torch import Tensor
 
 from moegate import RouterSpec
-from moegate.backends import choose
+from moegate.choice.dispatch import Options, for_selection
 from moegate.contract.verify import verify_routing
 from moegate.routing import RouterTensors
 
@@ -149,6 +149,8 @@ def test_token_ids_outside_the_table(bad: int, device: torch.device) -> None:
     input_ids = torch.tensor([0, bad, 1])
     # The backend itself: on a CPU, the function in front of it refuses such ids.
     moved = RouterTensors(tid2eid=there(tensors.tid2eid))
-    routing = back(choose(device, spec).select(there(random_logits(spec, 3)), spec, moved, there(input_ids)))
+    logits = there(random_logits(spec, 3))
+    dispatch = for_selection(device, spec, logits.dtype, moved, Options())
+    routing = back(dispatch.select(logits, moved, there(input_ids)))
     assert routing.topk_ids[1].equal(tensors.tid2eid[0 if bad < 0 else -1])
     assert nan_rows(routing.topk_weights) == [False, True, False]

@@ -10,8 +10,7 @@ import pytest
 import torch
 from routers import generator
 
-from moegate import Gate, RouterSpec, Routing, router_gemm, select
-from moegate.backends.torch import pieces
+from moegate import Gate, RouterSpec, Routing, chunks, router_gemm, select
 from moegate.catalog.synthetic import random_gate, random_hidden, random_input_ids
 
 pytestmark = pytest.mark.cpu
@@ -79,7 +78,7 @@ def test_every_number_of_tokens_leaves_little_behind(columns: int, rows: int, dt
     ],
 )
 def test_many_hidden_states_are_routed_in_half_their_size(columns: int, rows: int, more: str) -> None:
-    """Hidden states of 400 MB; 64 MB beside the half of them, for the pieces' temporaries, which do not grow."""
+    """Hidden states of 400 MB; 64 MB beside the half of them, for the chunks' temporaries, which do not grow."""
     tokens = 400 * 2**20 // (2 * columns)
     grown = megabytes(_PEAK.format(size=f"{columns}, {rows}", columns=columns, tokens=tokens, more=more))
     assert grown < 200 + 64
@@ -94,9 +93,9 @@ def test_products_meet_few_numbers_of_rows(num_rows: int) -> None:
         return part * 2
 
     rows = torch.arange(float(num_rows)).unsqueeze(1)
-    assert pieces.in_sizes(rows, product).equal(rows * 2)
-    assert set(met) <= set(pieces._SIZES)
-    assert len(pieces._SIZES) <= 40
+    assert chunks.in_sizes(rows, product).equal(rows * 2)
+    assert set(met) <= set(chunks._SIZES)
+    assert len(chunks._SIZES) <= 40
 
 
 def routed(gate: Gate, hidden: torch.Tensor, input_ids: torch.Tensor | None) -> Routing:
@@ -127,7 +126,7 @@ def test_pieces_are_what_one_piece_is(
     hidden[[0, 511, 512, num_tokens - 1]] = torch.nan
     ids = random_input_ids(num_tokens, 0, vocabulary=len(gate.get_buffer("tid2eid"))) if spec.hash_routing else None
     whole = routed(gate, hidden, ids)
-    monkeypatch.setattr(pieces, "_NUMBERS", 1)  # 512 rows at a time
+    monkeypatch.setattr(chunks, "_NUMBERS", 1)  # 512 rows at a time
     cut = routed(gate, hidden, ids)
     out = Routing(*(None if part is None else torch.empty_like(part) for part in cut))  # type: ignore[arg-type]
     for routing in (cut, gate(hidden, input_ids=ids, out=out, return_logits=True)):
@@ -140,22 +139,22 @@ def test_pieces_are_what_one_piece_is(
                 assert torch.allclose(mine.float(), theirs.float(), rtol=rounding, atol=2**-20, equal_nan=True)
 
 
-def test_select_in_pieces_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_select_in_chunks_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = RouterSpec(64, 48, 6, "sigmoid", "score", n_group=4, topk_group=2, group_score="top2_sum", renormalize=True)
     logits = torch.randn(1600, 48, generator=generator(0))
     logits[700, 3], logits[1599, 0] = torch.nan, torch.inf
     bias = torch.randn(48, generator=generator(1))
     whole = select(logits, spec, e_score_correction_bias=bias)
-    monkeypatch.setattr(pieces, "_NUMBERS", 1)
+    monkeypatch.setattr(chunks, "_NUMBERS", 1)
     cut = select(logits, spec, e_score_correction_bias=bias)
     assert cut.topk_ids.equal(whole.topk_ids)
     assert cut.topk_weights.view(torch.int32).equal(whole.topk_weights.view(torch.int32))
 
 
-def test_router_gemm_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_router_gemm_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = torch.randn(1111, 64, generator=generator(0)).bfloat16()
     weight = torch.randn(16, 64, generator=generator(1)).bfloat16()
-    monkeypatch.setattr(pieces, "_NUMBERS", 1)
+    monkeypatch.setattr(chunks, "_NUMBERS", 1)
     exact = hidden.double() @ weight.double().T
     # 64 products of about 1 in float32, whose unit roundoff is 2**-24.
     assert torch.allclose(router_gemm(hidden, weight).double(), exact, rtol=0, atol=64 * 2**-22)

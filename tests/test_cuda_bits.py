@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cuda_kernels import DEEPSEEK_V3, assert_same_bits, gate_on_gpu, random_hidden, rows_of, run
+from machines import router_gemm_up_to
 from routers import SPECS
 
 from moegate import RouterSpec
-from moegate.backends.cuda.tiling import MAX_GEMM_TOKENS
-from moegate.choice import planned
+from moegate.gemm.router_gemm_tiling import MAX_GEMM_TOKENS
 
 pytestmark = pytest.mark.gpu
 
@@ -33,22 +33,19 @@ SHAPES: dict[str, RouterSpec] = {
 def test_a_token_has_the_same_bits_at_every_m(name: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     spec = SHAPES[name]
     hidden = random_hidden(spec, 64, hidden_dtype)
-    safe, frozen = (gate_on_gpu(spec, weight_dtype, frozen=frozen) for frozen in (False, True))
-    expected = run(safe, hidden)
+    changing, frozen = (gate_on_gpu(spec, weight_dtype, frozen=frozen) for frozen in (False, True))
+    expected = run(changing, hidden)
     assert_same_bits(run(frozen, hidden), expected, "if frozen, at M = 64")
     for rows in ROWS:
-        for gate in (safe, frozen):
+        for gate in (changing, frozen):
             got = run(gate, hidden[:rows])
             assert_same_bits(got, rows_of(expected, rows), f"at M = {rows}, frozen = {gate.frozen}")
 
 
 @pytest.fixture
-def router_gemm_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a table says of cuBLAS."""
-    monkeypatch.setattr(planned, "gemm_tokens", lambda facts: MAX_GEMM_TOKENS)
-    planned.planned.cache_clear()
-    yield
-    planned.planned.cache_clear()
+def router_gemm_as_far_as_it_goes() -> Iterator[None]:
+    with router_gemm_up_to(MAX_GEMM_TOKENS):
+        yield
 
 
 @pytest.mark.parametrize("frozen", [False, True])

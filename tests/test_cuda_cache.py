@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from moegate.backends.cuda import jit
-from moegate.backends.cuda.jit import cache, compiler, module
+from moegate.cuda import jit
+from moegate.cuda.jit import cache, compiler, module
 
 pytestmark = pytest.mark.cpu
 needs_nvrtc = pytest.mark.skipif(jit.missing_compiler() is not None, reason=str(jit.missing_compiler()))
@@ -135,7 +135,7 @@ def test_the_key_names_all_that_decides(monkeypatch: pytest.MonkeyPatch) -> None
 @needs_nvrtc
 def test_processes_at_once_all_get_the_same(folder: Path) -> None:
     code = (
-        "import hashlib; from moegate.backends.cuda import jit; "
+        "import hashlib; from moegate.cuda import jit; "
         f"print(hashlib.sha256(jit.compile_binary({TEXT!r}, {ARCH!r}).code).hexdigest())"
     )
     started = [

@@ -42,7 +42,7 @@ def test_routers_of_the_catalog_keep_the_contract(name: str) -> None:
     spec = NAMES[name]
     weight, tensors = random_tensors(spec, device="cuda")
     gate = Gate(spec, weight, **tensors._asdict(), frozen=True)
-    assert gate._notice()[0].backend.name == "cuda"
+    assert gate._notice()[0].dispatch.name == "cuda"
     hidden = hidden_of_size(spec.hidden_size)
     input_ids = random_input_ids(len(hidden), device="cuda") if spec.hash_routing else None
     excused, share = 0, 0.0

@@ -10,13 +10,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
-from cuda_kernels import gemm_texts, select_text
+from cuda_kernels import a_problem, gemm_texts, select_text
 from routers import SPECS
 
 from moegate import RouterSpec
-from moegate.backends.cuda import gemm, jit, product, selection
-from moegate.backends.cuda.jit import compiler, module
-from moegate.backends.cuda.sources import GemmDtypes, InputNorm, prepare_source, sum_source
+from moegate.cuda import jit, text
+from moegate.cuda.jit import compiler, module
+from moegate.gemm import cublas, router_gemm
+from moegate.problem import Dtypes, Problem
+from moegate.selection import select_kernel
 
 pytestmark = [
     pytest.mark.cpu,
@@ -91,15 +93,21 @@ def problems_of(text: str, arch: str, what: object) -> list[str]:
     return problems
 
 
-def gemm_problems(arch: str, case: GemmCase, *, frozen: bool) -> list[str]:
-    dtypes = GemmDtypes(
-        case.hidden,
-        case.weight,
-        case.weight if case.has_bias else None,
-        None if case.norm_eps is None else case.weight,
-        case.logits,
+def problem_of(case: GemmCase, *, frozen: bool = False) -> Problem:
+    spec = RouterSpec(
+        case.hidden_size,
+        case.rows,
+        1,
+        linear_bias=case.has_bias,
+        input_norm_eps=case.norm_eps,
+        logits_dtype="float32" if case.logits == FP32 else "bfloat16",
     )
-    texts = gemm_texts(arch, case.hidden_size, case.rows, dtypes, case.norm_eps, frozen=frozen)
+    bias, scale = case.weight if case.has_bias else None, None if case.norm_eps is None else case.weight
+    return a_problem(spec, Dtypes(case.hidden, case.weight, bias, scale), frozen=frozen)
+
+
+def gemm_problems(arch: str, case: GemmCase, *, frozen: bool) -> list[str]:
+    texts = gemm_texts(arch, problem_of(case, frozen=frozen))
     return [problem for text in texts for problem in problems_of(text, arch, f"{case}, frozen={frozen}")]
 
 
@@ -116,14 +124,21 @@ def test_gemms_do_not_spill_on_other_chips(arch: str) -> None:
     assert problems == []
 
 
+AROUND_CUBLAS = [
+    GemmCase(3072, 256, weight=FP32),
+    GemmCase(1000, 33, weight=FP32),
+    GemmCase(2048, 60, FP16, FP16),
+    GemmCase(6144, 258),
+    GemmCase(2816, 128, norm_eps=1e-6),
+    GemmCase(1000, 33, weight=FP32, norm_eps=1e-6),
+    GemmCase(2880, 33, logits=BF16, has_bias=True),
+]
+
+
 @pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])
-def test_what_is_around_a_product_does_not_spill(arch: str) -> None:
-    norms = [InputNorm(1e-6, BF16), InputNorm(1e-6, FP32)]
-    texts = [prepare_source(3072, 256, BF16, FP32, 3, 768, None), prepare_source(1000, 33, BF16, FP32, 3, 104, None)]
-    texts += [prepare_source(2048, 60, FP16, FP16, 1, 64, None), prepare_source(6144, 258, BF16, BF16, 1, 264, None)]
-    texts += [prepare_source(2816, 128, BF16, BF16, 2, 256, norms[0])]
-    texts += [prepare_source(1000, 33, BF16, FP32, 3, 104, norms[1])]
-    texts += [sum_source(256, 1, None, FP32), sum_source(33, 1, FP32, BF16), sum_source(768, 3, BF16, FP32)]
+def test_what_is_around_cublas_does_not_spill(arch: str) -> None:
+    cases = [problem_of(case) for case in AROUND_CUBLAS]
+    texts = [*map(cublas.prepare_source, cases), *map(cublas.reduce_source, cases)]
     assert [problem for at, text in enumerate(texts) for problem in problems_of(text, arch, at)] == []
 
 
@@ -133,16 +148,16 @@ def test_selections_do_not_spill(arch: str) -> None:
     assert problems == []
 
 
-@pytest.mark.parametrize("weight_parts", [1, 2, 3])
+@pytest.mark.parametrize("num_terms", [1, 2, 3])
 @pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])
-def test_selections_that_make_the_logits_do_not_spill(arch: str, weight_parts: int) -> None:
+def test_selections_that_make_the_logits_do_not_spill(arch: str, num_terms: int) -> None:
     """By fours and by ones in turn, except for the largest, which has the most registers."""
     problems = [
         problem
         for at, (name, spec) in enumerate(SPECS.items())
-        if weight_parts != 2 or spec.input_norm_eps is not None  # two parts are a scaled weight's
+        if num_terms != 2 or spec.input_norm_eps is not None  # two terms are a scaled weight's
         for aligned in ((True, False) if name == "largest" else (at % 2 == 0,))
-        for problem in problems_of(select_text(spec, aligned=aligned, weight_parts=weight_parts), arch, name)
+        for problem in problems_of(select_text(spec, aligned=aligned, num_terms=num_terms), arch, name)
     ]
     assert problems == []
 
@@ -175,30 +190,29 @@ def test_a_chip_gets_its_own_code_or_what_every_later_one_runs(
 
 
 @pytest.mark.parametrize(
-    ("fields", "arguments", "header"),
+    ("arguments", "header"),
     [
-        (gemm._FIELDS, "GemmArguments", "router_gemm.cuh"),
-        (selection._FIELDS, "SelectArguments", "select.cuh"),
-        (product._PREPARE_FIELDS, "PrepareArguments", "products.cuh"),
-        (product._SUM_FIELDS, "SumArguments", "products.cuh"),
+        ((router_gemm.ARGUMENTS,), "router_gemm.cuh"),
+        ((select_kernel.ARGUMENTS,), "select.cuh"),
+        ((cublas.PREPARE_ARGUMENTS, cublas.REDUCE_ARGUMENTS), "split_k.cuh"),
     ],
 )
-def test_arguments_are_packed_as_the_kernel_has_them(fields: str, arguments: str, header: str) -> None:
-    size = struct.calcsize(fields)
-    text = f'#include "{header}"\nstatic_assert(sizeof({arguments}) == {size});\n__global__ void nothing() {{}}\n'
-    assert compiler._compile(text, "sm_90a").code
+def test_arguments_are_packed_as_the_kernel_has_them(arguments: tuple[text.Arguments, ...], header: str) -> None:
+    sizes = (f"static_assert(sizeof({each.name}) == {struct.calcsize(each.format)});\n" for each in arguments)
+    unit = text.translation_unit(header, arguments, "", *sizes, "__global__ void nothing() {}\n")
+    assert compiler._compile(unit, "sm_90a").code
 
 
 # E, n_group, k: as few experts as a choice of so many can have, in groups of lanes and others.
 SMALL_PER_GROUP = [(32, 32, 32), (64, 2, 32), (31, 31, 31), (30, 2, 30), (9, 3, 9), (2, 2, 2)]
 
 
-def test_a_warp_has_all_the_shared_memory_that_its_selection_uses() -> None:
+def test_a_warp_has_just_the_shared_memory_that_its_selection_uses() -> None:
+    """select.cuh asserts that it is enough; and it is no more than rounding to a multiple of 4 makes of it."""
     small = [RouterSpec(8, e, k, n_group=n, topk_group=n, select_per_group=True) for e, n, k in SMALL_PER_GROUP]
     for spec in (*SPECS.values(), *small):
-        words = selection.shared_words(spec)
-        text = f"{select_text(spec)}static_assert(Select<With<0>>::kWords <= {words});\n"
-        assert compiler._compile(text, "compute_90").code
+        unit = f"{select_text(spec)}static_assert(Select<With<0>>::kEnd + 4 > {select_kernel.shared_words(spec)});\n"
+        assert compiler._compile(unit, "compute_90").code
 
 
 @pytest.mark.parametrize("name", ["softmax in groups by top2_sum", "sigmoid with bias in groups"])

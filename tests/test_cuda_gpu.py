@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from cuda_kernels import (
     DEEPSEEK_V3,
+    a_call,
+    a_problem,
     assert_same_bits,
     gate_on_gpu,
     on_gpu,
@@ -21,9 +24,10 @@ from torch import Tensor
 
 import moegate
 from moegate import Gate, RouterSpec, Routing
-from moegate.backends.cuda import gemm, router, selection
-from moegate.backends.cuda.sources import GemmDtypes
 from moegate.contract.verify import verify_logits, verify_routing
+from moegate.gemm.router_gemm import BoundRouterGemm
+from moegate.problem import dtypes_of
+from moegate.selection.select_kernel import BoundSelect
 
 pytestmark = pytest.mark.gpu
 
@@ -44,7 +48,7 @@ def device() -> torch.device:
 @pytest.mark.parametrize("name", SPECS)
 def test_every_spec_runs_on_the_kernels(name: str, frozen: bool) -> None:
     gate = gate_on_gpu(SPECS[name], frozen=frozen)
-    assert gate._notice()[0].backend.name == "cuda"
+    assert gate._notice()[0].dispatch.name == "cuda"
     for rows in (0, 1, 3, 64, 65):
         hidden = random_hidden(SPECS[name], rows)
         assert problems_of(run(gate, hidden), hidden, gate.weight, SPECS[name], tensors_of(SPECS[name])) == []
@@ -61,7 +65,7 @@ def test_a_k_that_no_lane_can_load_warns_once_and_works(hidden_size: int) -> Non
         for rows in (0, 1, 17, 65):
             hidden = random_hidden(spec, rows)
             assert problems_of(run(gate, hidden), hidden, gate.weight, spec, tensors_of(spec)) == []
-    assert gate._notice()[0].backend.name == "cuda"
+    assert gate._notice()[0].dispatch.name == "cuda"
 
 
 @pytest.mark.parametrize("arch", ["compute_80", "compute_90"])
@@ -74,31 +78,14 @@ def test_gemms_from_ptx_keep_the_contract(
     """What a chip newer than this package runs; and the path without clusters, on a chip that has them."""
     spec = PTX_SHAPES[name]
     tensors = on_gpu(tensors_of(spec))
-    dtypes = GemmDtypes(
-        hidden_dtype,
-        weight_dtype,
-        None if tensors.bias is None else tensors.bias.dtype,
-        None if tensors.input_scale is None else tensors.input_scale.dtype,
-        torch.float32,
-    )
+    dtypes = dtypes_of(spec, weight_dtype, tensors)._replace(hidden=hidden_dtype)
     # compute_80 knows no wait for a predecessor
-    kernels = gemm.GemmKernels(
-        spec.hidden_size,
-        spec.num_gate_rows,
-        dtypes,
-        spec.input_norm_eps,
-        device(),
-        frozen=False,
-        pdl=arch == "compute_90",
-        arch=arch,
-    )
+    problem = replace(a_problem(spec, dtypes), pdl=arch == "compute_90")
+    bound = BoundRouterGemm(problem, device(), arch)
     weight = random_weight(spec, weight_dtype)
     for rows in (1, 8, 17, 33, 64):
         hidden = random_hidden(spec, rows, hidden_dtype)
-        logits = torch.full((rows, spec.num_gate_rows), torch.nan, device="cuda")
-        kernels.launch(
-            hidden, weight, tensors.bias, tensors.input_scale, logits, rows, torch.cuda.current_stream().cuda_stream
-        )
+        logits = bound(a_call(hidden, weight, tensors))
         assert verify_logits(logits, hidden, weight, spec, tensors).problems == []
 
 
@@ -107,15 +94,12 @@ def test_gemms_from_ptx_keep_the_contract(
 def test_selections_from_ptx_keep_the_contract(name: str, arch: str) -> None:
     spec = SPECS[name]
     tensors = on_gpu(tensors_of(spec))
-    dtypes = selection.select_dtypes(torch.float32, tensors, torch.int64 if spec.hash_routing else None)
-    kernels = selection.SelectKernels(
-        spec, dtypes, device(), aligned=True, frozen=False, pdl=arch == "compute_90", arch=arch
-    )
+    problem = replace(a_problem(spec, dtypes_of(spec, torch.bfloat16, tensors)), pdl=arch == "compute_90")
+    bound = BoundSelect(problem, device(), None, arch)
     for rows in (1, 9, 2000):
         logits = random_logits(spec, rows).cuda()
-        routing = kernels.outputs(logits, rows)
         ids = token_ids(rows).cuda() if spec.hash_routing else None
-        kernels.launch(routing, tensors, ids, rows, torch.cuda.current_stream().cuda_stream)
+        routing = bound(a_call(logits, logits, tensors, input_ids=ids), logits)
         verdict = verify_routing(routing, logits, spec, tensors, input_ids=ids)
         assert verdict.problems == []
 
@@ -170,11 +154,10 @@ def test_given_logits_may_start_anywhere(rows: int) -> None:
 def test_a_failed_launch_leaves_the_next_call_right(rows: int) -> None:
     gate, hidden = gate_on_gpu(SPEC), random_hidden(SPEC, rows)
     expected = run(gate, hidden)
-    prepared = gate._notice()[0].prepared
-    assert isinstance(prepared, router.CudaRouter)
-    of_selection = next(iter(prepared._select_by_inputs.values())).of_logits
-    of_gemm = next(iter(prepared._gemm_by_dtype.values()))
-    for kernel in {of_selection._few[1], *of_gemm._kernels.values()}:
+    gemm, select = gate._notice()[0].dispatch._halves(rows, hidden.dtype, None)
+    assert isinstance(gemm, BoundRouterGemm)
+    assert isinstance(select, BoundSelect)
+    for kernel in {*(each.few for each in select._kernels.values()), *gemm._kernels.values()}:
         nothing = kernel._pack.unpack(bytes(kernel._pack.size))
         with pytest.raises(RuntimeError, match="cuLaunchKernelEx: CUDA_ERROR_INVALID"):
             kernel.launch((0, 1), torch.cuda.current_stream().cuda_stream, *nothing)
@@ -210,7 +193,7 @@ def test_on_another_device() -> None:
         pytest.skip("one CUDA device; this is about a second one")
     expected, _ = routing_on(0)
     routing, gate = routing_on(1)
-    assert gate._notice()[0].backend.name == "cuda"
+    assert gate._notice()[0].dispatch.name == "cuda"
     for part, other in zip(routing[:3], expected[:3], strict=True):
         assert isinstance(part, Tensor)
         assert isinstance(other, Tensor)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_kernels import on_gpu, problems_of, random_hidden, random_weight
+from cuda_kernels import a_call, bound_cublas, on_gpu, problems_of, random_hidden, random_weight, routed_by
 from routers import tensors_of
 from torch import Tensor
 
 from moegate import RouterSpec, Routing
-from moegate.backends.cuda import CudaBackend
-from moegate.backends.cuda.product import product_of
-from moegate.backends.cuda.sources import InputNorm
+from moegate.choice.candidates import CUBLAS
+from moegate.routing import RouterTensors
 
 pytestmark = pytest.mark.gpu
 
@@ -27,16 +26,18 @@ def test_an_input_norm_is_in_the_weight_and_in_a_factor(
     weight = torch.randn(rows, hidden_size, device="cuda").to(weight_dtype)
     scale = (1 + 0.1 * torch.randn(hidden_size, device="cuda")).to(scale_dtype)
     scaled = weight.float() * scale.float()
-    product = product_of(hidden_size, rows, weight_dtype, weight.device, InputNorm(1e-6, scale_dtype), pdl=True)
+    tensors = RouterTensors(input_scale=scale)
+    bound = bound_cublas(RouterSpec(hidden_size, rows, 1, input_norm_eps=1e-6), weight, tensors)
+    assert bound._prepare is not None
     for tokens in (1, 300, 20000):  # the last, more than there are warps
         hidden = torch.randn(tokens, hidden_size, device="cuda").bfloat16() * (1 + torch.arange(tokens)[:, None]).cuda()
         hidden = hidden.bfloat16()
-        parts, factors = product.prepared(hidden, weight, scale, torch.cuda.current_stream().cuda_stream)
+        terms, factors = bound._prepared(bound._prepare, a_call(hidden, weight, tensors))
         columns = rows * (2 if weight_dtype == scale_dtype == torch.bfloat16 else 3)
-        assert len(parts) == -(-columns // 8) * 8
-        assert not parts[columns:].any()
+        assert len(terms) == -(-columns // 8) * 8
+        assert not terms[columns:].any()
         assert factors is not None
-        first, *others = parts[:columns].float().split(rows)
+        first, *others = terms[:columns].float().split(rows)
         assert scaled.equal(first + sum(reversed(others)))
         exact = hidden_size**-0.5 / torch.sqrt(hidden.double().square().mean(-1) + 1e-6)
         torch.testing.assert_close(factors.double(), exact, rtol=16 * 2.0**-24, atol=0)  # contract 1.2
@@ -52,7 +53,7 @@ def test_an_input_norm_keeps_the_contract(weight_dtype: torch.dtype, scale_dtype
     weight, given = random_weight(spec, weight_dtype), on_gpu(tensors)
 
     def route(hidden: Tensor) -> Routing:
-        return CudaBackend().route(hidden, weight, spec, given, None, None)
+        return routed_by(CUBLAS, hidden, weight, spec, given)
 
     for rows in (65, 500, 3000):
         wide = torch.full((rows, spec.hidden_size + 8), torch.nan, dtype=torch.bfloat16, device="cuda")

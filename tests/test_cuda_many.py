@@ -6,30 +6,39 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Iterator
+from typing import NoReturn
 
 import pytest
 import torch
 from cuda_kernels import (
     DEEPSEEK_V3,
+    a_call,
+    a_problem,
     assert_same_bits,
+    bound_cublas,
     copy_of,
     gate_on_gpu,
     on_gpu,
     problems_of,
     random_hidden,
     random_weight,
+    routed_by,
     run,
+    selected,
 )
+from machines import router_gemm_up_to
 from routers import SPECS, tensors_of, token_ids, with_bfloat16_logits
 from torch import Tensor
 
 import moegate
-from moegate import RouterSpec
+from moegate import RouterSpec, Routing
 from moegate.arguments import check_gate
-from moegate.backends.cuda import CudaBackend, selection
-from moegate.backends.cuda.product import product_of, sum_of
-from moegate.backends.cuda.router import CudaRouter
-from moegate.choice import planned
+from moegate.choice.candidates import CUBLAS
+from moegate.gemm.cublas import BoundCublas
+from moegate.halves import Call, PartialSums
+from moegate.problem import dtypes_of
+from moegate.routing import RouterTensors
+from moegate.selection.select_kernel import BoundSelect
 from moegate.warn import warn_once
 
 pytestmark = pytest.mark.gpu
@@ -47,12 +56,9 @@ ALL = {**SPECS, **{f"{name}, bfloat16 logits": with_bfloat16_logits(spec) for na
 
 
 @pytest.fixture(autouse=True)
-def cublas_beyond_64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a table says of router_gemm."""
-    monkeypatch.setattr(planned, "gemm_tokens", lambda facts: 64)
-    planned.planned.cache_clear()
-    yield
-    planned.planned.cache_clear()
+def cublas_beyond_64() -> Iterator[None]:
+    with router_gemm_up_to(64):
+        yield
 
 
 @pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32], ids=str)
@@ -68,7 +74,7 @@ def test_every_spec(name: str, weight: torch.dtype) -> None:
             routing = run(gate, hidden)
             assert problems_of(routing, hidden, gate.weight, spec, tensors_of(spec)) == []
             assert routing.logits is not None
-            assert_same_bits(routing, CudaBackend().select(routing.logits, spec, tensors, ids))
+            assert_same_bits(routing, selected(routing.logits, spec, tensors, ids))
 
 
 def test_float16() -> None:
@@ -82,35 +88,35 @@ def test_float16() -> None:
 def test_the_contract_is_kept(name: str, rows: int) -> None:
     spec = SHAPES[name]
     hidden = random_hidden(spec, rows)
-    safe, frozen = (gate_on_gpu(spec, torch.float32, frozen=frozen) for frozen in (False, True))
-    expected = run(safe, hidden)
-    assert problems_of(expected, hidden, safe.weight, spec, tensors_of(spec)) == []
+    changing, frozen = (gate_on_gpu(spec, torch.float32, frozen=frozen) for frozen in (False, True))
+    expected = run(changing, hidden)
+    assert problems_of(expected, hidden, changing.weight, spec, tensors_of(spec)) == []
     for gate in (frozen, gate_on_gpu(spec, torch.float32, pdl=False)):
-        prepared = gate._notice()[0].prepared
-        assert isinstance(prepared, CudaRouter)
-        assert all(kernels.of_products for kernels in prepared._select_by_inputs.values())
+        gemm, _ = gate._notice()[0].dispatch._halves(rows, hidden.dtype, None)
+        assert isinstance(gemm, BoundCublas)
         assert_same_bits(run(gate, hidden), expected)
     out = copy_of(expected)
     for part in out:
         if part is not None:
             part.fill_(-1)
-    assert_same_bits(safe(hidden, return_logits=True, out=out), expected)
+    assert_same_bits(changing(hidden, return_logits=True, out=out), expected)
 
 
 @pytest.mark.parametrize(("hidden_size", "rows"), [(3072, 256), (1000, 7), (8, 1), (64, 1024)])
-def test_the_parts_of_a_weight_to_the_bit(hidden_size: int, rows: int) -> None:
+def test_the_terms_of_a_weight_to_the_bit(hidden_size: int, rows: int) -> None:
     weight = torch.randn(rows, hidden_size, device="cuda")
     first = weight.bfloat16()
     second = (weight - first.float()).bfloat16()
     third = (weight - first.float() - second.float()).bfloat16()
     assert weight.equal(first.float() + (second.float() + third.float()))
-    product = product_of(hidden_size, rows, weight.dtype, weight.device, pdl=True)
-    hidden = random_hidden(RouterSpec(hidden_size, rows, 1), 1)
-    parts, factors = product.prepared(hidden, weight, None, torch.cuda.current_stream().cuda_stream)
+    spec = RouterSpec(hidden_size, rows, 1)
+    bound = bound_cublas(spec, weight)
+    assert bound._prepare is not None
+    terms, factors = bound._prepared(bound._prepare, a_call(random_hidden(spec, 1), weight))
     assert factors is None
-    assert len(parts) == -(-3 * rows // 8) * 8
-    assert parts[: 3 * rows].equal(torch.cat([first, second, third]))
-    assert not parts[3 * rows :].any()
+    assert len(terms) == -(-3 * rows // 8) * 8
+    assert terms[: 3 * rows].equal(torch.cat([first, second, third]))
+    assert not terms[3 * rows :].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -118,65 +124,77 @@ def test_the_parts_of_a_weight_to_the_bit(hidden_size: int, rows: int) -> None:
 def test_rows_of_zeros_where_their_number_is_no_multiple_of_8(hidden_size: int, rows: int, dtype: torch.dtype) -> None:
     wide = torch.randn(rows, hidden_size + 8, device="cuda").to(dtype)
     for weight in (wide[:, :hidden_size].contiguous(), wide[:, :hidden_size]):
-        product = product_of(hidden_size, rows, dtype, weight.device, pdl=True)
+        bound = bound_cublas(RouterSpec(hidden_size, rows, 1), weight)
         for tokens in (65, 2000):
             hidden = torch.randn(tokens, hidden_size, device="cuda").to(dtype)
-            shares = product(hidden, weight, None, torch.cuda.current_stream().cuda_stream).shares
-            assert shares.shape[2] % 8 == 0
-            assert not shares[:, :, rows:].any()
+            sums, _ = bound.partial_sums(a_call(hidden, weight))
+            assert sums.shape[2] % 8 == 0
+            assert not sums[:, :, rows:].any()
             exact = hidden.double() @ weight.double().t()
             magnitude = hidden.double().abs() @ weight.double().abs().t()
             bound = 4 * hidden_size**0.5 * 2.0**-24 * magnitude  # contract 1.1
-            assert ((shares[:, :, :rows].double().sum(0) - exact).abs() <= bound).all()
+            assert ((sums[:, :, :rows].double().sum(0) - exact).abs() <= bound).all()
 
 
-def random_products(shares: int, tokens: int, columns: int) -> Tensor:
-    """[S, M, columns], in which some tokens have what no product should be."""
-    made = torch.randn(shares, tokens, columns, device="cuda")
+def random_sums(num_splits: int, tokens: int, columns: int) -> Tensor:
+    """[S, M, columns], in which some tokens have what no sum should be."""
+    made = torch.randn(num_splits, tokens, columns, device="cuda")
     for token, value in enumerate((torch.nan, torch.inf, -torch.inf, 3e38, 1e-42)):
         made[-1, token, :: token + 1] = value
     return made
 
 
 def logits_of(
-    products: Tensor, rows: int, bias: Tensor | None, dtype: torch.dtype, factors: Tensor | None = None
+    sums: Tensor, rows: int, bias: Tensor | None, dtype: torch.dtype, factors: Tensor | None = None
 ) -> Tensor:
-    """[S, M, parts * R] -> [M, R], added up in the order that products.cuh has."""
-    logits = torch.zeros(products.shape[1], rows, device="cuda")
-    for share in products:
-        first, *others = share.split(rows, 1)
+    """[S, M, num_terms * R] -> [M, R], added up in the order that partial_sums.cuh has."""
+    logits = torch.zeros(sums.shape[1], rows, device="cuda")
+    for split in sums:
+        first, *others = split.split(rows, 1)
         logits += first + sum(others[1:], others[0]) if others else first
     if factors is not None:
         logits *= factors[:, None]
     return (logits if bias is None else logits + bias.float()).to(dtype)
 
 
-def parts_with(spec: RouterSpec) -> tuple[int, int]:
-    """How many parts a weight can have in products."""
+def terms_with(spec: RouterSpec) -> tuple[int, int]:
+    """How many terms a weight can have in partial sums."""
     return (1, 3) if spec.input_norm_eps is None else (2, 3)
 
 
+class Terms:
+    """Stands for a GEMM in front, of a weight in so many terms."""
+
+    holds_dependents_to = 0
+
+    def __init__(self, num_terms: int) -> None:
+        self.num_terms = num_terms
+
+    def __call__(self, call: Call) -> NoReturn:
+        raise NotImplementedError
+
+    logits = __call__
+
+
 @pytest.mark.parametrize("aligned", [True, False])  # the second as it is for a caller's logits that start anywhere
-@pytest.mark.parametrize(("name", "weight_parts"), [(name, parts) for name in ALL for parts in parts_with(ALL[name])])
-def test_logits_of_products_to_the_bit(name: str, weight_parts: int, aligned: bool) -> None:
+@pytest.mark.parametrize(("name", "num_terms"), [(name, terms) for name in ALL for terms in terms_with(ALL[name])])
+def test_logits_of_partial_sums_to_the_bit(name: str, num_terms: int, aligned: bool) -> None:
     spec, tensors = ALL[name], on_gpu(tensors_of(ALL[name]))
     dtype, rows = getattr(torch, spec.logits_dtype), spec.num_gate_rows
-    dtypes = selection.select_dtypes(dtype, tensors, torch.int64 if spec.hash_routing else None)
-    dtypes = dtypes._replace(bias=None if tensors.bias is None else tensors.bias.dtype)
-    device, stream = torch.device("cuda", torch.cuda.current_device()), torch.cuda.current_stream().cuda_stream
-    kernels = selection.select_kernels(
-        spec, dtypes, device, aligned=aligned, frozen=False, pdl=True, weight_parts=weight_parts
-    )
-    for tokens, shares in itertools.product((65, 600, 1100), (1, 2, 5, 8)):  # each of the three kernels
+    problem = a_problem(spec, dtypes_of(spec, torch.bfloat16, tensors))
+    select = BoundSelect(problem, torch.device("cuda", torch.cuda.current_device()), Terms(num_terms))
+    for tokens, num_splits in itertools.product((65, 600, 1100), (1, 2, 5, 8)):  # each of the three kernels
         ids = token_ids(tokens).cuda() if spec.hash_routing else None
         # Rows that are apart, as they are behind a weight with rows of zeros.
-        products = random_products(shares, tokens, weight_parts * rows + 8)[:, :, : weight_parts * rows]
+        sums = random_sums(num_splits, tokens, num_terms * rows + 8)[:, :, : num_terms * rows]
         factors = None if spec.input_norm_eps is None else torch.rand(tokens, device="cuda")
-        logits = logits_of(products, rows, tensors.bias, dtype, factors)
+        logits = logits_of(sums, rows, tensors.bias, dtype, factors)
+        expected = selected(logits, spec, tensors, ids)
         room = torch.full((logits.numel() + 1,), -1, dtype=dtype, device="cuda")
-        routing = kernels.outputs(room[0 if aligned else 1 :][: logits.numel()].view_as(logits), tokens)
-        kernels.launch(routing, tensors, ids, tokens, stream, products=products, norm_factors=factors)
-        for part, right in zip(routing, CudaBackend().select(logits, spec, tensors, ids), strict=True):
+        place = room[0 if aligned else 1 :][: logits.numel()].view_as(logits)
+        out = Routing(*(None if part is None else torch.full_like(part, -1) for part in expected))  # type: ignore[arg-type]
+        call = a_call(sums[0], logits, tensors, input_ids=ids, out=out._replace(logits=place))
+        for part, right in zip(select(call, PartialSums(sums, factors)), expected, strict=True):
             assert (part is None) == (right is None)
             if part is not None:
                 torch.testing.assert_close(part, right, rtol=0, atol=0, equal_nan=True)
@@ -184,37 +202,39 @@ def test_logits_of_products_to_the_bit(name: str, weight_parts: int, aligned: bo
 
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shares", [1, 7])
-@pytest.mark.parametrize("weight_parts", [1, 3])
-def test_sums_of_products_to_the_bit(
-    weight_parts: int, shares: int, dtype: torch.dtype, bias_dtype: torch.dtype | None
+@pytest.mark.parametrize("num_splits", [1, 7])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_reduced_splits_to_the_bit(
+    weight_dtype: torch.dtype, num_splits: int, dtype: torch.dtype, bias_dtype: torch.dtype | None
 ) -> None:
-    rows = 37
-    columns = weight_parts * rows
-    products = random_products(shares, 300, columns + 5)
+    rows, logits_dtype = 37, "float32" if dtype == torch.float32 else "bfloat16"
+    columns = rows * (3 if weight_dtype == torch.float32 else 1)
+    sums = random_sums(num_splits, 300, columns + 5)
     bias = None if bias_dtype is None else torch.randn(rows, device="cuda").to(bias_dtype)
     logits = torch.full((300, rows), -1, device="cuda", dtype=dtype)
-    add_up = sum_of(rows, weight_parts, bias_dtype, dtype, logits.device)
-    add_up(products, bias, logits, torch.cuda.current_stream().cuda_stream)
-    expected = logits_of(products[:, :, :columns], rows, bias, dtype)
+    spec = RouterSpec(64, rows, 1, linear_bias=bias is not None, logits_dtype=logits_dtype)  # type: ignore[arg-type]
+    weight = torch.empty((rows, 64), dtype=weight_dtype, device="cuda")
+    bound = bound_cublas(spec, weight, RouterTensors(bias))
+    bound.reduce(PartialSums(sums, None), bias, logits, torch.cuda.current_stream().cuda_stream)
+    expected = logits_of(sums[:, :, :columns], rows, bias, dtype)
     torch.testing.assert_close(logits, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("rows", [65, 300, 700, 8000])
-def test_shares_of_a_product(rows: int) -> None:
-    """Each of them the product that it is to be, of hidden states whose rows are apart, too."""
+def test_splits_of_k(rows: int) -> None:
+    """Each of them the sum over its slice of K, of hidden states whose rows are apart, too."""
     weight, hidden = random_weight(DEEPSEEK_V3), random_hidden(DEEPSEEK_V3, rows)
     apart = torch.full((rows, 7168 + 8), torch.nan, dtype=torch.bfloat16, device="cuda")[:, :7168].copy_(hidden)
-    product = product_of(7168, 256, weight.dtype, weight.device, pdl=True)
+    bound = bound_cublas(DEEPSEEK_V3, weight)
     for given in (hidden, apart):
-        products = product(given, weight, None, torch.cuda.current_stream().cuda_stream).shares
-        assert (products.shape[0] > 1) == (rows <= 700)  # with 78 to 200 multiprocessors
-        step = 7168 // products.shape[0]
-        for share, of_share in enumerate(products):
-            part = slice(share * step, (share + 1) * step)
+        sums, _ = bound.partial_sums(a_call(given, weight))
+        assert (sums.shape[0] > 1) == (rows <= 700)  # with 78 to 200 multiprocessors
+        step = 7168 // sums.shape[0]
+        for split, of_split in enumerate(sums):
+            part = slice(split * step, (split + 1) * step)
             exact = hidden[:, part].double() @ weight[:, part].double().t()
             torch.testing.assert_close(
-                of_share.double(), exact, rtol=0, atol=4e-4
+                of_split.double(), exact, rtol=0, atol=4e-4
             )  # K * 2**-24 of terms that add up to 1
 
 
@@ -244,7 +264,7 @@ def test_the_product_by_itself_has_the_bits_of_the_gate(spec: RouterSpec, rows: 
 
 
 def test_weights_of_all_magnitudes() -> None:
-    """Parts that are far below what their neighbours are."""
+    """Terms that are far below what their neighbours are."""
     spec = SHAPES["minimax-m2"]
     hidden = random_hidden(spec, 300)
     gate = gate_on_gpu(spec, frozen=False)
@@ -284,8 +304,8 @@ def test_captured_in_a_graph() -> None:
         assert_same_bits(captured, expected)
 
 
-def test_the_backend_without_a_gate() -> None:
+def test_without_a_gate() -> None:
     hidden, gate = random_hidden(MINIMAX, 100), gate_on_gpu(MINIMAX)
     weight, tensors = check_gate(gate._given(), MINIMAX)
-    got = CudaBackend().route(hidden, weight, MINIMAX, tensors, None, None)
+    got = routed_by(CUBLAS, hidden, weight, MINIMAX, tensors)
     assert_same_bits(got, run(gate, hidden))

@@ -12,7 +12,8 @@ from routers import SPECS
 from torch import Tensor
 
 from moegate import Gate, RouterSpec, Routing
-from moegate.backends.cuda import jit, memory
+from moegate.cuda import device as gpu
+from moegate.cuda import jit
 
 pytestmark = pytest.mark.gpu
 
@@ -43,7 +44,7 @@ WRITER_BLOCKS = 64  # leaves multiprocessors free, on which the gate starts besi
 @pytest.fixture(autouse=True)
 def plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without conftest.py's poison, whose kernel would come between the writer and the gate, and wait."""
-    for owner, name in ((torch, "empty"), (memory, "_empty_strided_cuda")):
+    for owner, name in ((torch, "empty"), (gpu, "_empty_strided_cuda")):
         made = getattr(owner, name)
         monkeypatch.setattr(owner, name, getattr(made, "__wrapped__", made))
 

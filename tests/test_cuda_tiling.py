@@ -1,4 +1,4 @@
-"""How products are cut, for every chip, without one."""
+"""How GEMMs are tiled and split, for every chip, without one."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moegate.backends.cuda.tiling import (
+from moegate.cuda.device import Chip
+from moegate.gemm.cublas import num_splits_of
+from moegate.gemm.router_gemm_tiling import (
     COLUMNS_OF_STEP,
     MAX_GEMM_TOKENS,
     TOKENS_OF_TILE,
-    Chip,
     Cut,
     bytes_of_block,
     cut_tokens,
-    parts,
-    plan_gemm,
     shared_bytes,
-    shares_of_product,
+    terms_of,
+    tiling_of,
 )
 
 pytestmark = pytest.mark.cpu
@@ -34,21 +34,23 @@ DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
     norm=st.booleans(),
     chip=st.builds(Chip, st.integers(1, 200), st.booleans(), st.sampled_from([99 * 1024, 163 * 1024, 227 * 1024])),
 )
-def test_plans(steps_of_lane: int, rows: int, hidden: torch.dtype, weight: torch.dtype, norm: bool, chip: Chip) -> None:
+def test_tilings(
+    steps_of_lane: int, rows: int, hidden: torch.dtype, weight: torch.dtype, norm: bool, chip: Chip
+) -> None:
     """Every column has an owner, in blocks and clusters that a chip can hold."""
-    plan = plan_gemm(8 * steps_of_lane, rows, parts(hidden, weight, norm)[:2], chip)
-    assert plan.split * plan.warps * plan.steps * COLUMNS_OF_STEP >= 8 * steps_of_lane
-    assert plan.split in (1, 2, 4, 8)
-    assert chip.has_clusters or plan.split == 1
-    assert 32 <= 32 * plan.warps <= 1024
-    assert all(1 <= ahead <= plan.steps for ahead in plan.ahead.values())
-    assert all(shared_bytes(plan.split, plan.warps, tiles) <= chip.shared_bytes for tiles in plan.ahead)
-    assert min(plan.ahead) == 1
-    assert list(plan.ahead) == sorted(plan.ahead)
+    tiling = tiling_of(8 * steps_of_lane, rows, terms_of(hidden, weight, has_norm=norm)[:2], chip)
+    assert tiling.num_splits * tiling.warps * tiling.steps * COLUMNS_OF_STEP >= 8 * steps_of_lane
+    assert tiling.num_splits in (1, 2, 4, 8)
+    assert chip.has_clusters or tiling.num_splits == 1
+    assert 32 <= 32 * tiling.warps <= 1024
+    assert all(1 <= ahead <= tiling.steps for ahead in tiling.ahead.values())
+    assert all(shared_bytes(tiling.num_splits, tiling.warps, tiles) <= chip.shared_bytes for tiles in tiling.ahead)
+    assert min(tiling.ahead) == 1
+    assert list(tiling.ahead) == sorted(tiling.ahead)
 
 
 @given(
-    hidden_size=st.integers(1, 2048).map(lambda pieces: 8 * pieces),
+    hidden_size=st.integers(1, 2048).map(lambda vecs: 8 * vecs),
     rows=st.integers(1, 1024),
     weight=DTYPES,
     chip=st.builds(Chip, st.integers(1, 200), st.booleans(), st.sampled_from([99 * 1024, 163 * 1024, 227 * 1024])),
@@ -56,12 +58,12 @@ def test_plans(steps_of_lane: int, rows: int, hidden: torch.dtype, weight: torch
 )
 def test_every_token_has_a_block(hidden_size: int, rows: int, weight: torch.dtype, chip: Chip, tokens: int) -> None:
     """Each once, in blocks that there are kernels for and that a chip can hold; all in one as long as one tile does."""
-    plan = plan_gemm(hidden_size, rows, parts(torch.bfloat16, weight, False)[:2], chip)
-    cut = cut_tokens(tokens, plan, chip)
-    assert cut.tiles in plan.ahead
+    tiling = tiling_of(hidden_size, rows, terms_of(torch.bfloat16, weight, has_norm=False)[:2], chip)
+    cut = cut_tokens(tokens, tiling, chip)
+    assert cut.tiles in tiling.ahead
     of_block = TOKENS_OF_TILE * cut.tiles
-    assert of_block * (cut.groups - 1) < tokens <= of_block * cut.groups
-    assert bytes_of_block(cut.tiles, plan, chip, is_alone=cut.is_alone) <= chip.shared_bytes
+    assert of_block * (cut.token_groups - 1) < tokens <= of_block * cut.token_groups
+    assert bytes_of_block(cut.tiles, tiling, chip, is_alone=cut.is_alone) <= chip.shared_bytes
     assert tokens > TOKENS_OF_TILE or cut == Cut(1, 1, False)
 
 
@@ -81,11 +83,11 @@ H100 = Chip(132, True, 227 << 10)
     ],
 )
 def test_tokens_are_cut_as_was_fastest_on_an_h100(hidden_size: int, rows: int, tokens: int, cut: Cut) -> None:
-    assert cut_tokens(tokens, plan_gemm(hidden_size, rows, (1, 1), H100), H100) == cut
+    assert cut_tokens(tokens, tiling_of(hidden_size, rows, (1, 1), H100), H100) == cut
 
 
 @pytest.mark.parametrize(
-    ("tokens", "columns", "hidden_size", "shares"),
+    ("tokens", "columns", "hidden_size", "num_splits"),
     [
         (128, 256, 7168, 8),
         (512, 256, 7168, 4),
@@ -97,12 +99,12 @@ def test_tokens_are_cut_as_was_fastest_on_an_h100(hidden_size: int, rows: int, t
         (65, 8, 1000, 1),
     ],
 )
-def test_products_are_cut_as_was_fastest_on_an_h100(tokens: int, columns: int, hidden_size: int, shares: int) -> None:
-    assert shares_of_product(tokens, columns, hidden_size, H100.num_sms) == shares
+def test_k_is_split_as_was_fastest_on_an_h100(tokens: int, columns: int, hidden_size: int, num_splits: int) -> None:
+    assert num_splits_of(tokens, columns, hidden_size, H100.num_sms) == num_splits
 
 
 def test_a_chip_with_little_shared_memory_gets_smaller_blocks() -> None:
-    large, small = (plan_gemm(8192, 256, (1, 1), Chip(132, True, kib << 10)) for kib in (227, 99))
+    large, small = (tiling_of(8192, 256, (1, 1), Chip(132, True, kib << 10)) for kib in (227, 99))
     assert max(large.ahead) == 8
     assert max(small.ahead) == 4
-    assert (small.split, small.warps, small.steps) == (large.split, large.warps, large.steps)
+    assert (small.num_splits, small.warps, small.steps) == (large.num_splits, large.warps, large.steps)

@@ -16,7 +16,7 @@ from routers import SPECS, generator, route_arguments, tensors_of
 
 import moegate
 from moegate import Gate
-from moegate.backends.torch import TorchBackend
+from moegate.choice.dispatch import Options, for_route
 from moegate.contract.verify import verify_logits, verify_routing
 from moegate.routing import RouterTensors, Routing
 
@@ -245,7 +245,9 @@ def test_on_a_gpu(name: str) -> None:
             ids = arguments.pop("input_ids", None)
             hidden = torch.randn(rows, 64, generator=generator(4)).to("cuda", dtype)
             weight_there = weight.to("cuda", dtype)
-            routing = TorchBackend().route(hidden, weight_there, spec, RouterTensors(**arguments), ids, None)
+            tensors_there = RouterTensors(**arguments)
+            dispatch = for_route(hidden.device, spec, weight_there, tensors_there, Options(backend="torch"))
+            routing = dispatch.route(hidden, weight_there, tensors_there, ids, {})
             assert routing.logits is not None
             assert verify_logits(routing.logits, hidden, weight_there, spec, tensors).problems == []
             assert verify_routing(routing, routing.logits, spec, tensors, input_ids=ids).problems == []

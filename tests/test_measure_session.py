@@ -12,20 +12,21 @@ from machines import CPU, forget, pretend, pretended
 from moegate import catalog, get_spec
 from moegate.catalog.synthetic import random_hidden, random_tensors
 from moegate.choice.candidates import CUBLAS, ROUTER_GEMM
-from moegate.choice.facts import facts_of
-from moegate.choice.planned import router_of
+from moegate.choice.dispatch import Dispatch
+from moegate.choice.plan import Plan
 from moegate.contract.reference import router_logits
 from moegate.contract.reference import select as reference_select
 from moegate.measure import bench, layers, session, timing
 from moegate.measure.names import NOT_FROZEN
-from moegate.measure.timing import Candidate, Workload
+from moegate.measure.timing import Contestant, Workload
 from moegate.measure.transformers_router import transformers_router
 from moegate.measure.tune import MODELS
+from moegate.problem import problem_of
 
 MACHINE = pretended((9, 0), None, name="NVIDIA H200")
 
 
-def without_a_clock(work: Workload, way: str, candidates: list[Candidate]) -> dict[str, dict[str, Any]]:
+def without_a_clock(work: Workload, way: str, candidates: list[Contestant]) -> dict[str, dict[str, Any]]:
     """Calls and checks every candidate as `timing.measure` does, and gives each the same time."""
     found: dict[str, dict[str, Any]] = {}
     for candidate in candidates:
@@ -71,9 +72,11 @@ def test_every_candidate_of_a_tuned_model_is_right_or_says_why_not(here: session
 
 def test_both_products_of_the_cuda_backend_are_measured_each_by_itself(here: session.Session) -> None:
     """Whichever of them the plan would run."""
-    facts = facts_of(MACHINE, get_spec("deepseek-v3"), torch.bfloat16)
-    limits = [router_of(candidate, facts).gemm_tokens for candidate in (ROUTER_GEMM, CUBLAS)]  # type: ignore[attr-defined]
-    assert limits == [1024, 64]
+    plan = Plan(problem_of(MACHINE, get_spec("deepseek-v3"), torch.bfloat16))
+    for candidate in (ROUTER_GEMM, CUBLAS):
+        dispatch = Dispatch(plan, only=candidate)
+        assert len({dispatch._halves(tokens, torch.bfloat16, None) for tokens in (1, 64, 65, 1024, 4096)}) == 1
+        assert dispatch.name == candidate.backend
 
 
 def test_a_case_of_bench(here: session.Session) -> None:

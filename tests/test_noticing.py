@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import moegate
 from moegate import Gate
-from moegate.backends.torch import TorchBackend
+from moegate.choice.dispatch import Dispatch
 
 # What puts another weight [256, 64] into a gate without a word.
 
@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_an_error(
     gate(HIDDEN)
     change(gate)
     twin = copy.deepcopy(gate)
-    monkeypatch.setattr(TorchBackend, "route", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(Dispatch, "route", lambda *_: pytest.fail("it ran"))
     for one in (gate, gate, twin):
         with pytest.raises(error, match=message):
             one(HIDDEN)
@@ -308,7 +308,7 @@ def test_explain_tells_of_the_tensors_that_are_there(frozen: bool) -> None:
     gate = a_gate(frozen=frozen)
     gate.weight.data = gate.weight.data.float()
     gate.explain(1)
-    assert gate._notice()[0].plan.facts.weight == torch.float32
+    assert gate._notice()[0].dispatch.plan.problem.dtypes.weight == torch.float32
     gate.e_score_correction_bias = None
     with pytest.raises(ValueError, match="e_score_correction_bias: got None"):
         gate.explain(1)

@@ -55,7 +55,7 @@ def test_another_weight_takes_effect(frozen: bool, change: Callable[[Gate, Tenso
     got = run(gate, hidden)
     now = Gate(SPEC, gate.weight.clone(), e_score_correction_bias=gate.e_score_correction_bias, frozen=frozen)
     assert_same_bits(got, run(now, hidden))
-    assert gate._notice()[0].backend.name == "cuda"
+    assert gate._notice()[0].dispatch.name == "cuda"
 
 
 @FROZEN
@@ -89,7 +89,7 @@ def test_from_meta_by_assignment(frozen: bool) -> None:
         holder = gate._parameters if name == "weight" else gate._buffers
         holder[name] = nn.Parameter(tensor, requires_grad=False) if name == "weight" else tensor
     assert_same_bits(run(gate, hidden), run(whole, hidden))
-    assert gate._notice()[0].backend.name == "cuda"
+    assert gate._notice()[0].dispatch.name == "cuda"
 
 
 def test_a_capture_after_a_change() -> None:

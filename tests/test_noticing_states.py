@@ -60,7 +60,7 @@ def test_meta_then_assigned_one_by_one(frozen: bool) -> None:
     gate._parameters["weight"] = nn.Parameter(whole.weight.detach())
     gate._buffers["e_score_correction_bias"] = whole.e_score_correction_bias
     assert routed_as(gate)
-    assert (gate._notice()[0].prepared is not None) == frozen or HIDDEN.is_cuda
+    assert bool(gate._notice()[0].prepared) == frozen or HIDDEN.is_cuda
 
 
 def test_a_backend_is_not_asked_for_on_meta() -> None:

@@ -8,8 +8,8 @@ from routers import generator
 from torch import Tensor
 
 from moegate import Gate, RouterSpec
-from moegate.backends.torch.prepared import PreparedWeight, prepare
 from moegate.contract.verify import verify_logits
+from moegate.gemm.cpu_packed import PackedWeight, pack
 from moegate.routing import RouterTensors
 
 pytestmark = pytest.mark.cpu  # the CUDA backend prepares nothing of this kind
@@ -52,12 +52,12 @@ def test_logits_of_a_prepared_weight(name: str, dtype: torch.dtype) -> None:
     ("name", "fits"), [("normal", True), ("tiny", False), ("one small row", False), ("zero", False)]
 )
 def test_half_the_bytes_where_no_bit_is_lost(name: str, fits: bool) -> None:
-    prepared = prepare(weights()[name].bfloat16(), torch.float32)
-    assert isinstance(prepared, PreparedWeight)
+    prepared = pack(weights()[name].bfloat16(), torch.float32)
+    assert isinstance(prepared, PackedWeight)
     assert (prepared.half is not None) == (fits and HAS_FLOAT16_PRODUCT)
 
 
 def test_float32_weights_are_kept_in_float32() -> None:
-    prepared = prepare(weights()["normal"], torch.float32)
-    assert isinstance(prepared, PreparedWeight)
+    prepared = pack(weights()["normal"], torch.float32)
+    assert isinstance(prepared, PackedWeight)
     assert prepared.half is None

@@ -14,9 +14,9 @@ from routers import SPECS, random_logits, select_arguments, tensors_of
 
 import moegate
 from moegate import RouterSpec, get_spec, ops
-from moegate.backends.flashinfer import limits
 from moegate.choice.tables import read, router_kind
 from moegate.cli.models import describe
+from moegate.flashinfer import limits
 from moegate.measure.plain import plain_select
 
 BASE = RouterSpec(64, 256, 8, "sigmoid", "score", 8, 4, renormalize=True)  # which FlashInfer's top-k takes

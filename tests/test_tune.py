@@ -17,10 +17,12 @@ from machines import forget
 
 from moegate import __version__, get_spec
 from moegate.choice import costs
-from moegate.choice.facts import Machine, default_weight_dtype, facts_of
+from moegate.choice.candidates import ROUTER_GEMM
 from moegate.choice.tables import read, user_file
 from moegate.cli.tune import run
+from moegate.machine import Machine
 from moegate.measure.tune import MODELS, TOKENS, Tuning
+from moegate.problem import default_weight_dtype, problem_of
 from moegate.spec import RouterSpec
 
 GPU = Machine("GPU X", (9, 0), 100, 3000.0)
@@ -92,8 +94,8 @@ def test_stopped_resumed_and_finished(capsys: pytest.CaptureFixture[str]) -> Non
         "flashinfer:cublas+fused_topk_deepseek": "FlashInfer is not installed",
     }
     here = dataclasses.replace(GPU, device=torch.device("cpu"))
-    facts = facts_of(here, get_spec(MODELS[1]), torch.bfloat16)
-    cost = costs.expected(facts, "cuda:router_gemm+select", 16)
+    problem = problem_of(here, get_spec(MODELS[1]), torch.bfloat16)
+    cost = costs.expected(problem, ROUTER_GEMM, 16)
     assert cost == (5.0, "measured on this GPU X")
 
 
@@ -113,8 +115,8 @@ def test_models_that_are_named_are_measured_too_and_stay_when_the_rest_goes_on_w
         run(Tuning(path, GPU, MADE, {"my/flint": flint, "my/twin": get_spec(MODELS[0])}), own)
     assert own.seen == [*((flint, tokens) for tokens in TOKENS), *SPECS[:3]]  # not the twin, whose shape is there
     run(Tuning(path, GPU, MADE), Stopping(after=10**6))
-    facts = facts_of(dataclasses.replace(GPU, device=torch.device("cpu")), flint, default_weight_dtype(flint))
-    assert costs.expected(facts, "cuda:router_gemm+select", 16) == (5.0, "measured on this GPU X")
+    problem = problem_of(dataclasses.replace(GPU, device=torch.device("cpu")), flint, default_weight_dtype(flint))
+    assert costs.expected(problem, ROUTER_GEMM, 16) == (5.0, "measured on this GPU X")
 
 
 @pytest.mark.parametrize(("name", "value"), [("torch", "3.0"), ("moegate_commit", "y")])

@@ -18,7 +18,9 @@ from torch import Tensor
 
 import moegate
 from moegate import Gate
+from moegate.arguments import check_gate
 from moegate.catalog.synthetic import random_hidden, random_tensors
+from moegate.contract.verify import verify_call
 from moegate.measure.timing import reason_of
 
 _BLOCKS, _CALLS = 21, 200  # a block stays below the some 1000 launches that a stream queues before it blocks
@@ -88,14 +90,8 @@ def _block(call: Callable[[], Any]) -> float:
 
 
 def _chooses_like_float64(gate: Gate, hidden: Tensor) -> bool:
-    from moegate.contract.verify import verify_logits, verify_routing
-    from moegate.routing import RouterTensors
-
-    routing = gate(hidden, return_logits=True)
-    tensors = RouterTensors(bias=gate.bias, e_score_correction_bias=gate.e_score_correction_bias)
-    assert routing.logits is not None
-    logits_ok = verify_logits(routing.logits, hidden, gate.weight, gate.spec, tensors).ok
-    return logits_ok and verify_routing(routing, routing.logits, gate.spec, tensors).ok
+    weight, tensors = check_gate(gate._given(), gate.spec)
+    return verify_call(gate(hidden, return_logits=True), hidden, weight, gate.spec, tensors).ok
 
 
 def measure_start(way: str) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 import moegate
 from moegate import catalog
-from moegate.backends.cuda.gemm import gemm_kernels
-from moegate.backends.cuda.sources import GemmDtypes
+from moegate.choice.dispatch import Options as Declared
+from moegate.choice.dispatch import for_gemm
 from moegate.measure import peers
 from moegate.measure.checks import Reference, check_choice, check_logits, check_nothing, check_routings
 from moegate.measure.layers import FLOOR, FROZEN, NO_PDL, SAFE, Stage
 from moegate.measure.session import Stages
-from moegate.measure.timing import Candidate, measure
+from moegate.measure.timing import Contestant, measure
 from moegate.spec import RouterSpec
 
 Key = tuple[str, int, str]
@@ -75,7 +75,7 @@ class Bench:
     def measure(self, part: str, key: Key) -> dict[str, Any]:
         """The content of one row."""
         model, tokens, way = key
-        makers: dict[str, Callable[[str, int], list[Candidate]]] = {
+        makers: dict[str, Callable[[str, int], list[Contestant]]] = {
             "gemm": self._gemm,
             "fp32": self._gemm,
             "route": self._route,
@@ -99,7 +99,7 @@ class Bench:
     def _stage_of(self, model: str, tokens: int) -> Stage:
         return self._stages.stage(_spec(model), tokens)
 
-    def _route(self, model: str, tokens: int) -> list[Candidate]:
+    def _route(self, model: str, tokens: int) -> list[Contestant]:
         stage = self._stage_of(model, tokens)
         slow = [stage.compiled(), stage.eager()] if tokens in _SMALL else []
         return [
@@ -112,12 +112,12 @@ class Bench:
             stage.floor(),
         ]
 
-    def _prefill(self, model: str, tokens: int) -> list[Candidate]:
+    def _prefill(self, model: str, tokens: int) -> list[Contestant]:
         stage = self._stage_of(model, tokens)
         ours = [stage.ours(FROZEN, frozen=True), stage.ours(SAFE, frozen=False)]
         return [*ours, stage.cublas(may_compile=True), stage.compiled(), stage.eager(), stage.floor()]
 
-    def _catalog(self, model: str, tokens: int) -> list[Candidate]:
+    def _catalog(self, model: str, tokens: int) -> list[Contestant]:
         stage = self._stage_of(model, tokens)
         found = [stage.ours(FROZEN, frozen=True), stage.ours(SAFE, frozen=False), stage.flashinfer_pair()]
         found += [stage.cublas(may_compile=self._options.compile_catalog), stage.floor()]
@@ -125,7 +125,7 @@ class Bench:
             found.append(stage.transformers())
         return found + [stage.compiled()] * self._options.compile_catalog
 
-    def _gemm(self, model: str, tokens: int) -> list[Candidate]:
+    def _gemm(self, model: str, tokens: int) -> list[Contestant]:
         """The product alone; a spec of plain float32 logits carries the bound."""
         stage = self._stage_of(model, tokens)
         spec, weights, check = stage.layers.spec, stage.layers.weights, check_logits(stage.expected)
@@ -146,23 +146,19 @@ class Bench:
         def ours(layer: int, hidden: Tensor) -> Tensor:
             return moegate.router_gemm(hidden, weights[layer])
 
-        dtypes = GemmDtypes(torch.bfloat16, weights[0].dtype, None, None, torch.float32)
-        kernels = gemm_kernels(*weights[0].shape[::-1], dtypes, None, stage.layers.device, frozen=True, pdl=True)
+        dispatch = for_gemm(stage.layers.device, weights[0], None, torch.float32, Declared(frozen=True))
 
         def frozen(layer: int, hidden: Tensor) -> Tensor:
-            num_tokens, stream = len(hidden), torch.cuda.current_stream().cuda_stream
-            logits = torch.empty(num_tokens, spec.num_gate_rows, device=hidden.device)
-            kernels.launch(hidden, weights[layer], None, None, logits, num_tokens, stream)
-            return logits
+            return dispatch.router_gemm(hidden, weights[layer], None)
 
         peer = "F.linear float32" if is_float32 else "torch.mm(out_dtype=float32)"
         candidates = [
-            Candidate("moegate, frozen gate's", frozen, check),
-            Candidate("moegate.router_gemm", ours, check),
-            Candidate(peer, cublas, check),
+            Contestant("moegate, frozen gate's", frozen, check),
+            Contestant("moegate.router_gemm", ours, check),
+            Contestant(peer, cublas, check),
         ]
         if not is_float32:
-            candidates.append(Candidate("FlashInfer GEMM", flashinfer, check))
+            candidates.append(Contestant("FlashInfer GEMM", flashinfer, check))
         return [*candidates, replace(stage.floor(), name=FLOOR, check=check_nothing)]
 
     def _measure_select(self, model: str, tokens: int, way: str) -> dict[str, Any]:
@@ -188,8 +184,8 @@ class Bench:
             return top_k(logits)
 
         candidates = [
-            Candidate("moegate.select", ours, check_routings(expected)),
-            Candidate("FlashInfer fused_topk_deepseek", flashinfer, check_choice(expected)),
+            Contestant("moegate.select", ours, check_routings(expected)),
+            Contestant("FlashInfer fused_topk_deepseek", flashinfer, check_choice(expected)),
         ]
         found = measure(self._stages.workload(sources, 1, calls), way, candidates)
         return {"calls": calls, "what": _SELECT[model], "candidates": found}

@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from moegate.plain import can_be_asked
-from moegate.routing import RouterTensors, Routing
+from moegate.routing import FLOATS, INTEGERS, LOGITS, RouterTensors, Routing, inputs_of, outputs_of
 from moegate.spec import MAX_GATE_ROWS, RouterSpec
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-LOGITS = (torch.float32, torch.bfloat16)
-INTEGERS = (torch.int32, torch.int64)
 _STRIDED = torch.strided
 
 
@@ -76,8 +73,8 @@ def check_spec(spec: object) -> None:
 
 def check_weight(weight: object, spec: RouterSpec) -> Tensor:
     """Checks the weight of a gate against its spec."""
-    dtypes = (torch.float32,) if spec.weight_dtype == "float32" else FLOATS
-    return check_tensor("weight", weight, dtypes, (spec.num_gate_rows, spec.hidden_size))
+    wanted = inputs_of(spec)[0]
+    return check_tensor(wanted.name, weight, wanted.dtypes, wanted.shape)
 
 
 def check_gate(given: Sequence[Tensor | None], spec: RouterSpec) -> tuple[Tensor, RouterTensors]:
@@ -116,30 +113,17 @@ def check_logits(logits: object, spec: RouterSpec) -> Tensor:
 
 def check_tensors(spec: RouterSpec, tensors: RouterTensors, device: torch.device, *, gemm: bool = True) -> None:
     """Checks that the small tensors are those that the spec asks for; `gemm`: those of the logits, too."""
-    top_k = spec.top_k
-    wanted: dict[str, tuple[str, bool, Sequence[torch.dtype], Sequence[int | str]]] = {
-        "e_score_correction_bias": (
-            "correction_bias",
-            spec.correction_bias is not None,
-            (torch.float32,),
-            (spec.num_selectable,),
-        ),
-        "per_expert_scale": ("per_expert_scale", spec.per_expert_scale, FLOATS, (spec.num_experts,)),
-        "global_scale": ("global_scale", spec.global_scale, FLOATS, (1,)),
-        "tid2eid": ("hash_routing", spec.hash_routing, INTEGERS, ("V", top_k)),
-    }
-    if gemm:
-        wanted["bias"] = ("linear_bias", spec.linear_bias, FLOATS, (spec.num_gate_rows,))
-        wanted["input_scale"] = ("input_norm_eps", spec.input_norm_eps is not None, FLOATS, (spec.hidden_size,))
-    for name, (field, needed, dtypes, shape) in wanted.items():
-        value = getattr(tensors, name)
-        setting = f"the spec's {field} = {getattr(spec, field)!r}"
-        if needed and value is None:
-            raise ValueError(f"{name}: got None; allowed: a tensor {list(shape)}, for {setting}")
-        if not needed and value is not None:
+    for wanted in inputs_of(spec)[1:]:
+        if wanted.half == "gemm" and not gemm:
+            continue
+        name, value = wanted.name, getattr(tensors, wanted.name)
+        setting = f"the spec's {wanted.field} = {getattr(spec, wanted.field)!r}"
+        if wanted.is_needed and value is None:
+            raise ValueError(f"{name}: got None; allowed: a tensor {list(wanted.shape)}, for {setting}")
+        if not wanted.is_needed and value is not None:
             raise ValueError(f"{name}: got a tensor; allowed: None, for {setting}")
         if value is not None:
-            check_tensor(name, value, dtypes, shape, device)
+            check_tensor(name, value, wanted.dtypes, wanted.shape, device)
 
 
 def check_input_ids(
@@ -177,20 +161,14 @@ def check_out(out: object, spec: RouterSpec, num_tokens: int, device: torch.devi
     """Checks the routing that a gate is to fill: contiguous tensors, those that the spec gives; logits may be None."""
     if not isinstance(out, Routing):
         raise TypeError(f"out: got {type(out).__name__}; allowed: None, or a moegate.Routing")
-    weights = getattr(torch, spec.topk_weights_dtype)
-    _check_output("topk_ids", out.topk_ids, torch.int32, (num_tokens, spec.top_k), device)
-    _check_output("topk_weights", out.topk_weights, weights, (num_tokens, spec.top_k), device)
-    if out.logits is not None:
-        logits = getattr(torch, spec.logits_dtype)
-        _check_output("logits", out.logits, logits, (num_tokens, spec.num_gate_rows), device)
-    if spec.num_shared_gates:
-        _check_output("shared_weights", out.shared_weights, weights, (num_tokens, spec.num_shared_gates), device)
-    elif out.shared_weights is not None:
-        raise ValueError("out.shared_weights: got a tensor; allowed: None, for the spec's num_shared_gates = 0")
-    if spec.num_zero_experts:
-        _check_output("identity_weight", out.identity_weight, weights, (num_tokens,), device)
-    elif out.identity_weight is not None:
-        raise ValueError("out.identity_weight: got a tensor; allowed: None, for the spec's num_zero_experts = 0")
+    for wanted, value in zip(outputs_of(spec), out, strict=True):
+        if value is None and wanted.name == "logits":
+            continue
+        if wanted.is_there:
+            _check_output(wanted.name, value, wanted.dtype, wanted.shape(num_tokens), device)
+        elif value is not None:
+            setting = f"the spec's {wanted.field} = {getattr(spec, str(wanted.field))!r}"
+            raise ValueError(f"out.{wanted.name}: got a tensor; allowed: None, for {setting}")
 
 
 def _check_output(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moegate import arguments
-from moegate.backends import choose
-from moegate.choice.planned import planned
-from moegate.plain import META, are_plain, can_be_asked
+from moegate import arguments, ops
+from moegate.choice.dispatch import Options, for_gemm, for_route, for_selection
+from moegate.plain import META, are_plain, can_be_asked, is_compiling
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
@@ -37,7 +36,12 @@ def router_gemm(
         ValueError: A shape, stride, device or `out_dtype` that is not allowed.
     """
     arguments.check_gemm(hidden, weight, bias, out_dtype)
-    return choose(_place(hidden, weight, bias)).router_gemm(hidden, weight, bias, out_dtype)
+    if is_compiling():
+        return ops.router_gemm(
+            hidden.detach(), weight.detach(), None if bias is None else bias.detach(), out_dtype, Options()
+        )
+    device = _place(hidden, weight, bias)
+    return for_gemm(device, weight, bias, out_dtype, Options()).router_gemm(hidden, weight, bias)
 
 
 @torch.no_grad()
@@ -80,7 +84,11 @@ def select(
     )
     arguments.check_tensors(spec, tensors, logits.device, gemm=False)
     _check_hash_routing(input_ids, spec, tensors, len(logits), logits.device)
-    return choose(_place(logits, *tensors, input_ids), spec).select(logits, spec, tensors, input_ids).without_logits()
+    if is_compiling():
+        return ops.select(logits.detach(), spec, tensors.detach(), input_ids, Options())
+    device = _place(logits, *tensors, input_ids)
+    dispatch = for_selection(device, spec, logits.dtype, tensors, Options())
+    return dispatch.select(logits, tensors, input_ids).without_logits()
 
 
 @torch.no_grad()
@@ -130,16 +138,18 @@ def route(
     tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
     arguments.check_tensors(spec, tensors, hidden.device)
     _check_hash_routing(input_ids, spec, tensors, len(hidden), hidden.device)
-    bias_dtype = None if bias is None else bias.dtype
-    device = _place(hidden, weight, *tensors, input_ids)
-    _, router = planned(device, spec, weight.dtype, bias_dtype, frozen=False, backend=backend)
-    routing = router.route(hidden, weight, spec, tensors, input_ids, None)
+    options = Options(backend=backend)
+    if is_compiling():
+        routing = ops.route(hidden.detach(), weight.detach(), spec, tensors.detach(), input_ids, options)
+    else:
+        device = _place(hidden, weight, *tensors, input_ids)
+        routing = for_route(device, spec, weight, tensors, options).route(hidden, weight, tensors, input_ids, {})
     return routing if return_logits else routing.without_logits()
 
 
 def _place(first: Tensor, *others: Tensor | None) -> torch.device:
-    """The device whose backends are asked: META if only PyTorch's operations take these tensors, or take them now."""
-    return first.device if torch.compiler.is_compiling() or are_plain((first, *others)) else META
+    """The device that is planned for: META if only PyTorch's operations take these tensors, or take them now."""
+    return first.device if are_plain((first, *others)) else META
 
 
 def _check_hash_routing(

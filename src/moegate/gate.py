@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from moegate import arguments, ops
-from moegate.backends import choose
-from moegate.choice.plan import Explanation, log
+from moegate.choice import Explanation, explain
+from moegate.choice.dispatch import Options, for_route
+from moegate.choice.plan import log
 from moegate.from_checkpoint import FromCheckpoint
 from moegate.look import NAMES, Given
 from moegate.noticing import (
     Noted,
-    Options,
     is_capturing,
     learned,
     lock_of,
@@ -28,7 +28,7 @@ from moegate.noticing import (
     widened,
 )
 from moegate.plain import META, are_plain, is_compiling, is_taken_over
-from moegate.routing import RouterTensors, Routing
+from moegate.routing import FLOATS, RouterTensors, Routing
 from moegate.spec import RouterSpec
 from moegate.warn import warn_once
 
@@ -106,7 +106,7 @@ class Gate(FromCheckpoint, nn.Module):
         super().__init__()
         arguments.check_spec(spec)
         weight = arguments.check_weight(weight, spec)
-        if isinstance(e_score_correction_bias, Tensor) and e_score_correction_bias.dtype in arguments.FLOATS:
+        if isinstance(e_score_correction_bias, Tensor) and e_score_correction_bias.dtype in FLOATS:
             e_score_correction_bias = e_score_correction_bias.detach().float()
         tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
         arguments.check_tensors(spec, tensors, weight.device)
@@ -177,7 +177,7 @@ class Gate(FromCheckpoint, nn.Module):
                 warn_of_no_grad()
             try:
                 torch._C._set_grad_enabled(False)  # all that torch.no_grad() comes to, in a tenth of its time
-                routing = noted.backend.route(hidden, weight, spec, tensors, input_ids, noted.prepared, out)
+                routing = noted.dispatch.route(hidden, weight, tensors, input_ids, noted.prepared, out)
             finally:
                 torch._C._set_grad_enabled(had_grad)
         return routing if return_logits else routing.without_logits()
@@ -195,18 +195,15 @@ class Gate(FromCheckpoint, nn.Module):
                 hidden.detach(),
                 weight.detach(),
                 spec,
-                self._spec_text,
                 tensors.detach(),
                 input_ids,
-                frozen=self.frozen,
-                pdl=self.pdl,
-                backend=self.backend,
-                policy=self.policy,
+                Options(self.frozen, self.pdl, self.backend, self.policy),
+                text=self._spec_text,
             ).into(out)
         if weight.is_cuda and not is_taken_over():
             warn_once(f"a {type(hidden).__name__} is routed by PyTorch's operations, which are many times slower")
         with torch.no_grad():
-            return choose(META).route(hidden, weight, spec, tensors, input_ids, None, out)
+            return for_route(META, spec, weight, tensors, Options()).route(hidden, weight, tensors, input_ids, {}, out)
 
     def warmup(self, *hidden_dtypes: torch.dtype) -> None:
         """Routes one token in each of these dtypes of `hidden`, so that nothing is left to be compiled later.
@@ -265,12 +262,12 @@ class Gate(FromCheckpoint, nn.Module):
         """See `take_note`; the caller holds the lock."""
         arguments.check_spec(self.spec)
         widen_correction_bias(self)
-        before = None if self._noted is None else self._noted.plan
+        before = None if self._noted is None else self._noted.dispatch
         options = Options(self.frozen, self.pdl, self.backend, self.policy)
         buffers = frozenset(self._buffers)
         self._noted = take_note(self.spec, self._given(), buffers, options, is_loaded=is_loaded, in_calls=in_calls)
-        if self._noted.plan is not before:
-            log(self._noted.plan)
+        if self._noted.dispatch is not before:
+            log(self._noted.dispatch.plan)
 
     def explain(self, num_tokens: int) -> Explanation:
         """Which kernels run for so many tokens, the time to expect, on what evidence, and why no others.
@@ -286,13 +283,13 @@ class Gate(FromCheckpoint, nn.Module):
             if self._noted is None or not self._holds(self._noted):
                 self._take_note(is_loaded=False)
             assert self._noted is not None
-            return self._noted.plan.explain(num_tokens)
+            return explain(self._noted.dispatch.plan, num_tokens)
 
     def extra_repr(self) -> str:
         """What the router computes, in a line."""
         spec = self.spec
         size = f"hidden_size={spec.hidden_size}, num_experts={spec.num_experts}, top_k={spec.top_k}"
-        backend = None if self._noted is None else self._noted.backend.name
+        backend = None if self._noted is None else self._noted.dispatch.name
         return f"{size}, scoring_func={spec.scoring_func!r}, backend={backend!r}, frozen={self.frozen}"
 
     def _given(self) -> Given:

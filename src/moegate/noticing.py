@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from moegate import arguments
-from moegate.backends.base import Router
-from moegate.choice.plan import BACKEND_NAMES, Plan
-from moegate.choice.planned import planned
+from moegate.choice.dispatch import Dispatch, Options, for_route
+from moegate.choice.plan import BACKEND_NAMES
+from moegate.halves import Prepared
 from moegate.look import NAMES, Form, Given, Look, Questions, form_of, look_of, place_of, questions_about
 from moegate.plain import META, are_plain
 from moegate.routing import RouterTensors
@@ -46,9 +46,8 @@ class Noted(NamedTuple):
     tensors: RouterTensors
     learned: tuple[Tensor, ...]
     """Those among them that training would change."""
-    plan: Plan
-    backend: Router
-    prepared: object | None
+    dispatch: Dispatch
+    prepared: Prepared
     in_calls: int
     """How many refreshes of this gate were made because a call found other tensors."""
 
@@ -125,15 +124,6 @@ def warn_of_many_refreshes(in_calls: int) -> None:
         )
 
 
-class Options(NamedTuple):
-    """How a gate is to run; see `Gate`."""
-
-    frozen: bool
-    pdl: bool
-    backend: str | None
-    policy: str
-
-
 def take_note(
     spec: RouterSpec, given: Given, buffers: frozenset[str], options: Options, *, is_loaded: bool, in_calls: int
 ) -> Noted:
@@ -153,19 +143,17 @@ def take_note(
     if is_here and is_capturing(weight.device):
         refuse_in_capture("gate")
     is_final = are_all_plain and (weight.is_meta or _has_table(tensors, spec, is_loaded=is_loaded))
-    plan, router = _planned_for(weight if are_all_plain else None, weight.dtype, spec, tensors, options)
+    dispatch = _dispatch_for(weight, are_all_plain, spec, tensors, options)
     keeps = options.frozen and is_here
     if keeps and weight.is_cuda:
-        # Calls load a frozen weight without a wait for the kernel in front. What is enqueued here starts when all
-        # before it has ended, whoever wrote the weight among it, and ends before a call starts.
+        # A frozen gate's kernels read the weight before griddepcontrol.wait. This kernel is launched without PDL: a
+        # fence in the stream, behind whichever kernel wrote the weight and before every call.
         torch.zeros(1, device=weight.device)
     own = (weight if keeps else None, *tensors) if are_all_plain else (None,) * len(NAMES)
     named = _named(own)
     questions = questions_about(*{"weight": weight, **named}.values()) if are_all_plain else None
     places = {name: place_of(tensor) for name, tensor in named.items() if keeps or name == "tid2eid"}
-    prepared = None
-    if is_here:
-        prepared = router.prepare(weight.detach(), spec, tensors, frozen=options.frozen, pdl=options.pdl)
+    prepared = dispatch.prepare(weight.detach()) if is_here else {}
     return Noted(
         spec if is_final else None,
         own,
@@ -178,28 +166,21 @@ def take_note(
         weight.device,
         tensors,
         learned(tensors),
-        plan,
-        router,
+        dispatch,
         prepared,
         in_calls,
     )
 
 
-def _planned_for(
-    weight: Tensor | None, dtype: torch.dtype, spec: RouterSpec, tensors: RouterTensors, options: Options
-) -> tuple[Plan, Router]:
-    """The plan for a weight; None: for wrappers, which only PyTorch's operations take."""
-    is_here = weight is not None and not weight.is_meta
-    return planned(
-        META if weight is None else weight.device,
-        spec,
-        dtype,
-        None if tensors.bias is None else tensors.bias.dtype,
-        frozen=options.frozen,
-        policy=options.policy,
+def _dispatch_for(
+    weight: Tensor, are_plain: bool, spec: RouterSpec, tensors: RouterTensors, options: Options
+) -> Dispatch:
+    """What runs calls with a weight; wrappers are taken by PyTorch's operations alone."""
+    is_here = are_plain and not weight.is_meta
+    if not is_here and options.backend in BACKEND_NAMES:
         # Where the tensors are not yet, a backend that runs where they will be is not asked for.
-        backend=options.backend if is_here or options.backend not in BACKEND_NAMES else None,
-    )
+        options = options._replace(backend=None)
+    return for_route(weight.device if are_plain else META, spec, weight, tensors, options)
 
 
 def _has_table(tensors: RouterTensors, spec: RouterSpec, *, is_loaded: bool) -> bool:

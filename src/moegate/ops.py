@@ -1,7 +1,7 @@
-"""The router as one PyTorch operator, for compilers: `torch.ops.moegate.route`.
+"""A router and its halves as PyTorch operators, for compilers: `torch.ops.moegate.route`, `router_gemm` and `select`.
 
 A compiler that looked inside would freeze the choice that is made by the number of tokens, and cannot
-follow a kernel launch. Eager calls go around it, and save the dispatch.
+follow a kernel launch. Eager calls go around the operators, and save PyTorch's dispatch.
 
 Defined by `Library.define` and `impl`: `torch.library.custom_op` does more in each call.
 """
@@ -15,48 +15,69 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moegate.choice.planned import planned
-from moegate.routing import RouterTensors, Routing
+from moegate.choice.dispatch import Options, for_gemm, for_route, for_selection
+from moegate.routing import RouterTensors, Routing, outputs_of
 from moegate.spec import RouterSpec
 
-_library = torch.library.Library("moegate", "DEF")
-_library.define(
-    "route(Tensor hidden, Tensor weight, str spec, Tensor? bias, Tensor? e_score_correction_bias,"
-    " Tensor? input_scale, Tensor? per_expert_scale, Tensor? global_scale, Tensor? tid2eid, Tensor? input_ids,"
-    " bool frozen, bool pdl, str? backend, str policy) -> (Tensor topk_ids, Tensor topk_weights, Tensor logits,"
-    " Tensor shared_weights, Tensor identity_weight)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_OPTIONS = "bool frozen, bool pdl, str? backend, str policy"
+_SCHEMAS = (
+    "route(Tensor hidden, Tensor weight, str spec, Tensor? bias, Tensor? e_score_correction_bias, Tensor? input_scale,"
+    f" Tensor? per_expert_scale, Tensor? global_scale, Tensor? tid2eid, Tensor? input_ids, {_OPTIONS})"
+    " -> (Tensor topk_ids, Tensor topk_weights, Tensor logits, Tensor shared_weights, Tensor identity_weight)",
+    f"router_gemm(Tensor hidden, Tensor weight, Tensor? bias, ScalarType out_dtype, {_OPTIONS}) -> Tensor",
+    "select(Tensor logits, str spec, Tensor? e_score_correction_bias, Tensor? per_expert_scale, Tensor? global_scale,"
+    f" Tensor? tid2eid, Tensor? input_ids, {_OPTIONS})"
+    " -> (Tensor topk_ids, Tensor topk_weights, Tensor shared_weights, Tensor identity_weight)",
 )
-
-_Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+_library = torch.library.Library("moegate", "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def route(
     hidden: Tensor,
     weight: Tensor,
     spec: RouterSpec,
-    text: str,
     tensors: RouterTensors,
     input_ids: Tensor | None,
+    options: Options,
     *,
-    frozen: bool,
-    pdl: bool,
-    backend: str | None,
-    policy: str,
+    text: str | None = None,
 ) -> Routing:
-    """`Backend.route` through the operator, in which no compiler looks; `text` is `spec_text(spec)`."""
-    ids, weights, logits, shared, identity = torch.ops.moegate.route(
-        hidden, weight, text, *tensors, input_ids, frozen, pdl, backend, policy
-    )
-    return Routing(
-        ids, weights, logits, shared if spec.num_shared_gates else None, identity if spec.num_zero_experts else None
-    )
+    """`Dispatch.route` through the operator, in which no compiler looks; `text` is `spec_text(spec)`, if known."""
+    text = text or spec_text(spec)
+    return _routing(spec, *torch.ops.moegate.route(hidden, weight, text, *tensors, input_ids, *options))
+
+
+def router_gemm(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, options: Options
+) -> Tensor:
+    """`Dispatch.router_gemm` through the operator."""
+    logits: Tensor = torch.ops.moegate.router_gemm(hidden, weight, bias, out_dtype, *options)
+    return logits
+
+
+def select(
+    logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None, options: Options
+) -> Routing:
+    """`Dispatch.select` through the operator; the routing has no logits."""
+    small = tensors.e_score_correction_bias, tensors.per_expert_scale, tensors.global_scale, tensors.tid2eid
+    ids, weights, *others = torch.ops.moegate.select(logits, spec_text(spec), *small, input_ids, *options)
+    return _routing(spec, ids, weights, None, *others)
+
+
+def _routing(spec: RouterSpec, *parts: Tensor | None) -> Routing:
+    """What an operator returned, less the empty tensors in the place of those that the spec does not give."""
+    wanted = zip(outputs_of(spec), parts, strict=True)
+    return Routing(*(part if output.is_there else None for output, part in wanted))  # type: ignore[arg-type]
 
 
 # The spec travels as text: a number for it would mean another spec in the process that loads a compiled graph.
 def spec_text(spec: RouterSpec) -> str:
-    """What the operator is told of a spec."""
-    return json.dumps(dataclasses.asdict(spec))
+    """What the operators are told of a spec: the fields that are not at their defaults."""
+    values = {part.name: getattr(spec, part.name) for part in dataclasses.fields(spec)}
+    defaults = {part.name: part.default for part in dataclasses.fields(spec)}
+    return json.dumps({name: value for name, value in values.items() if value != defaults[name]})
 
 
 @cache
@@ -64,7 +85,7 @@ def _spec(text: str) -> RouterSpec:
     return RouterSpec(**json.loads(text))
 
 
-def _run(
+def _run_route(
     hidden: Tensor,
     weight: Tensor,
     spec: str,
@@ -79,34 +100,77 @@ def _run(
     pdl: bool,
     backend: str | None,
     policy: str,
-) -> _Parts:
+) -> tuple[Tensor, ...]:
     tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
     parsed = _spec(spec)
-    bias_dtype = None if bias is None else bias.dtype
-    _, router = planned(hidden.device, parsed, weight.dtype, bias_dtype, frozen=frozen, policy=policy, backend=backend)
-    # A CPU's prepared weight is the gate's, which a compiled graph does not have: so none is made here.
-    prepared = router.prepare(weight, parsed, tensors, frozen=frozen, pdl=pdl) if hidden.is_cuda else None
-    routing = router.route(hidden, weight, parsed, tensors, input_ids, prepared)
-    assert routing.logits is not None
-    shared, identity = (
-        hidden.new_empty(0, dtype=routing.topk_weights.dtype) if part is None else part
-        for part in (routing.shared_weights, routing.identity_weight)
+    dispatch = for_route(hidden.device, parsed, weight, tensors, Options(frozen, pdl, backend, policy))
+    # A CPU's packed weight is the gate's, which a compiled graph does not have: so none is made here.
+    return _parts(dispatch.route(hidden, weight, tensors, input_ids, {}), parsed)
+
+
+def _run_router_gemm(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    frozen: bool,
+    pdl: bool,
+    backend: str | None,
+    policy: str,
+) -> Tensor:
+    dispatch = for_gemm(hidden.device, weight, bias, out_dtype, Options(frozen, pdl, backend, policy))
+    return dispatch.router_gemm(hidden, weight, bias)
+
+
+def _run_select(
+    logits: Tensor,
+    spec: str,
+    e_score_correction_bias: Tensor | None,
+    per_expert_scale: Tensor | None,
+    global_scale: Tensor | None,
+    tid2eid: Tensor | None,
+    input_ids: Tensor | None,
+    frozen: bool,
+    pdl: bool,
+    backend: str | None,
+    policy: str,
+) -> tuple[Tensor, ...]:
+    tensors = RouterTensors(None, e_score_correction_bias, None, per_expert_scale, global_scale, tid2eid)
+    parsed, options = _spec(spec), Options(frozen, pdl, backend, policy)
+    dispatch = for_selection(logits.device, parsed, logits.dtype, tensors, options)
+    ids, weights, _, *others = _parts(dispatch.select(logits, tensors, input_ids), parsed)
+    return ids, weights, *others
+
+
+def _parts(routing: Routing, spec: RouterSpec) -> tuple[Tensor, ...]:
+    """An operator returns tensors alone: an empty one for each that the spec does not give."""
+    ids = routing.topk_ids
+    return tuple(
+        ids.new_empty(0, dtype=output.dtype) if part is None else part
+        for output, part in zip(outputs_of(spec), routing, strict=True)
     )
-    return routing.topk_ids, routing.topk_weights, routing.logits, shared, identity
 
 
-def _fake(hidden: Tensor, weight: Tensor, spec: str, *_: object) -> _Parts:
-    parsed, num_tokens = _spec(spec), hidden.shape[0]
-    dtype = getattr(torch, parsed.topk_weights_dtype)
-    shared, zero = parsed.num_shared_gates, parsed.num_zero_experts
-    return (
-        hidden.new_empty((num_tokens, parsed.top_k), dtype=torch.int32),
-        hidden.new_empty((num_tokens, parsed.top_k), dtype=dtype),
-        hidden.new_empty((num_tokens, parsed.num_gate_rows), dtype=getattr(torch, parsed.logits_dtype)),
-        hidden.new_empty((num_tokens, shared) if shared else (0,), dtype=dtype),
-        hidden.new_empty((num_tokens,) if zero else (0,), dtype=dtype),
+def _fake_route(hidden: Tensor, weight: Tensor, spec: str, *_: object) -> tuple[Tensor, ...]:
+    return tuple(
+        hidden.new_empty(output.shape(hidden.shape[0]) if output.is_there else (0,), dtype=output.dtype)
+        for output in outputs_of(_spec(spec))
     )
 
 
-_library.impl("route", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("moegate::route", _fake, lib=_library)
+def _fake_router_gemm(hidden: Tensor, weight: Tensor, bias: object, out_dtype: torch.dtype, *_: object) -> Tensor:
+    return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+def _fake_select(logits: Tensor, spec: str, *_: object) -> tuple[Tensor, ...]:
+    ids, weights, _logits, *others = _fake_route(logits, logits, spec)
+    return ids, weights, *others
+
+
+for _name, _run, _fake in (
+    ("route", _run_route, _fake_route),
+    ("router_gemm", _run_router_gemm, _fake_router_gemm),
+    ("select", _run_select, _fake_select),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moegate::{_name}", _fake, lib=_library)

@@ -2,10 +2,86 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from moegate.spec import RouterSpec
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LOGITS = (torch.float32, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+class Input(NamedTuple):
+    """A tensor of a gate: when a spec asks for it, and what it may be."""
+
+    name: str
+    """In `Gate` and in `RouterTensors`."""
+    half: Literal["gemm", "selection"]
+    """The half of a route that reads it."""
+    field: str
+    """The field of the spec that decides whether there is one."""
+    is_needed: bool
+    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[int | str, ...]
+    """A letter stands for any size: V, the vocabulary."""
+
+
+@cache
+def inputs_of(spec: RouterSpec) -> tuple[Input, ...]:
+    """The tensors of a gate: the weight, then those of `RouterTensors` in their order."""
+    rows, pinned = spec.num_gate_rows, spec.weight_dtype == "float32"
+    return (
+        Input("weight", "gemm", "weight_dtype", True, FLOATS[:1] if pinned else FLOATS, (rows, spec.hidden_size)),
+        Input("bias", "gemm", "linear_bias", spec.linear_bias, FLOATS, (rows,)),
+        Input(
+            "e_score_correction_bias",
+            "selection",
+            "correction_bias",
+            spec.correction_bias is not None,
+            (torch.float32,),
+            (spec.num_selectable,),
+        ),
+        Input("input_scale", "gemm", "input_norm_eps", spec.input_norm_eps is not None, FLOATS, (spec.hidden_size,)),
+        Input("per_expert_scale", "selection", "per_expert_scale", spec.per_expert_scale, FLOATS, (spec.num_experts,)),
+        Input("global_scale", "selection", "global_scale", spec.global_scale, FLOATS, (1,)),
+        Input("tid2eid", "selection", "hash_routing", spec.hash_routing, INTEGERS, ("V", spec.top_k)),
+    )
+
+
+class Output(NamedTuple):
+    """A tensor of a `Routing`."""
+
+    name: str
+    field: str | None
+    """The field of the spec that decides whether there is one; None: there always is."""
+    is_there: bool
+    dtype: torch.dtype
+    columns: int | None
+    """Shape [M, columns]; None: [M]."""
+
+    def shape(self, num_tokens: int) -> tuple[int, ...]:
+        """The shape for M tokens."""
+        return (num_tokens,) if self.columns is None else (num_tokens, self.columns)
+
+
+@cache
+def outputs_of(spec: RouterSpec) -> tuple[Output, ...]:
+    """What a routing consists of, in the order of `Routing`."""
+    weights_dtype: torch.dtype = getattr(torch, spec.topk_weights_dtype)
+    logits_dtype: torch.dtype = getattr(torch, spec.logits_dtype)
+    shared, zero = spec.num_shared_gates, spec.num_zero_experts
+    return (
+        Output("topk_ids", None, True, torch.int32, spec.top_k),
+        Output("topk_weights", None, True, weights_dtype, spec.top_k),
+        Output("logits", None, True, logits_dtype, spec.num_gate_rows),
+        Output("shared_weights", "num_shared_gates", shared > 0, weights_dtype, shared),
+        Output("identity_weight", "num_zero_experts", zero > 0, weights_dtype, None),
+    )
 
 
 class RouterTensors(NamedTuple):

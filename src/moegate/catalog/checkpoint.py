@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moegate.arguments import FLOATS
 from moegate.catalog.files import Reader, check_path, explain_no_config, files_of, is_part, tensor_files
 from moegate.catalog.layer_names import (
     Found,
@@ -31,6 +30,7 @@ from moegate.catalog.options import SpecOrChange, check_names, check_spec
 from moegate.catalog.parts import routing_config
 from moegate.catalog.stored import ALLOWED, FLOAT8, FLOAT8_SCALES, adapters, block_size, dequantised, format_of, shaped
 from moegate.json_file import read_json
+from moegate.routing import FLOATS
 from moegate.spec import RouterSpec
 from moegate.warn import warn_once
 

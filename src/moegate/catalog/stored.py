@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from moegate.arguments import FLOATS, INTEGERS
 from moegate.catalog.layer_names import ROLES
+from moegate.routing import FLOATS, INTEGERS
 from moegate.spec import RouterSpec
 
 # Tensors that stand beside each other where a format stores a linear layer, the telling one first; more special

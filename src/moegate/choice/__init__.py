@@ -1,11 +1,13 @@
-"""Which kernels run: facts about the problem and the machine -> candidates -> a plan for every number of tokens.
+"""Which kernels run: candidates -> a plan for every number of tokens -> the dispatch of each call.
 
-facts.py       what the choice depends on          candidates.py  the ways to route, and what each supports
-policies.py    measured, sglang, a forced backend  plan.py        the choice at every M, explained
-tables.py      files of measured times             costs.py       the time to expect, and on what evidence
-planned.py     a plan made to run                  chips.py      NVIDIA's chips by name
+candidates.py  the ways to route: a GEMM and a selection   machines.py   the machine that is here, or described
+policies.py    measured, sglang, a forced backend          plan.py       the choice at every M
+tables.py      files of measured times                     costs.py      the time to expect, and on what evidence
+dispatch.py    a plan made to run                          explain.py    what runs, and why no others
+chips.py       NVIDIA's chips by name
 """
 
-from moegate.choice.plan import Explanation, Plan, Rejected
+from moegate.choice.explain import Explanation, Rejected, explain
+from moegate.choice.plan import Plan
 
-__all__ = ["Explanation", "Plan", "Rejected"]
+__all__ = ["Explanation", "Plan", "Rejected", "explain"]

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from moegate.backends.cuda.tiling import ROWS_OF_TILE
-from moegate.choice.candidates import CUBLAS, ROUTER_GEMM, plain_product
+from moegate.choice.candidates import Candidate
 from moegate.choice.chips import most_bandwidth
-from moegate.choice.facts import Facts, Machine
 from moegate.choice.tables import Shape, Table, shape_of, table_for
+from moegate.gemm.router_gemm_tiling import ROWS_OF_TILE
+from moegate.machine import Machine
+from moegate.problem import Problem
 
 _SAME_KIND = 0.2  # how much nearer, in steps of e of a size, a shape is that has the same kind of router
 
@@ -27,16 +28,16 @@ class Cost(NamedTuple):
 
 
 @cache
-def expected(facts: Facts, key: str, num_tokens: int) -> Cost | None:
-    """The time of a candidate, by its key; None: no table says anything about it."""
+def expected(problem: Problem, candidate: Candidate, num_tokens: int) -> Cost | None:
+    """The time of a candidate; None: no table says anything about it."""
     if num_tokens == 0:
         return Cost(0.0, "nothing is launched")
-    found, near = table_for(facts.machine), neighbours(facts, key, num_tokens)
+    found, near = table_for(problem.machine), neighbours(problem, candidate, num_tokens)
     if found.table is None or not near:
         return None
     us, gpu = math.exp(sum(each.weight * math.log(each.us) for each in near)), found.table.gpu
     what = near[0].how or "measured"
-    if shape_of(facts) not in _curves(found.table, key, facts.frozen):
+    if shape_of(problem) not in curves_of(found.table, candidate.key(problem), problem.frozen):
         is_between = all(each.how is None or each.how.startswith("interpolated") for each in near)
         what = f"{'inter' if is_between else 'extra'}polated from {' and '.join(each.model for each in near)}"
     if found.is_inferred:
@@ -44,21 +45,21 @@ def expected(facts: Facts, key: str, num_tokens: int) -> Cost | None:
     return Cost(round(us, 3), f"{what} on {'this ' * found.table.is_own}{gpu.name}")
 
 
-def at_least_floor(facts: Facts, cost: Cost, num_tokens: int) -> Cost:
+def at_least_floor(problem: Problem, cost: Cost, num_tokens: int) -> Cost:
     """A cost as it is told: what another GPU's times let expect, but no less than this one takes to read its inputs.
 
     The floor reads the weight and the hidden states once, from memory; a chip in whose cache they lie may be faster. A
     chip that is known by its architecture alone is taken for the one with the most bandwidth. Plans compare times
     without it.
     """
-    machine, found = facts.machine, table_for(facts.machine)
+    machine, found = problem.machine, table_for(problem.machine)
     if num_tokens == 0 or not found.is_inferred or machine.capability is None:
         return cost
     bandwidth = machine.bandwidth or most_bandwidth(machine.capability)
     if bandwidth is None:
         return cost
-    spec = facts.spec
-    read = spec.hidden_size * (spec.num_gate_rows * facts.weight.itemsize + num_tokens * facts.hidden.itemsize)
+    spec, dtypes = problem.spec, problem.dtypes
+    read = spec.hidden_size * (spec.num_gate_rows * dtypes.weight.itemsize + num_tokens * dtypes.hidden.itemsize)
     us = read / (bandwidth * 1e3)
     if cost.us >= us:
         return cost
@@ -77,19 +78,18 @@ class Neighbour(NamedTuple):
     """How `us` was found; None: it was measured."""
 
 
-def neighbours(facts: Facts, key: str, num_tokens: int) -> tuple[Neighbour, ...]:
+def neighbours(problem: Problem, candidate: Candidate, num_tokens: int) -> tuple[Neighbour, ...]:
     """What the table has of a candidate for the shape itself or the two nearest ones; nothing, if no table has any."""
-    table = table_for(facts.machine).table
+    table = table_for(problem.machine).table
     # Tables are of hidden states with 16 bits; with 32 they tell nothing.
-    if table is None or facts.hidden == torch.float32 or (key == CUBLAS.key(facts) and plain_product(facts)):
+    if table is None or problem.dtypes.hidden == torch.float32 or candidate.gemm.falls_back(problem) is not None:
         return ()
-    curves, shape = _curves(table, key, facts.frozen), shape_of(facts)
+    curves, shape = curves_of(table, candidate.key(problem), problem.frozen), shape_of(problem)
     near = [(shape, 1.0)] if shape in curves else _nearest(curves, shape)
-    goes_with_work = key in (ROUTER_GEMM.key(facts), CUBLAS.key(facts))
     found = []
     for other, weight in near:
         model, curve = curves[other]
-        like = num_tokens * _work(shape) / _work(other) if goes_with_work else num_tokens
+        like = num_tokens * _work(shape) / _work(other) if candidate.backend == "cuda" else num_tokens
         found.append(Neighbour(model, weight, *_at(curve, like)))
     return tuple(found)
 
@@ -109,10 +109,10 @@ def most_tokens(machine: Machine, key: str) -> int:
 
 
 def _work(shape: Shape) -> int:
-    """What the cuda backend's time goes with, for each token: its product's work, in tiles of 16 rows.
+    """The work of a token that times of the cuda backend scale with: K * ceil(R / 16).
 
-    That tells times better than the same number of tokens does (test_choice_costs.py and test_choice_measured.py hold
-    it against an H100's).
+    The time at equal work predicts a shape's time better than the time at equal tokens (test_choice_costs.py and
+    test_choice_measured.py hold both against an H100's).
     """
     return shape.hidden_size * -(-shape.gate_rows // ROWS_OF_TILE)
 
@@ -121,7 +121,7 @@ _Curve = dict[int, float]
 
 
 @cache
-def _curves(table: Table, key: str, frozen: bool) -> dict[Shape, tuple[str, _Curve]]:
+def curves_of(table: Table, key: str, frozen: bool) -> dict[Shape, tuple[str, _Curve]]:
     """By shape, the model's name and the times by number of tokens of one candidate."""
     curves: dict[Shape, tuple[str, _Curve]] = {}
     for row in table.rows:

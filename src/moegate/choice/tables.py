@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moegate import __version__
-from moegate.arguments import FLOATS
-from moegate.backends.cuda import jit
 from moegate.cache_folder import cache_folder
-from moegate.choice.facts import Facts, Machine
+from moegate.cuda import jit
 from moegate.json_file import read_json
+from moegate.machine import Machine
+from moegate.problem import Problem, short
+from moegate.routing import FLOATS
 from moegate.spec import RouterSpec
 from moegate.warn import warn_once
 from moegate.whole_file import replacing
 
 SCHEMA = 1
-_WEIGHT_DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
+_WEIGHT_DTYPES = [short(dtype) for dtype in FLOATS]
 _INPUT_NORM = "input_norm"
 # The fields of a spec that are not of its kind; every other one is.
 _NO_KIND = {
@@ -91,9 +92,9 @@ def router_kind(spec: RouterSpec) -> str:
     return " ".join(found + [_INPUT_NORM] * (spec.input_norm_eps is not None)) or "softmax"
 
 
-def shape_of(facts: Facts) -> Shape:
+def shape_of(problem: Problem) -> Shape:
     """The shape of a problem."""
-    spec, dtype = facts.spec, str(facts.weight).removeprefix("torch.")
+    spec, dtype = problem.spec, short(problem.dtypes.weight)
     return Shape(spec.hidden_size, spec.num_gate_rows, spec.top_k, dtype, router_kind(spec))
 
 

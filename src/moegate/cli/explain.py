@@ -12,8 +12,8 @@ from rich.text import Text
 from moegate.cli.output import MAX_TOKENS, console, errors_in_one_line, new_table, print_json
 
 if TYPE_CHECKING:
-    from moegate.choice.facts import Machine
-    from moegate.choice.plan import Explanation, Plan
+    from moegate.choice import Explanation, Plan
+    from moegate.machine import Machine
 
 _TOKENS = "1,4,16,64,4096"
 _NAME_WIDTH, _WIDE = 20, 120  # of a column of names; of a console in which no name needs to be broken
@@ -61,18 +61,18 @@ def explain(
     FlashInfer, that is tried. Times are microseconds in a CUDA graph behind another kernel.
     """
     with errors_in_one_line():
-        from moegate.choice.facts import default_weight_dtype, facts_of
-        from moegate.choice.plan import Plan
-        from moegate.choice.planned import proven_plan
+        from moegate import choice
+        from moegate.choice.dispatch import proven_plan
         from moegate.cli.inputs import load_spec
+        from moegate.problem import default_weight_dtype, problem_of
 
         counts = numbers("--tokens", tokens)
         title, spec = load_spec(source)
         machine = _machine(device, installed)
         is_pretended = machine.device is None or installed is not None
-        facts = facts_of(machine, spec, default_weight_dtype(spec), frozen=frozen)
-        plan = (Plan if is_pretended else proven_plan)(facts, policy, backend)
-        found = [plan.explain(count) for count in counts]
+        problem = problem_of(machine, spec, default_weight_dtype(spec), frozen=frozen)
+        plan = (choice.Plan if is_pretended else proven_plan)(problem, policy, backend)
+        found = [choice.explain(plan, count) for count in counts]
     if as_json:
         print_json([explanation.as_dict() for explanation in found])
     else:
@@ -95,7 +95,7 @@ def numbers(option: str, text: str) -> list[int]:
 
 def _machine(device: str | None, installed: str | None) -> Machine:
     from moegate.choice.chips import suggestions
-    from moegate.choice.facts import CHIPS, described_machine, machine_of, with_installed
+    from moegate.choice.machines import CHIPS, described_machine, machine_of, with_installed
     from moegate.cli.machine import pick_device
 
     machine = None if device is None else described_machine(device)
@@ -117,7 +117,7 @@ def _machine(device: str | None, installed: str | None) -> Machine:
 
 
 def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> None:
-    spec, machine = plan.facts.spec, plan.facts.machine
+    spec, machine = plan.problem.spec, plan.problem.machine
     shape = f"  {spec.hidden_size} → {spec.num_gate_rows}, top {spec.top_k}"
     out.print(Text(title, style="bold cyan").append(shape, style="not bold default"), soft_wrap=True)
     facts = f", compute capability {machine.capability[0]}.{machine.capability[1]}" if machine.capability else ""
@@ -125,7 +125,7 @@ def _print(title: str, plan: Plan, found: list[Explanation], out: Console) -> No
     if machine.capability is not None:
         flashinfer = "no FlashInfer" if machine.flashinfer is None else f"FlashInfer {machine.flashinfer}"
         out.print(f"installed {flashinfer}", soft_wrap=True)
-    out.print(f"gate      {'frozen' if plan.facts.frozen else 'not frozen'}")
+    out.print(f"gate      {'frozen' if plan.problem.frozen else 'not frozen'}")
     out.print(f"policy    {plan.policy if plan.backend is None else f'backend {plan.backend}'}")
     for note, counts in _by_tokens(found, lambda row: row.notes).items():
         out.print(Text(f"note      M = {counts}: ", style="yellow").append(str(note)), soft_wrap=True)

@@ -17,13 +17,14 @@ def need_gpu(what: str) -> None:
     """Ends with a line that says what is missing, unless PyTorch has an NVIDIA GPU that the kernels run on."""
     import torch
 
-    from moegate.backends.cuda import CudaBackend
+    from moegate.choice.machines import machine_of
+    from moegate.cuda.device import unsupported
 
     if torch.version.cuda is None:
         fail(f"{what} needs an NVIDIA GPU and a PyTorch built for CUDA; this is PyTorch {torch.__version__}")
     if not torch.cuda.is_available():
         fail(f"{what} needs an NVIDIA GPU; PyTorch {torch.__version__} finds none")
-    reason = CudaBackend().unsupported(torch.device("cuda", torch.cuda.current_device()))
+    reason = unsupported(machine_of(torch.device("cuda", torch.cuda.current_device())))
     if reason is not None:
         fail(f"{what} needs the kernels for NVIDIA GPUs, which cannot run: {reason}")
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from moegate.cli.inputs import Job
 from moegate.cli.machine import device_name
-from moegate.cli.measure import Timing, compare, time_call
 from moegate.cli.models import describe
 from moegate.cli.output import new_table
-from moegate.contract.verify import Verdict
+from moegate.contract.verify import Verdict, verify_call
+from moegate.measure.wall_clock import Timing, time_call
 from moegate.routing import Routing
 from moegate.spec import RouterSpec
 
@@ -78,7 +78,7 @@ def summarise(job: Job, routing: Routing) -> Summary:
     """Checks and times a routing."""
     spec, device = job.gate.spec, job.weight.device
     with torch.no_grad():
-        comparison = compare(routing, job.hidden, job.weight, spec, job.tensors, job.input_ids)
+        comparison = verify_call(routing, job.hidden, job.weight, spec, job.tensors, job.input_ids)
     is_nan = routing.topk_weights.isnan().any(dim=-1)
     in_range = routing.topk_ids[~is_nan].flatten().long().cpu()
     in_range = in_range[(in_range >= 0) & (in_range < spec.num_selectable)]  # a broken backend is reported, too

@@ -5,6 +5,8 @@ from __future__ import annotations
 from moegate.spec import RouterSpec
 
 FLOAT32_MAX = 3.4028234663852886e38
+MAX_DECODE_TOKENS = 64
+"""Part 6: up to so many tokens the bits of a token do not depend on their number, where a backend promises it."""
 
 
 def least_sum(spec: RouterSpec) -> float:

@@ -13,6 +13,8 @@ from moegate.contract.reference import router_logits, select
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
+_BLOCK = 4096  # rows held against float64 at a time, which takes 8 bytes a number
+
 
 @dataclass
 class Verdict:
@@ -172,3 +174,65 @@ def verify_logits(logits: Tensor, hidden: Tensor, weight: Tensor, spec: RouterSp
         share = error / bound.clamp(min=torch.finfo(torch.float64).tiny)
         verdict.max_error, verdict.share_of_bound = float(error[finite].max()), float(share[finite].max())
     return verdict
+
+
+def verify_call(
+    routing: Routing,
+    hidden: Tensor,
+    weight: Tensor,
+    spec: RouterSpec,
+    tensors: RouterTensors,
+    input_ids: Tensor | None = None,
+) -> Verdict:
+    """Holds a whole routing, its logits and its choice, against the contract.
+
+    Args:
+        routing: What a backend returned, with its logits.
+        hidden: [M, K].
+        weight: [R, K].
+        spec: What the router computes.
+        tensors: The small tensors that the spec asks for.
+        input_ids: [M], for hash routing.
+    """
+    result = Verdict(rows=len(hidden))
+    if routing.logits is None:
+        result.problems.append("no logits returned")
+        return result
+    wrong = [
+        f"{name} has {len(part)} rows for {len(hidden)} tokens"
+        for name, part in routing._asdict().items()
+        if part is not None and len(part) != len(hidden)
+    ]
+    if wrong:
+        result.problems += wrong
+        return result
+    for start in range(0, len(hidden), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        block = Routing(*(None if part is None else part[rows] for part in routing))  # type: ignore[arg-type]
+        ids = None if input_ids is None else input_ids[rows]
+        where = f"rows from {start}: " if len(hidden) > _BLOCK else ""
+        _verify_block(result, where, block, hidden[rows], weight, spec, tensors, ids)
+    return result
+
+
+def _verify_block(
+    result: Verdict,
+    where: str,
+    routing: Routing,
+    hidden: Tensor,
+    weight: Tensor,
+    spec: RouterSpec,
+    tensors: RouterTensors,
+    input_ids: Tensor | None,
+) -> None:
+    logits = routing.logits
+    assert logits is not None
+    exactness = verify_logits(logits, hidden, weight, spec, tensors)
+    problems = exactness.problems
+    if logits.shape == (len(hidden), spec.num_gate_rows):
+        choice = verify_routing(routing, logits, spec, tensors, input_ids=input_ids)
+        problems = problems + choice.problems
+        result.excused_rows += choice.excused_rows
+        result.max_error = max(result.max_error, exactness.max_error)
+        result.share_of_bound = max(result.share_of_bound, exactness.share_of_bound)
+    result.problems += [where + problem for problem in problems]

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moegate.backends.flashinfer import limits
 from moegate.choice.candidates import CANDIDATES
-from moegate.choice.facts import default_weight_dtype, facts_of
+from moegate.choice.explain import explain
 from moegate.choice.plan import Plan
+from moegate.flashinfer import limits
 from moegate.measure import timing
 from moegate.measure.checks import Calls, check_choice
 from moegate.measure.layers import Stage
@@ -18,6 +18,7 @@ from moegate.measure.names import DEFAULT, NOT_FROZEN, SAFE, TRANSFORMERS
 from moegate.measure.record import Record
 from moegate.measure.session import Session
 from moegate.measure.transformers_router import TransformersRouter, transformers_router
+from moegate.problem import default_weight_dtype, problem_of
 from moegate.spec import RouterSpec
 
 SOURCES = ("deepseek-v3", "kimi-k2", "qwen3-30b-a3b", "gpt-oss-120b")
@@ -52,31 +53,31 @@ def record_in(folder: Path, run: dict[str, Any]) -> Record:
 def measure_case(session: Session, source: Source, tokens: int, way: str) -> dict[str, Any]:
     """The content of a row: what every candidate did, the plan's choice and who else keeps the contract."""
     spec = source.spec
-    facts = facts_of(session.machine, spec, default_weight_dtype(spec))
+    problem = problem_of(session.machine, spec, default_weight_dtype(spec))
     found = session.measure(spec, tokens, way, lambda stage: _peers(stage, source))
-    explanation = Plan(facts).explain(tokens)
-    of_not_frozen = Plan(replace(facts, frozen=False)).choice(tokens).candidate
+    explanation = explain(Plan(problem), tokens)
+    of_not_frozen = Plan(replace(problem, frozen=False)).choice(tokens).candidate
     return {
         "hidden_size": spec.hidden_size,
         "gate_rows": spec.num_gate_rows,
         "top_k": spec.top_k,
         "plan": f"{explanation.backend}:{explanation.kernel}",
-        "plan_not_frozen": of_not_frozen.key(facts) + NOT_FROZEN,
+        "plan_not_frozen": of_not_frozen.key(problem) + NOT_FROZEN,
         "expected_us": explanation.expected_us,
         "evidence": explanation.evidence,
-        "keeps_contract": [each.key(facts) for each in CANDIDATES if each.breaks(facts, tokens) is None],
+        "keeps_contract": [each.key(problem) for each in CANDIDATES if each.breaks(problem, tokens) is None],
         "candidates": found,
     }
 
 
-def _peers(stage: Stage, source: Source) -> list[timing.Candidate]:
+def _peers(stage: Stage, source: Source) -> list[timing.Contestant]:
     found = [stage.ours(DEFAULT, frozen=True), stage.ours(SAFE, frozen=False), stage.compiled()]
     if limits.top_k_refuses(source.spec) is not None:  # otherwise FlashInfer's top-k behind cuBLAS is a candidate
         found.append(stage.cublas(may_compile=True))
     return [*found, _transformers(stage, source), stage.floor()]
 
 
-def _transformers(stage: Stage, source: Source) -> timing.Candidate:
+def _transformers(stage: Stage, source: Source) -> timing.Contestant:
     weights, made = stage.layers.weights, list[TransformersRouter]()
 
     def call(layer: int, hidden: Any) -> Any:
@@ -89,4 +90,4 @@ def _transformers(stage: Stage, source: Source) -> timing.Candidate:
         scaled = [(ids, weights * made[0].output_factor) for ids, weights in results[: len(order)]]
         return check_choice(stage.expected)(scaled, order)
 
-    return timing.Candidate(TRANSFORMERS, call, check, slow=True)
+    return timing.Contestant(TRANSFORMERS, call, check, slow=True)

@@ -96,7 +96,7 @@ PREDECESSOR_US = 2.2
 
 @functools.cache
 def _module() -> Any:
-    jit = importlib.import_module("moegate.backends.cuda.jit")
+    jit = importlib.import_module("moegate.cuda.jit")
     return jit.load(SOURCE, torch.device("cuda", torch.cuda.current_device()))
 
 

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from moegate import Gate
-from moegate.backends.flashinfer import limits
-from moegate.backends.torch import TorchBackend
 from moegate.catalog.synthetic import VOCABULARY, random_tensors
+from moegate.choice.dispatch import Options, for_route
+from moegate.flashinfer import limits
 from moegate.measure import peers
 from moegate.measure.checks import Reference, check_choice, check_nothing, check_routings
 from moegate.measure.cuda_kernels import read_floor
 from moegate.measure.plain import compiled, plain_logits, plain_route, plain_select
-from moegate.measure.timing import Candidate, layer_count, reason_of
-from moegate.routing import RouterTensors
+from moegate.measure.timing import Contestant, layer_count, reason_of
 from moegate.spec import RouterSpec
 
 FROZEN, SAFE, NO_PDL = "moegate frozen", "moegate safe", "moegate frozen, pdl=False"
@@ -96,7 +95,7 @@ class Stage:
         expected = Reference(spec, layers.tensors, layers.weights, sources, calls, ids)
         return cls(layers, sources, ids, expected, calls)
 
-    def ours(self, name: str, **options: Any) -> Candidate:
+    def ours(self, name: str, **options: Any) -> Contestant:
         """Gates made with the options."""
         gates, ids = self.layers.gates(name, **options), self.input_ids
 
@@ -105,9 +104,9 @@ class Stage:
                 raise RuntimeError(gates)
             return gates[layer](hidden, input_ids=ids)
 
-        return Candidate(name, call, check_routings(self.expected))
+        return Contestant(name, call, check_routings(self.expected))
 
-    def flashinfer_pair(self) -> Candidate:
+    def flashinfer_pair(self) -> Contestant:
         """FlashInfer's GEMM and its top-k."""
         spec, weights = self.layers.spec, self.layers.weights
         refused = limits.gemm_refuses(spec, weights[0].dtype)
@@ -122,9 +121,9 @@ class Stage:
                     raise NotImplementedError(part)
             return top_k(gemm(hidden, weights[layer]))  # type: ignore[operator]
 
-        return Candidate(PAIR, call, check_choice(self.expected))
+        return Contestant(PAIR, call, check_choice(self.expected))
 
-    def cublas(self, *, may_compile: bool) -> Candidate:
+    def cublas(self, *, may_compile: bool) -> Contestant:
         """The product of cuBLAS and the best selection of a peer."""
         spec, tensors = self.layers.spec, self.layers.tensors
         weights, product = self.layers.weights, plain_logits(spec, tensors)
@@ -139,9 +138,9 @@ class Stage:
         def call(layer: int, hidden: Tensor) -> Any:
             return top_k(product(hidden, weights[layer]))
 
-        return Candidate(f"cuBLAS + {name}", call, check_choice(self.expected), slow=name == "eager top-k")
+        return Contestant(f"cuBLAS + {name}", call, check_choice(self.expected), slow=name == "eager top-k")
 
-    def compiled(self) -> Candidate:
+    def compiled(self) -> Contestant:
         """The whole route of tensor operations through torch.compile."""
         spec, tensors, ids, weights = self.layers.spec, self.layers.tensors, self.input_ids, self.layers.weights
 
@@ -151,19 +150,19 @@ class Stage:
             route = self.layers.compiled("route", lambda: plain_route(spec, tensors, ids))
             return route(hidden, weights[layer])
 
-        return Candidate(COMPILED, call, check_choice(self.expected))
+        return Contestant(COMPILED, call, check_choice(self.expected))
 
-    def eager(self) -> Candidate:
+    def eager(self) -> Contestant:
         """The PyTorch backend of moegate: eager operations that keep the contract."""
         spec, tensors, ids, weights = self.layers.spec, self.layers.tensors, self.input_ids, self.layers.weights
-        backend = TorchBackend()
+        dispatch = for_route(self.layers.device, spec, weights[0], tensors, Options(backend="torch"))
 
         def call(layer: int, hidden: Tensor) -> Any:
-            return backend.route(hidden, weights[layer], spec, RouterTensors(*tensors), ids, None).without_logits()
+            return dispatch.route(hidden, weights[layer], tensors, ids, {}).without_logits()
 
-        return Candidate(EAGER, call, check_routings(self.expected), slow=True)
+        return Contestant(EAGER, call, check_routings(self.expected), slow=True)
 
-    def transformers(self) -> Candidate:
+    def transformers(self) -> Contestant:
         """What Transformers does, for softmax routers."""
         spec, weights = self.layers.spec, self.layers.weights
         route = peers.transformers_like(spec, self.layers.tensors.bias)
@@ -171,9 +170,9 @@ class Stage:
         def call(layer: int, hidden: Tensor) -> Any:
             return route(hidden, weights[layer])
 
-        return Candidate(TRANSFORMERS, call, check_choice(self.expected), slow=True)
+        return Contestant(TRANSFORMERS, call, check_choice(self.expected), slow=True)
 
-    def floor(self) -> Candidate:
+    def floor(self) -> Contestant:
         """Reads what must be read."""
         weights = self.layers.weights
         blocks = torch.cuda.get_device_properties(self.layers.device).multi_processor_count
@@ -181,4 +180,4 @@ class Stage:
         def call(layer: int, hidden: Tensor) -> Any:
             return read_floor(weights[layer], hidden, blocks)
 
-        return Candidate(FLOOR, call, check_nothing)
+        return Contestant(FLOOR, call, check_nothing)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moegate.backends.flashinfer import limits
-from moegate.backends.flashinfer.router import bound_product, bound_top_k
+from moegate.flashinfer import limits
+from moegate.flashinfer.functions import bound_product, bound_top_k
 from moegate.measure.timing import reason_of
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moegate.backends.flashinfer import limits
+from moegate.flashinfer import limits
 from moegate.json_file import read_json
 from moegate.whole_file import replacing
 

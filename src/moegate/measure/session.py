@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 
-from moegate.backends.flashinfer import FlashInferRouter
 from moegate.choice.candidates import CANDIDATES, Candidate
-from moegate.choice.facts import Facts, default_weight_dtype, facts_of, machine_of
-from moegate.choice.planned import router_of
+from moegate.choice.dispatch import Dispatch
+from moegate.choice.machines import machine_of
+from moegate.choice.plan import Plan
 from moegate.measure import timing
 from moegate.measure.checks import check_choice, check_routings
 from moegate.measure.layers import Layers, Stage, gpu
 from moegate.measure.names import NOT_FROZEN
 from moegate.measure.timing import Workload, calibrate
+from moegate.problem import Problem, dtypes_of
 from moegate.spec import RouterSpec
 
-Peers = Callable[[Stage], "list[timing.Candidate]"]
+Peers = Callable[[Stage], "list[timing.Contestant]"]
 
 
 class Stages:
@@ -77,35 +78,32 @@ class Session:
             more: Further candidates for a stage; the first of them is what ratios are to. None: no others.
         """
         stage = self._stages.stage(spec, tokens)
-        facts = facts_of(self.machine, spec, default_weight_dtype(spec))
-        candidates = [] if more is None else more(stage)
+        dtypes = dtypes_of(spec, stage.layers.weights[0].dtype, stage.layers.tensors)
+        problem = Problem(self.machine, spec, dtypes)
+        contestants = [] if more is None else more(stage)
         absent: dict[str, dict[str, Any]] = {}
         for candidate in CANDIDATES:
-            reason = candidate.supports(facts, tokens) or self._fails(candidate, facts)
+            key = candidate.key(problem)
+            reason = candidate.unsupported(problem, tokens) or candidate.try_out(problem, gpu())
             if reason is None:
-                candidates.append(_timed(candidate, facts, stage, candidate.key(facts)))
+                contestants.append(_timed(candidate, problem, stage, key))
                 if candidate.backend == "cuda":
-                    not_frozen = replace(facts, frozen=False)
-                    candidates.append(_timed(candidate, not_frozen, stage, candidate.key(facts) + NOT_FROZEN))
+                    contestants.append(_timed(candidate, replace(problem, frozen=False), stage, key + NOT_FROZEN))
             else:
-                absent[candidate.key(facts)] = {"absent": reason}
+                absent[key] = {"absent": reason}
         work = self._stages.workload(stage.sources, len(stage.layers.weights), stage.calls)
-        return timing.measure(work, way, candidates) | absent
-
-    def _fails(self, candidate: Candidate, facts: Facts) -> str | None:
-        router = router_of(candidate, facts)
-        return router.try_out(facts.spec, gpu()) if isinstance(router, FlashInferRouter) else None
+        return timing.measure(work, way, contestants) | absent
 
 
-def _timed(candidate: Candidate, facts: Facts, stage: Stage, name: str) -> timing.Candidate:
+def _timed(candidate: Candidate, problem: Problem, stage: Stage, name: str) -> timing.Contestant:
     """A candidate of the plan as one to be timed: each layer its own weight."""
-    router, spec = router_of(candidate, facts), facts.spec
+    dispatch = Dispatch(Plan(problem), only=candidate)
     weights, tensors, ids = stage.layers.weights, stage.layers.tensors, stage.input_ids
-    prepared = [router.prepare(weight, spec, tensors, frozen=facts.frozen, pdl=True) for weight in weights]
+    prepared = [dispatch.prepare(weight) for weight in weights]
 
     def call(layer: int, hidden: torch.Tensor) -> Any:
-        return router.route(hidden, weights[layer], spec, tensors, ids, prepared[layer]).without_logits()
+        return dispatch.route(hidden, weights[layer], tensors, ids, prepared[layer]).without_logits()
 
     keeps = candidate.backend != "flashinfer"
     check = check_routings(stage.expected) if keeps else check_choice(stage.expected)
-    return timing.Candidate(name, call, check, slow=candidate.backend == "torch")
+    return timing.Contestant(name, call, check, slow=candidate.backend == "torch")

@@ -22,7 +22,7 @@ _PREDECESSOR_ALONE = "predecessor alone"
 
 
 @dataclass
-class Candidate:
+class Contestant:
     """One way to do the work, and how to judge what came out."""
 
     name: str
@@ -53,7 +53,7 @@ def layer_count(weight_bytes: int, fewest: int = LAYERS) -> int:
     return min(MAX_CALLS, max(fewest, int(ROTATION_BYTES // weight_bytes) + 1))
 
 
-def measure(work: Workload, way: str, candidates: list[Candidate]) -> dict[str, dict[str, Any]]:
+def measure(work: Workload, way: str, candidates: list[Contestant]) -> dict[str, dict[str, Any]]:
     """Times the candidates in one way: "cold", "hot", or in a chain behind the predecessor "trigger" or "norm".
 
     Returns:
@@ -109,7 +109,7 @@ def calibrate(work: Workload) -> float:
     return alone()
 
 
-def _capture(work: Workload, way: str, candidate: Candidate | None) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+def _capture(work: Workload, way: str, candidate: Contestant | None) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
     """A graph of all calls, and their results; without a candidate, of the predecessors alone."""
     hidden = torch.empty_like(work.sources[0])
 

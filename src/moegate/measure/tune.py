@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from moegate import __version__, catalog
-from moegate.choice.facts import Machine, default_weight_dtype, facts_of
 from moegate.choice.tables import Row, Shape, Table, read, shape_of, write
+from moegate.machine import Machine
 from moegate.measure.names import NOT_FROZEN
 from moegate.measure.record import describe_run
+from moegate.problem import default_weight_dtype, problem_of
 from moegate.spec import RouterSpec
 
 # A spread of the catalog: each size of a gate from small to large, each kind of selection, both dtypes of a weight, and
@@ -94,7 +95,7 @@ class Tuning:
         """Measures what is missing; each row is on the disk when it comes. The last one finishes the table."""
         for model, tokens in self.missing():
             spec = self._specs[model]
-            shape = shape_of(facts_of(self._table.gpu, spec, default_weight_dtype(spec)))
+            shape = shape_of(problem_of(self._table.gpu, spec, default_weight_dtype(spec)))
             row = _row(model, shape, tokens, measure(spec, tokens))
             self._table = replace(self._table, rows=(*self._table.rows, row))
             write(self.partial, self._table)

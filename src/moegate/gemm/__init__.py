@@ -1,0 +1,1 @@
+"""Hidden states to logits: one file for each way to multiply."""

@@ -109,7 +109,7 @@ def _write(out: Path, job: Job, routing: Routing) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from moegate import __version__
+    from moegate._version import __version__
     from moegate.whole_file import replacing
 
     tensors = {name: part.contiguous() for name, part in routing._asdict().items() if part is not None}

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moegate import Gate
 from moegate.backends.flashinfer import limits
 from moegate.backends.torch import TorchBackend
 from moegate.catalog.synthetic import VOCABULARY, random_tensors
+from moegate.gate import Gate
 from moegate.measure import peers
 from moegate.measure.checks import Reference, check_choice, check_nothing, check_routings
 from moegate.measure.cuda_kernels import read_floor

@@ -20,8 +20,8 @@ import moegate
 from moegate import Gate, get_spec
 from moegate.backends.flashinfer import limits
 from moegate.backends.flashinfer import router as flashinfer_router
-from moegate.catalog.synthetic import random_hidden, random_tensors
 from moegate.choice import facts
+from moegate.synthetic import random_hidden, random_tensors
 
 SPEC = get_spec("deepseek-v3")
 WEIGHT, TENSORS = random_tensors(SPEC)

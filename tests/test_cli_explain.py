@@ -19,9 +19,9 @@ from machines import forget, pretend, pretended
 import moegate
 from moegate import Gate, RouterSpec, catalog, get_spec
 from moegate.backends.cuda import CudaBackend
-from moegate.catalog.synthetic import random_gate
 from moegate.choice import costs
 from moegate.choice.facts import Facts
+from moegate.synthetic import random_gate
 
 ASKED = ("explain", "deepseek-v3", "--device", "sm_103", "--tokens", "1,16,17")
 KEYS = {"tokens", "backend", "kernel", "expected_us", "evidence", "rejected"}

@@ -10,7 +10,6 @@ import torch
 from machines import CPU, forget, pretend, pretended
 
 from moegate import catalog, get_spec
-from moegate.catalog.synthetic import random_hidden, random_tensors
 from moegate.choice.candidates import CUBLAS, ROUTER_GEMM
 from moegate.choice.facts import facts_of
 from moegate.choice.planned import router_of
@@ -21,6 +20,7 @@ from moegate.measure.names import NOT_FROZEN
 from moegate.measure.timing import Candidate, Workload
 from moegate.measure.transformers_router import transformers_router
 from moegate.measure.tune import MODELS
+from moegate.synthetic import random_hidden, random_tensors
 
 MACHINE = pretended((9, 0), None, name="NVIDIA H200")
 

@@ -100,9 +100,9 @@ def _check_model(backend: Backend, device: torch.device, name: str) -> list[dict
 def _compare(backend: Backend, device: torch.device, spec: RouterSpec, tokens: int) -> Verdict:
     import torch
 
-    from moegate.catalog.synthetic import random_hidden, random_input_ids, random_tensors
     from moegate.cli.measure import compare
     from moegate.contract.verify import Verdict
+    from moegate.synthetic import random_hidden, random_input_ids, random_tensors
 
     weight, tensors = random_tensors(spec, seed=0, device=device)
     hidden = random_hidden(spec, tokens, seed=tokens, device=device)

@@ -19,11 +19,11 @@ from torch import Tensor
 from moegate import catalog
 from moegate.catalog.checkpoint import Checkpoint
 from moegate.catalog.files import files_of, is_part
-from moegate.catalog.synthetic import random_gate, random_hidden, random_input_ids
 from moegate.gate import Gate
 from moegate.lfs import why_unreadable
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
+from moegate.synthetic import random_gate, random_hidden, random_input_ids
 
 DEFAULT_TOKENS = 64
 

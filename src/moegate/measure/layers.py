@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moegate.backends.flashinfer import limits
 from moegate.backends.torch import TorchBackend
-from moegate.catalog.synthetic import VOCABULARY, random_tensors
 from moegate.gate import Gate
 from moegate.measure import peers
 from moegate.measure.checks import Reference, check_choice, check_nothing, check_routings
@@ -20,6 +19,7 @@ from moegate.measure.plain import compiled, plain_logits, plain_route, plain_sel
 from moegate.measure.timing import Candidate, layer_count, reason_of
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
+from moegate.synthetic import VOCABULARY, random_tensors
 
 FROZEN, SAFE, NO_PDL = "moegate frozen", "moegate safe", "moegate frozen, pdl=False"
 PAIR, EAGER, COMPILED = "FlashInfer pair", "PyTorch eager", "torch.compile"

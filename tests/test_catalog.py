@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import moegate
 from moegate import RouterSpec
 from moegate.catalog import Model, get_model, models, names
-from moegate.catalog.model_types import ModelType, model_types
+from moegate.configs.model_types import ModelType, model_types
 
 # Written out in full, without the tables that the catalog builds its specs from.
 WRITTEN_OUT = {

@@ -15,7 +15,7 @@ from router_cases import Case, tiny_cases
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moegate import RouterSpec
-from moegate.catalog.model_types import model_types
+from moegate.configs.model_types import model_types
 
 V3: dict[str, Any] = {
     "model_type": "deepseek_v3",

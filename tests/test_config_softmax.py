@@ -10,7 +10,7 @@ import pytest
 
 from moegate import RouterSpec
 from moegate.catalog import models
-from moegate.catalog.model_types import model_types, refused
+from moegate.configs.model_types import model_types, refused
 from moegate.warn import warn_once
 
 SIZE: dict[str, Any] = {"hidden_size": 64, "num_experts_per_tok": 4}

@@ -148,7 +148,7 @@ class RouterSpec:
             ValueError: A file that is missing or broken; a model without experts; a model type that is unknown or
                 out of scope; a field with neither a value nor a default; values that make no sense together.
         """
-        from moegate.catalog.config import router_fields
+        from moegate.configs.fields import router_fields
 
         found = router_fields(config, layer=layer)
         try:

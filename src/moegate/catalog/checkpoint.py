@@ -25,11 +25,11 @@ from moegate.catalog.layer_names import (
     ranges,
     strays,
 )
-from moegate.catalog.lookup import check_layer
-from moegate.catalog.model_types import ModelType
 from moegate.catalog.options import SpecOrChange, check_names, check_spec
-from moegate.catalog.parts import routing_config
 from moegate.catalog.stored import ALLOWED, FLOAT8, FLOAT8_SCALES, adapters, block_size, dequantised, format_of, shaped
+from moegate.configs.lookup import check_layer
+from moegate.configs.model_types import ModelType
+from moegate.configs.routing_part import routing_config
 from moegate.json_file import read_json
 from moegate.spec import RouterSpec
 from moegate.warn import warn_once

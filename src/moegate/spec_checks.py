@@ -1,12 +1,6 @@
-"""What `RouterSpec` says of a field that is wrong."""
+"""The check of the types of `RouterSpec`'s fields."""
 
 from __future__ import annotations
-
-
-def require(holds: bool, field: str, value: object, allowed: str) -> None:
-    """Refuses a value, by a `ValueError` that names its field and what is allowed."""
-    if not holds:
-        raise ValueError(f"RouterSpec.{field} = {value!r}; allowed: {allowed}")
 
 
 def check_type(field: str, annotation: str, value: object) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_config import counting_experts
+from small_configs import counting_experts
 from transformers.models.auto import modeling_auto
 
 from moegate import Gate, RouterSpec

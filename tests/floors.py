@@ -15,7 +15,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "cache_folder", "lfs", "toml_file", "warn", "whole_file"),
     ("json_file",),
     ("configs",),
-    ("spec_checks",),
+    ("spec_values",),
     ("spec",),
     ("plain", "routing"),
     ("arguments",),

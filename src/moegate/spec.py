@@ -5,35 +5,27 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-from moegate.spec_checks import check_type
+from moegate.spec_values import (
+    CHOICES,
+    CorrectionBias,
+    GateWeightDtype,
+    GroupScore,
+    LogitsDtype,
+    ScoringFunc,
+    WeightsDtype,
+    WeightsFrom,
+    check_type,
+)
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-ScoringFunc = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity"]
-CorrectionBias = Literal["score", "logit"]
-GroupScore = Literal["top2_sum", "max", "topj_sum"]
-WeightsFrom = Literal["score", "softmax_of_selected", "sigmoid_of_selected"]
-LogitsDtype = Literal["float32", "bfloat16"]
-GateWeightDtype = Literal["model", "float32"]
-WeightsDtype = Literal["float32", "bfloat16", "float16"]
-
 MAX_GATE_ROWS = 1024
 MAX_TOP_K = 32
 _FLOAT32_RANGE = (2.0**-126, 3.4028234663852886e38)
-
-_CHOICES: dict[str, tuple[object, ...]] = {
-    "scoring_func": get_args(ScoringFunc),
-    "correction_bias": (None, *get_args(CorrectionBias)),
-    "group_score": get_args(GroupScore),
-    "weights_from": get_args(WeightsFrom),
-    "logits_dtype": get_args(LogitsDtype),
-    "weight_dtype": get_args(GateWeightDtype),
-    "topk_weights_dtype": get_args(WeightsDtype),
-}
 
 
 @dataclass(frozen=True)
@@ -119,7 +111,7 @@ class RouterSpec:
     def __post_init__(self) -> None:
         for part in dataclasses.fields(self):
             check_type(part.name, str(part.type), getattr(self, part.name))
-        for name, allowed in _CHOICES.items():
+        for name, allowed in CHOICES.items():
             self._require(name, getattr(self, name) in allowed, f"one of {list(allowed)}")
         self._check_sizes()
         self._check_groups()

@@ -22,7 +22,8 @@ test-gpu:
 	set -o pipefail; { \
 	  PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH):$(CURDIR) $(PYTHON) -m moegate.measure.record make test-gpu && \
 	  $(GPU_TESTS) --device cuda tests/test_contract_*.py tests/test_gate.py tests/test_properties.py \
-	    tests/test_arguments.py tests/test_ops.py tests/test_noticing.py tests/test_noticing_states.py tests/test_noticing_options.py && \
+	    tests/test_arguments.py tests/test_ops.py tests/test_noticing.py tests/test_noticing_misfits.py \
+	    tests/test_noticing_options.py tests/test_noticing_states.py tests/test_noticing_threads.py && \
 	  $(GPU_TESTS) -m gpu tests/test_cuda_bits.py tests/test_cuda_gpu.py tests/test_cuda_streams.py \
 	    tests/test_cuda_many.py tests/test_cuda_input_norm.py tests/test_choice_gpu.py tests/test_gate.py \
 	    tests/test_cli_gpu.py tests/test_noticing_gpu.py && \

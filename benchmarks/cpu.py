@@ -26,10 +26,10 @@ from torch import Tensor
 import moegate
 from moegate import Gate
 from moegate.arguments import check_gate
-from moegate.catalog.synthetic import random_hidden, random_tensors
 from moegate.cli.machine import cpu_name
 from moegate.contract.verify import verify_call
 from moegate.routing import RouterTensors
+from moegate.synthetic import random_hidden, random_tensors
 
 # The name in the catalog, the router class of Transformers, and the config that gives it the model's size.
 PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {

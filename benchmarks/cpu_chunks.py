@@ -71,7 +71,7 @@ def main() -> None:
     import torch
 
     from moegate import get_spec
-    from moegate.catalog.synthetic import random_gate, random_hidden
+    from moegate.synthetic import random_gate, random_hidden
 
     torch.set_num_threads(1)
     print("| model |" + "".join(f" {num_tokens} |" for num_tokens in TOKENS))

@@ -24,7 +24,7 @@ def measure() -> dict[str, float]:
     import torch.nn.functional as F
 
     import moegate
-    from moegate.catalog.synthetic import random_hidden, random_tensors
+    from moegate.synthetic import random_hidden, random_tensors
 
     ratios = {}
     for model, tokens in CASES:

@@ -13,7 +13,7 @@ import transformers_routers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moegate.catalog import Model, models
-from moegate.catalog.model_types import model_types
+from moegate.configs.model_types import model_types
 
 
 class Rounding(NamedTuple):

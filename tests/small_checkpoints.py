@@ -1,12 +1,16 @@
 """Checkpoints of a few small tensors, written by hand: what no tiny model of Transformers would save."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from moegate import Gate
 
 EXPERTS, HIDDEN, TOP_K = 16, 64, 4
 GATE = "model.layers.1.mlp.gate."
@@ -49,3 +53,13 @@ def weight(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def bias(seed: int = 0) -> Tensor:
     """A gate's bias."""
     return torch.randn(EXPERTS, generator=torch.Generator().manual_seed(100 + seed))
+
+
+def refused(path: Any, *words: str, error: type[Exception] = ValueError, layer: Any = 1, **options: Any) -> str:
+    """The message with which a gate is not read, and which has all these words in it."""
+    with pytest.raises(error, match=re.escape(words[0])) as caught:
+        Gate.from_checkpoint(path, layer, **options)
+    assert type(caught.value) is error
+    for word in words:
+        assert word in str(caught.value)
+    return str(caught.value)

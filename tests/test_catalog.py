@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import moegate
 from moegate import RouterSpec
 from moegate.catalog import Model, get_model, models, names
-from moegate.catalog.model_types import ModelType, model_types
+from moegate.configs.model_types import ModelType, model_types
 
 # Written out in full, without the tables that the catalog builds its specs from.
 WRITTEN_OUT = {
@@ -131,3 +131,17 @@ def test_unknown_name_suggests_close_ones() -> None:
     with pytest.raises(ValueError, match=r"'deepseek-v33'; did you mean .*'deepseek-v3'.*moegate\.catalog\.names"):
         get_model("deepseek-v33")
     assert get_model("DeepSeek-V3") is get_model("deepseek-r1")
+
+
+def test_each_model_whose_reference_casts_its_weights_says_so() -> None:
+    for model in models():
+        casts = model_types()[model.model_type].casts_weights
+        assert casts == ("casts its weights to the model's dtype" in (model.semantics_note or "")), model.name
+    note = next(model for model in models() if model.name == "gpt-oss-120b").semantics_note
+    assert note == (
+        "the reference takes the softmax in the model's dtype; the reference casts its weights to the model's dtype"
+    )
+
+
+def test_only_a_class_of_transformers_casts() -> None:
+    assert all(entry.router for entry in model_types().values() if entry.casts_weights)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_checkpoints import refused
 from tiny_models import tiny_model
 from torch import Tensor
 
@@ -45,16 +46,6 @@ def checkpoint(saved: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(saved_in_shards: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved_in_shards, tmp_path / "sharded")
-
-
-def refused(folder: Path, named: str, *also: str, layer: int = 1) -> str:
-    """Loading fails with a ValueError whose message holds each of the words."""
-    with pytest.raises(ValueError, match=re.escape(named)) as caught:
-        Gate.from_checkpoint(folder, layer)
-    assert type(caught.value) is ValueError
-    for word in also:
-        assert word in str(caught.value)
-    return str(caught.value)
 
 
 def shard_of(folder: Path, tensor: str) -> Path:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_checkpoints import GATE, weight, write, write_index
+from small_checkpoints import GATE, refused, weight, write, write_index
 
 from moegate import Gate
 
 NAME = GATE + "weight"
-
-
-def refused(path: Any, *words: str, error: type[Exception] = ValueError, layer: Any = 1) -> None:
-    with pytest.raises(error, match=re.escape(words[0])) as caught:
-        Gate.from_checkpoint(path, layer)
-    assert type(caught.value) is error
-    for word in words:
-        assert word in str(caught.value)
 
 
 @pytest.fixture

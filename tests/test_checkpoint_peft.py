@@ -1,4 +1,4 @@
-"""What PEFT trained whole (`modules_to_save`), saved beside what was there before."""
+"""Gates that PEFT wrapped: trained whole (`modules_to_save`), beside what was there before, or with adapters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import warnings
 from pathlib import Path
 
 import pytest
-from small_checkpoints import GATE, bias, weight, write
+import torch
+from small_checkpoints import GATE, bias, refused, weight, write
 
 from moegate import Gate
 
@@ -72,3 +73,57 @@ def test_the_untrained_copy_by_its_name(tmp_path: Path) -> None:
     write(tmp_path, {new + "weight": weight(1), old + "weight": weight(2)})
     gate = Gate.from_checkpoint(tmp_path, 1, tensors={"weight": GATE + "original_module.weight"})
     assert gate.weight.equal(weight(2))
+
+
+PEFT = {
+    "base layer": ("model.layers.1.mlp.gate.base_layer.weight",),
+    "saved as a module": ("model.layers.1.mlp.gate.modules_to_save.default.weight",),
+    "another adapter's": ("model.layers.1.mlp.gate.modules_to_save.mine.weight",),
+    "of PeftModel": ("base_model.model.model.layers.1.mlp.gate.base_layer.weight",),
+    "beside what it was": (
+        "model.layers.1.mlp.gate.modules_to_save.default.weight",
+        "model.layers.1.mlp.gate.original_module.weight",
+    ),
+    "the block around it": ("model.layers.1.mlp.modules_to_save.default.gate.weight",),
+}
+
+
+@pytest.mark.parametrize("names", PEFT.values(), ids=PEFT)
+def test_names_of_peft(names: tuple[str, ...], tmp_path: Path) -> None:
+    """The tensor that counts is read, with a word."""
+    write(tmp_path, {name: weight(seed) for seed, name in enumerate(names)})
+    with pytest.warns(RuntimeWarning, match="PEFT"):
+        assert Gate.from_checkpoint(tmp_path, 1).weight.equal(weight(0))
+
+
+def test_names_of_peft_of_a_bias(tmp_path: Path) -> None:
+    module = GATE + "modules_to_save.default."
+    tensors = {module + "weight": weight(), module + "e_score_correction_bias": bias()}
+    write(tmp_path, tensors, "deepseek_v3")
+    with pytest.warns(RuntimeWarning, match="PEFT"):
+        gate = Gate.from_checkpoint(tmp_path, 1)
+    assert gate.get_buffer("e_score_correction_bias").equal(bias())
+
+
+def test_two_adapters(tmp_path: Path) -> None:
+    names = [f"{GATE}modules_to_save.{adapter}.weight" for adapter in ("default", "other")]
+    refused(write(tmp_path, {name: weight() for name in names}), "more than one", *names)
+
+
+@pytest.mark.parametrize("base", ["base_layer.weight", "weight"])
+@pytest.mark.parametrize("adapter", ["lora_A.default.weight", "lora_B.weight", "lora_magnitude_vector.default.weight"])
+def test_an_adapter_that_is_not_merged(base: str, adapter: str, tmp_path: Path) -> None:
+    """The weight alone would route otherwise than the model: only who asks for that gets it."""
+    write(tmp_path, {GATE + base: weight(), GATE + adapter: torch.ones(4, 64)})
+    refused(tmp_path, "has an adapter, mlp.gate.lora_", "merged", "tensors=")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT's names: above
+        gate = Gate.from_checkpoint(tmp_path, 1, tensors={"weight": GATE + base})
+    assert gate.weight.equal(weight())
+
+
+def test_a_folder_of_an_adapter(tmp_path: Path) -> None:
+    write(tmp_path, {GATE + "weight": weight()})
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(tmp_path, "holds a PEFT adapter without its model")

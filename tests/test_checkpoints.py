@@ -19,7 +19,7 @@ from transformers_routers import TransformersRouter, as_routing
 
 from moegate import Gate, RouterSpec
 from moegate.catalog.checkpoint import Checkpoint
-from moegate.catalog.model_types import ModelType, model_types
+from moegate.configs.model_types import ModelType, model_types
 from moegate.contract import bounds, reference
 from moegate.contract.verify import verify_routing
 from moegate.routing import RouterTensors

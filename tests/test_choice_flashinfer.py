@@ -18,10 +18,10 @@ from torch import Tensor
 
 import moegate
 from moegate import Gate, get_spec
-from moegate.catalog.synthetic import random_hidden, random_tensors
 from moegate.choice import machines
 from moegate.flashinfer import functions, limits
 from moegate.machine import Machine
+from moegate.synthetic import random_hidden, random_tensors
 
 SPEC = get_spec("deepseek-v3")
 WEIGHT, TENSORS = random_tensors(SPEC)

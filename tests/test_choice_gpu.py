@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moegate import Gate, get_spec
-from moegate.catalog.synthetic import random_hidden, random_tensors
+from moegate.synthetic import random_hidden, random_tensors
 
 pytestmark = pytest.mark.gpu
 SPEC = get_spec("deepseek-v3")

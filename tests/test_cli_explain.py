@@ -18,12 +18,12 @@ from machines import CPU, forget, pretend, pretended
 
 import moegate
 from moegate import Gate, RouterSpec, catalog, get_spec
-from moegate.catalog.synthetic import random_gate
 from moegate.choice import costs
 from moegate.choice.candidates import CUBLAS, Candidate
 from moegate.halves import Call
 from moegate.problem import Problem, problem_of
 from moegate.routing import RouterTensors
+from moegate.synthetic import random_gate
 
 ASKED = ("explain", "deepseek-v3", "--device", "sm_103", "--tokens", "1,16,17")
 KEYS = {"tokens", "backend", "kernel", "expected_us", "evidence", "rejected"}

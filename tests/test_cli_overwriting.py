@@ -1,4 +1,4 @@
-"""`moegate route --out` writes over nothing that the run reads."""
+"""`moegate route --out` writes over nothing that the run reads, nor over what lies beside it in the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from safetensors.torch import load_file, save_file
 from small_checkpoints import GATE, config_of, weight, write_index
 
 SHARDS = ("model-00001-of-00002.safetensors", "sub/other.bin")
+OTHERS = ("ema.safetensors", "tokenizer.json", "sub/deeper/consolidated.00.pth")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Layers 1 and 2, in two files of an index, one of which has no suffix of safetensors; an average beside them."""
+    """Layers 1 and 2, in two files of an index, one of which has no suffix of safetensors; others beside them."""
     made = tmp_path / "ckpt"
-    (made / "sub").mkdir(parents=True)
+    (made / "sub" / "deeper").mkdir(parents=True)
     (made / "config.json").write_text(json.dumps(config_of("qwen3_moe")), encoding="utf-8")
     names = {GATE + "weight": SHARDS[0], GATE.replace("1", "2") + "weight": SHARDS[1]}
     for seed, (name, file) in enumerate(names.items()):
         save_file({name: weight(seed)}, made / file)
     write_index(made, names)
-    save_file({"x": weight()}, made / "ema.safetensors")
+    for name in OTHERS:
+        save_file({"x": weight()}, made / name)
     return made
 
 
@@ -44,7 +46,7 @@ def is_refused(source: Path, out: Path, folder: Path) -> None:
         assert contents(folder) == before
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", *SHARDS, "ema.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", *SHARDS, *OTHERS])
 @pytest.mark.parametrize("way", ["itself", "symlink", "hard link", "relative", "link to the folder"])
 def test_files_of_the_checkpoint(way: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = folder / name
@@ -65,12 +67,14 @@ def test_files_of_the_checkpoint(way: str, name: str, folder: Path, monkeypatch:
 
 def test_the_file_behind_a_link_of_the_checkpoint(folder: Path) -> None:
     """As in the hub's cache, whose snapshots are links."""
-    blob = folder.parent / "blob"
-    (folder / SHARDS[0]).rename(blob)
-    (folder / SHARDS[0]).symlink_to(blob)
-    before = blob.read_bytes()
-    is_refused(folder, blob, folder)
-    assert blob.read_bytes() == before
+    for name in (SHARDS[0], "tokenizer.json"):
+        blob = folder.parent / f"blob of {name}"
+        (folder / name).rename(blob)
+        (folder / name).symlink_to(blob)
+        before = blob.read_bytes()
+        for out in (blob, folder / name):
+            is_refused(folder, out, folder)
+        assert blob.read_bytes() == before
 
 
 @pytest.mark.parametrize("layers", ["1", "1-1"])
@@ -93,13 +97,25 @@ def test_a_new_file_that_would_be_a_shard(folder: Path) -> None:
     assert "is a file of the checkpoint" in refused(*route(folder, "1", folder / "model.safetensors.index.json"))
 
 
-def test_other_files_are_written(folder: Path) -> None:
+def test_new_files_are_written(folder: Path) -> None:
+    """Nobody can tell what was there in the folder from what an earlier run wrote there."""
     before = contents(folder)
-    for out in (folder / "routing", folder / "sub" / "new.safetensors", folder.parent / "new.safetensors"):
+    for out in (folder / "routing", folder / "sub" / "new.safetensors"):
+        assert run(*route(folder, "1", out)).exit_code == 0
+        assert load_file(out)["topk_ids"].shape == (2, 4)
+        is_refused(folder, out, folder)
+    assert {file: contents(folder)[file] for file in before} == before
+
+
+def test_files_elsewhere_are_replaced(folder: Path) -> None:
+    """... of a folder whose name begins like the checkpoint's, too."""
+    before = contents(folder)
+    (folder.parent / "ckpt2").mkdir()
+    for out in (folder.parent / "new.safetensors", folder.parent / "ckpt2" / "tokenizer.json"):
         for layers in ("1", "1-2", "1"):
             assert run(*route(folder, layers, out)).exit_code == 0
         assert load_file(out)["topk_ids"].shape == (2, 4)
-    assert {file: contents(folder)[file] for file in before} == before
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("with_hidden", [False, True])
@@ -124,7 +140,7 @@ def test_a_home_of_nobody() -> None:
     assert "no folder ~nobody-of-this-name/ckpt" in refused("route", "~nobody-of-this-name/ckpt", "--layer", "1")
 
 
-@pytest.mark.parametrize("name", ["config.json", "new.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "new.safetensors"])
 def test_tune_writes_over_no_source(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moegate.cli.tune.need_gpu", lambda command: None)
     before = contents(folder)

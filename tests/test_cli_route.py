@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 
 import moegate
 from moegate import Gate, RouterSpec, catalog
-from moegate.catalog.synthetic import random_gate, random_hidden, random_input_ids
+from moegate.synthetic import random_gate, random_hidden, random_input_ids
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from small_checkpoints import EXPERTS, HIDDEN, bias, weight, write
 from torch import Tensor
 
 from moegate import Gate, RouterSpec, Routing, catalog
-from moegate.catalog.synthetic import random_gate, random_hidden, random_input_ids
+from moegate.synthetic import random_gate, random_hidden, random_input_ids
 
 LAYERS = (1, 2, 4, 5)
 

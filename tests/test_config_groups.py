@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from moegate import RouterSpec
-from moegate.catalog.config import router_fields
-from moegate.catalog.model_types import model_types
+from moegate.configs.fields import router_fields
+from moegate.configs.model_types import model_types
 
 CONFIG: dict[str, Any] = {"hidden_size": 64, "num_experts": 16, "num_experts_per_tok": 8, "norm_topk_prob": True}
 QWEN = [

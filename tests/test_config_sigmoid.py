@@ -34,7 +34,7 @@ from sigmoid_configs import (
 )
 
 from moegate import RouterSpec
-from moegate.catalog.model_types import model_types, read_toml
+from moegate.configs.model_types import model_types, read_tables
 from moegate.warn import warn_once
 
 
@@ -239,7 +239,7 @@ def test_a_nemotron_with_experts_among_its_layers() -> None:
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "sigmoid", "sqrtsoftplus"])
 def test_each_difference_is_of_a_key_that_is_read(kind: str) -> None:
-    for name in read_toml(f"types/{kind}.toml"):
+    for name in read_tables(kind):
         entry = model_types()[name]
         for key, engines in entry.differs.items():
             assert key in entry.read_keys, f"{name}: {key}"

@@ -21,7 +21,7 @@ from sigmoid_types import (
 )
 
 from moegate import RouterSpec
-from moegate.catalog.model_types import routing_keys
+from moegate.configs.model_types import routing_keys
 from moegate.warn import warn_once
 
 

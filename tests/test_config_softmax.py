@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from moegate import RouterSpec
-from moegate.catalog import models
-from moegate.catalog.model_types import model_types, refused
+from moegate.configs.model_types import refused
 from moegate.warn import warn_once
 
 SIZE: dict[str, Any] = {"hidden_size": 64, "num_experts_per_tok": 4}
@@ -287,17 +286,3 @@ def test_types_that_are_refused_by_name(model_type: str) -> None:
 def test_classes_that_are_refused_by_name(architecture: str) -> None:
     with pytest.raises(ValueError, match=r"is refused: .*out of scope"):
         RouterSpec.from_config({"architectures": [architecture], "num_experts": 16, **SIZE})
-
-
-def test_each_model_whose_reference_casts_its_weights_says_so() -> None:
-    for model in models():
-        casts = model_types()[model.model_type].casts_weights
-        assert casts == ("casts its weights to the model's dtype" in (model.semantics_note or "")), model.name
-    note = next(model for model in models() if model.name == "gpt-oss-120b").semantics_note
-    assert note == (
-        "the reference takes the softmax in the model's dtype; the reference casts its weights to the model's dtype"
-    )
-
-
-def test_only_a_class_of_transformers_casts() -> None:
-    assert all(entry.router for entry in model_types().values() if entry.casts_weights)

@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moegate import RouterSpec
 from moegate.catalog import models
-from moegate.catalog.model_types import (
+from moegate.configs.model_types import (
     model_types,
     refused,
     routing_keys,

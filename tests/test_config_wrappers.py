@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_config import counting_experts
+from small_configs import counting_experts
 from transformers.models.auto import modeling_auto
 
 from moegate import Gate, RouterSpec
-from moegate.catalog.model_types import model_types, refused, type_of_architecture, wrappers
-from moegate.catalog.parts import routing_config
+from moegate.configs.model_types import model_types, refused, type_of_architecture, wrappers
+from moegate.configs.routing_part import routing_config
 
 LEADING = [
     (name, key, inner) for name, keys in wrappers().items() for key, inner in keys.items() if inner in model_types()

@@ -11,7 +11,7 @@ import torch
 from routers import generator
 
 from moegate import Gate, RouterSpec, Routing, chunks, router_gemm, select
-from moegate.catalog.synthetic import random_gate, random_hidden, random_input_ids
+from moegate.synthetic import random_gate, random_hidden, random_input_ids
 
 pytestmark = pytest.mark.cpu
 
@@ -32,7 +32,7 @@ print(resident() - before)
 _PEAK = """
 import resource, torch
 from moegate import RouterSpec
-from moegate.catalog.synthetic import random_gate
+from moegate.synthetic import random_gate
 spec = RouterSpec({size}, 8, {more})
 gate = random_gate(spec)
 hidden = torch.zeros({tokens}, {columns}, dtype=torch.bfloat16)

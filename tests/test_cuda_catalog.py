@@ -9,10 +9,10 @@ from torch import Tensor
 
 from moegate import Gate, RouterSpec
 from moegate.catalog import models
-from moegate.catalog.synthetic import random_hidden, random_input_ids, random_tensors
 from moegate.contract import reference
 from moegate.contract.verify import verify_logits, verify_routing
 from moegate.routing import RouterTensors
+from moegate.synthetic import random_hidden, random_input_ids, random_tensors
 
 pytestmark = pytest.mark.gpu
 

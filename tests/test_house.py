@@ -6,12 +6,17 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from floors import FLOORS, SOURCE, imports, leads_up, name_on_a_floor
 
 ROOT = Path(__file__).parent.parent
 CONTRACT = (ROOT / "docs" / "contract.md").read_text(encoding="utf-8")
+MAX_LINES, MAX_FUNCTION = 300, 50
+TOO_LONG_FOR_NOW = (SOURCE / "functional.py", SOURCE / "gate.py")
 
 
 def test_every_clause_of_the_contract_names_tests_that_exist() -> None:
@@ -47,12 +52,46 @@ def test_the_version_of_torch_is_said_once() -> None:
     assert oldest.groups() == range_start.groups()
 
 
-@pytest.mark.parametrize("name", ["config", "lookup", "model_types", "parts", "stated"])
-def test_what_reads_configs_knows_no_spec(name: str) -> None:
-    """`RouterSpec.from_config` calls the reader, so that the reader importing RouterSpec would be a circle."""
-    tree = ast.parse((ROOT / "src" / "moegate" / "catalog" / f"{name}.py").read_text(encoding="utf-8"))
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not {module for module in imported if module in ("moegate", "moegate.spec", "moegate.catalog")}
+def test_every_module_has_a_floor() -> None:
+    modules = imports()
+    for module in modules:
+        assert name_on_a_floor(module), f"{module}: add it to FLOORS in tests/floors.py, above all that it imports"
+    gone = {name for names in FLOORS for name in names} - {name_on_a_floor(module) for module in modules}
+    assert not gone, f"FLOORS in tests/floors.py names what is no module: {gone}"
+
+
+def test_no_import_leads_up() -> None:
+    up = [f"{one} -> {other}" for one, others in imports().items() for other in others if leads_up(one, other)]
+    assert not up, "these lead to no floor below, by tests/floors.py: " + ", ".join(sorted(up))
+
+
+def test_no_imports_form_a_circle() -> None:
+    try:
+        TopologicalSorter(imports()).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle, each imported by the next: {' -> '.join(error.args[1])}")
+
+
+def test_files_and_functions_are_short() -> None:
+    folders = [ROOT / name for name in ("src", "tests", "tools", "benchmarks")]
+    files = [file for folder in folders for file in folder.rglob("*") if file.suffix in (".py", ".cuh")]
+    assert len(files) > 200
+    found = [text for file in files if file not in TOO_LONG_FOR_NOW for text in too_long(file)]
+    assert not found, f"allowed: {MAX_LINES} lines a file, {MAX_FUNCTION} a function; {', '.join(found)}"
+
+
+def too_long(file: Path) -> Iterator[str]:
+    """What of a file is too long, a function from its def to its end."""
+    text, where = file.read_text(encoding="utf-8"), file.relative_to(ROOT)
+    lines = len(text.splitlines())
+    if lines > MAX_LINES:
+        yield f"{where} has {lines}"
+    for node in ast.walk(ast.parse(text)) if file.suffix == ".py" else ():
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MAX_FUNCTION:
+                yield f"{node.name} in {where} has {lines}"
 
 
 @pytest.mark.parametrize(

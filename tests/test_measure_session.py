@@ -10,7 +10,6 @@ import torch
 from machines import CPU, forget, pretend, pretended
 
 from moegate import catalog, get_spec
-from moegate.catalog.synthetic import random_hidden, random_tensors
 from moegate.choice.candidates import CUBLAS, ROUTER_GEMM
 from moegate.choice.dispatch import Dispatch
 from moegate.choice.plan import Plan
@@ -22,6 +21,7 @@ from moegate.measure.timing import Contestant, Workload
 from moegate.measure.transformers_router import transformers_router
 from moegate.measure.tune import MODELS
 from moegate.problem import problem_of
+from moegate.synthetic import random_hidden, random_tensors
 
 MACHINE = pretended((9, 0), None, name="NVIDIA H200")
 

@@ -1,14 +1,11 @@
-"""What a gate notices while a model is loaded, cast, copied, captured or trained, and from several threads."""
+"""What a gate notices while a model is loaded, cast, copied, captured or trained."""
 
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -21,7 +18,6 @@ from noticing_gates import (
     PINNED,
     SPEC,
     a_gate,
-    assign,
     routed_as,
     set_data,
     weight_of,
@@ -32,7 +28,7 @@ from routers import SPECS, tensors_of
 from torch import Tensor, nn
 
 import moegate
-from moegate import Gate, noticing
+from moegate import Gate
 
 
 # On meta, to be loaded.
@@ -182,71 +178,6 @@ def test_casts_under_the_settings_of_pytorch() -> None:
             set_it(False)
         assert gate.weight.equal(float32)
         assert routed_as(gate)
-
-
-# Threads, forks, captures.
-@FROZEN
-def test_threads_that_find_a_change(frozen: bool, prepared: list[Tensor]) -> None:
-    """One refresh for all of them, and none sees half of it."""
-    gate = a_gate(frozen=frozen)
-    for turn in range(5):
-        prepared.clear()
-        assign(gate, there(weight_of(SPEC, turn).to(torch.float16 if turn % 2 == 0 else torch.bfloat16)))
-        with ThreadPoolExecutor(8) as pool:
-            got = list(pool.map(lambda _: gate(HIDDEN), range(16)))
-        assert len(prepared) == 1
-        expected = moegate.route(HIDDEN, gate.weight, SPEC, e_score_correction_bias=gate.e_score_correction_bias)
-        assert all(routing.topk_ids.equal(expected.topk_ids) for routing in got)
-
-
-def test_threads_that_wait_for_a_refresh_make_none(prepared: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = a_gate(frozen=True)
-    waiting = threading.Semaphore(0)
-    notice = Gate._notice
-
-    def counted(self: Gate) -> object:
-        waiting.release()
-        return notice(self)
-
-    monkeypatch.setattr(Gate, "_notice", counted)
-    prepared.clear()
-    write(gate, gate.weight * 2)
-    with ThreadPoolExecutor(4) as pool:
-        with noticing.lock_of(gate):
-            calls = [pool.submit(gate, HIDDEN) for _ in range(4)]
-            for _ in calls:
-                assert waiting.acquire(timeout=30)
-        for call in calls:
-            call.result()
-    assert len(prepared) == 1
-
-
-@pytest.mark.cpu
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_a_child_of_a_process_that_was_refreshing() -> None:
-    """A lock that a thread holds at the fork has nobody to release it in the child."""
-    torch.set_num_threads(1)  # PyTorch's own threads do not live through a fork
-    gate, held, done = a_gate(frozen=True), threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with noticing.lock_of(gate):
-            held.set()
-            done.wait()
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    write(gate, gate.weight * 2)
-    child = os.fork()
-    if child == 0:
-        threading.Timer(20, os._exit, [3]).start()
-        gate(HIDDEN)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    done.set()
-    thread.join()
-    assert os.waitstatus_to_exitcode(status) == 0
 
 
 @pytest.mark.cpu

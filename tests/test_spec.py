@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
@@ -127,3 +129,12 @@ def test_what_follows_from_the_fields() -> None:
     assert keys == [3, 2, 1]
     assert RouterSpec(8, 16, 2, renormalize=True).softmax_over_selected
     assert not RouterSpec(8, 16, 2, renormalize=True, renormalize_eps=1e-20).softmax_over_selected
+
+
+def test_a_copy_in_another_process_computes_its_own_hash() -> None:
+    """Text hashes to other numbers there."""
+    spec = RouterSpec(64, 8, 2)
+    hash(spec)
+    again = pickle.loads(pickle.dumps(spec))
+    assert vars(again).keys() == {part.name for part in dataclasses.fields(RouterSpec)}
+    assert (again, hash(again)) == (spec, hash(spec))

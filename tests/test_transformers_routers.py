@@ -24,7 +24,7 @@ from transformers_routers import as_routing
 import moegate
 from moegate import Gate, RouterSpec, Routing
 from moegate.catalog import Model, models
-from moegate.catalog.model_types import model_types
+from moegate.configs.model_types import model_types
 from moegate.contract import bounds, reference
 from moegate.contract.bounds import BFLOAT16_U
 from moegate.contract.verify import verify_routing

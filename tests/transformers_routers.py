@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moegate import RouterSpec, Routing
-from moegate.catalog.model_types import model_types as catalog_types
+from moegate.configs.model_types import model_types as catalog_types
 from moegate.contract.reference import choice_keys, finite_logits
 from moegate.routing import RouterTensors
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moegate.catalog.model_types import ModelType, model_types, read_toml, wrappers
+from moegate.configs.model_types import ModelType, model_types, read_tables, wrappers
 
 _ENGINES = ("published", "transformers", "vllm", "sglang", "others")
 _NAMES = {
@@ -18,7 +18,7 @@ _NAMES = {
 _HEAD = """
 # What a config.json means
 
-Written by `python tools/configs_page.py` from the tables in `src/moegate/catalog/types`, whose README says how to add
+Written by `python tools/configs_page.py` from the tables in `src/moegate/configs/types`, whose README says how to add
 a model type. `RouterSpec.from_config` reads a config by three rules.
 
 1. **Nothing invented.** The number of experts is never assumed. A config that does not state it is refused: a dense
@@ -58,7 +58,7 @@ def page() -> str:
     lines += ["", _KEYS.strip(), "", *_table(("Model type", "Experts counted by", "Source"), map(_type, types))]
     inner = [(f"`{name}`", _inner(keys)) for name, keys in sorted(wrappers().items())]
     lines += ["", _WRAPPERS.strip(), "", *_table(("Composite type", "Where the router is"), inner)]
-    tables = sorted(read_toml("types/refused.toml").items())
+    tables = sorted(read_tables("refused").items())
     reasons = [(f"`{name}`", table["reason"], table["source"]) for name, table in tables]
     lines += ["", _REFUSED.strip(), "", *_table(("Model type", "Reason", "Source"), reasons)]
     return "\n".join(lines) + "\n"

@@ -19,9 +19,9 @@ from torch import Tensor
 import moegate
 from moegate import Gate
 from moegate.arguments import check_gate
-from moegate.catalog.synthetic import random_hidden, random_tensors
 from moegate.contract.verify import verify_call
 from moegate.measure.timing import reason_of
+from moegate.synthetic import random_hidden, random_tensors
 
 _BLOCKS, _CALLS = 21, 200  # a block stays below the some 1000 launches that a stream queues before it blocks
 

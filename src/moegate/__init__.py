@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from moegate import catalog
+from moegate._version import __version__
 from moegate.catalog import get_spec
 from moegate.spec import RouterSpec
 
@@ -30,7 +31,5 @@ else:
     def __dir__():
         return sorted({*globals(), *__all__})
 
-
-__version__ = "0.1.0"
 
 __all__ = ["Gate", "RouterSpec", "Routing", "__version__", "catalog", "get_spec", "route", "router_gemm", "select"]

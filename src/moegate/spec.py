@@ -5,35 +5,27 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-from moegate.spec_checks import check_type, require
+from moegate.spec_values import (
+    CHOICES,
+    CorrectionBias,
+    GateWeightDtype,
+    GroupScore,
+    LogitsDtype,
+    ScoringFunc,
+    WeightsDtype,
+    WeightsFrom,
+    check_type,
+)
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-ScoringFunc = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity"]
-CorrectionBias = Literal["score", "logit"]
-GroupScore = Literal["top2_sum", "max", "topj_sum"]
-WeightsFrom = Literal["score", "softmax_of_selected", "sigmoid_of_selected"]
-LogitsDtype = Literal["float32", "bfloat16"]
-GateWeightDtype = Literal["model", "float32"]
-WeightsDtype = Literal["float32", "bfloat16", "float16"]
-
 MAX_GATE_ROWS = 1024
 MAX_TOP_K = 32
 _FLOAT32_RANGE = (2.0**-126, 3.4028234663852886e38)
-
-_CHOICES: dict[str, tuple[object, ...]] = {
-    "scoring_func": get_args(ScoringFunc),
-    "correction_bias": (None, *get_args(CorrectionBias)),
-    "group_score": get_args(GroupScore),
-    "weights_from": get_args(WeightsFrom),
-    "logits_dtype": get_args(LogitsDtype),
-    "weight_dtype": get_args(GateWeightDtype),
-    "topk_weights_dtype": get_args(WeightsDtype),
-}
 
 
 @dataclass(frozen=True)
@@ -119,12 +111,24 @@ class RouterSpec:
     def __post_init__(self) -> None:
         for part in dataclasses.fields(self):
             check_type(part.name, str(part.type), getattr(self, part.name))
-        for name, allowed in _CHOICES.items():
-            require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {list(allowed)}")
+        for name, allowed in CHOICES.items():
+            self._require(name, getattr(self, name) in allowed, f"one of {list(allowed)}")
         self._check_sizes()
         self._check_groups()
         self._check_weights()
         self._check_numbers()
+
+    def __hash__(self) -> int:
+        """The hash of the fields, computed once: a spec is part of the key of all that is kept for one."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, part.name) for part in dataclasses.fields(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what was computed: another process hashes text to other numbers.
+        return {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
 
     @classmethod
     def from_config(
@@ -148,7 +152,7 @@ class RouterSpec:
             ValueError: A file that is missing or broken; a model without experts; a model type that is unknown or
                 out of scope; a field with neither a value nor a default; values that make no sense together.
         """
-        from moegate.catalog.config import router_fields
+        from moegate.configs.fields import router_fields
 
         found = router_fields(config, layer=layer)
         try:
@@ -206,40 +210,28 @@ class RouterSpec:
         return self.weights_from == "softmax_of_selected" or renormalized_softmax
 
     def _check_sizes(self) -> None:
-        require(self.hidden_size >= 1, "hidden_size", self.hidden_size, "at least 1")
-        require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
+        self._require("hidden_size", self.hidden_size >= 1, "at least 1")
+        self._require("num_experts", self.num_experts >= 1, "at least 1")
         for name in ("num_zero_experts", "num_shared_gates"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            self._require(name, getattr(self, name) >= 0, "0 or more")
         rows = self.num_gate_rows
-        require(
-            rows <= MAX_GATE_ROWS,
-            "num_experts",
-            self.num_experts,
-            f"at most {MAX_GATE_ROWS} rows with zero experts and shared gates, which make {rows}",
-        )
+        allowed = f"at most {MAX_GATE_ROWS} rows with zero experts and shared gates, which make {rows}"
+        self._require("num_experts", rows <= MAX_GATE_ROWS, allowed)
         limit = min(MAX_TOP_K, self.num_selectable)
-        require(1 <= self.top_k <= limit, "top_k", self.top_k, f"1 to {limit}")
+        self._require("top_k", 1 <= self.top_k <= limit, f"1 to {limit}")
 
     def _check_groups(self) -> None:
-        experts = self.num_selectable
-        require(
-            self.n_group >= 1 and experts % self.n_group == 0,
-            "n_group",
-            self.n_group,
-            f"a divisor of the {experts} selectable experts",
-        )
-        if self.n_group == 1:
-            require(self.topk_group == 1, "topk_group", self.topk_group, "1 when n_group is 1")
+        experts, groups = self.num_selectable, self.n_group
+        allowed = f"a divisor of the {experts} selectable experts"
+        self._require("n_group", groups >= 1 and experts % groups == 0, allowed)
+        if groups == 1:
+            self._require("topk_group", self.topk_group == 1, "1 when n_group is 1")
         else:
-            require(not self.hash_routing, "n_group", self.n_group, "1 with hash_routing, which looks no score up")
-        require(1 <= self.topk_group <= self.n_group, "topk_group", self.topk_group, f"1 to {self.n_group}")
-        per_group = experts // self.n_group
-        require(
-            self.topk_group * per_group >= self.top_k,
-            "topk_group",
-            self.topk_group,
-            f"enough groups of {per_group} experts to choose top_k={self.top_k} from",
-        )
+            self._require("n_group", not self.hash_routing, "1 with hash_routing, which looks no score up")
+        self._require("topk_group", 1 <= self.topk_group <= groups, f"1 to {groups}")
+        per_group = experts // groups
+        allowed = f"enough groups of {per_group} experts to choose top_k={self.top_k} from"
+        self._require("topk_group", self.topk_group * per_group >= self.top_k, allowed)
         self._check_group_score(per_group)
         if self.select_per_group:
             self._check_selection_per_group()
@@ -248,70 +240,55 @@ class RouterSpec:
         top_j = self.group_score_top_j
         if self.group_score == "topj_sum":
             allowed = f"1 to {per_group}, the experts of a group, with group_score='topj_sum'"
-            require(top_j is not None and 1 <= top_j <= per_group, "group_score_top_j", top_j, allowed)
+            self._require("group_score_top_j", top_j is not None and 1 <= top_j <= per_group, allowed)
         else:
-            require(top_j is None, "group_score_top_j", top_j, f"None with group_score={self.group_score!r}")
+            self._require("group_score_top_j", top_j is None, f"None with group_score={self.group_score!r}")
         if self.group_score == "top2_sum" and self.n_group > 1 and not self.select_per_group:
-            require(per_group >= 2, "n_group", self.n_group, "groups of at least 2 experts for group_score='top2_sum'")
+            self._require("n_group", per_group >= 2, "groups of at least 2 experts for group_score='top2_sum'")
 
     def _check_selection_per_group(self) -> None:
         groups = self.n_group
-        require(groups > 1, "select_per_group", True, "False when n_group is 1")
+        self._require("select_per_group", groups > 1, "False when n_group is 1")
         allowed = f"n_group={groups} with select_per_group, in which every group takes part"
-        require(self.topk_group == groups, "topk_group", self.topk_group, allowed)
-        allowed = f"a multiple of n_group={groups} with select_per_group"
-        require(self.top_k % groups == 0, "top_k", self.top_k, allowed)
+        self._require("topk_group", self.topk_group == groups, allowed)
+        self._require("top_k", self.top_k % groups == 0, f"a multiple of n_group={groups} with select_per_group")
         allowed = "'top2_sum', the default, with select_per_group, which ranks no group"
-        require(self.group_score == "top2_sum", "group_score", self.group_score, allowed)
+        self._require("group_score", self.group_score == "top2_sum", allowed)
 
     def _check_weights(self) -> None:
+        are_logits = self.scoring_func == "identity" and self.weights_from == "score"
         if self.renormalize:
-            require(
-                self.weights_from != "softmax_of_selected",
-                "renormalize",
-                True,
-                "False with weights_from='softmax_of_selected', which sums to 1 already",
-            )
-            require(
-                self.scoring_func != "identity" or self.weights_from != "score",
-                "renormalize",
-                True,
-                "False with scoring_func='identity', whose sum may be zero or negative",
-            )
+            allowed = "False with weights_from='softmax_of_selected', which sums to 1 already"
+            self._require("renormalize", self.weights_from != "softmax_of_selected", allowed)
+            allowed = "False with scoring_func='identity', whose sum may be zero or negative"
+            self._require("renormalize", not are_logits, allowed)
         else:
             for name in ("renormalize_eps", "renormalize_floor"):
-                require(getattr(self, name) == 0.0, name, getattr(self, name), "0.0 without renormalize")
+                self._require(name, getattr(self, name) == 0.0, "0.0 without renormalize")
         if self.num_shared_gates:
-            require(
-                self.renormalize and self.scoring_func in ("sigmoid", "sqrtsoftplus") and self.weights_from == "score",
-                "num_shared_gates",
-                self.num_shared_gates,
-                "0, unless renormalize joins them to weights_from='score' with a sigmoid or sqrtsoftplus",
-            )
+            has_scores = self.scoring_func in ("sigmoid", "sqrtsoftplus") and self.weights_from == "score"
+            allowed = "0, unless renormalize joins them to weights_from='score' with a sigmoid or sqrtsoftplus"
+            self._require("num_shared_gates", self.renormalize and has_scores, allowed)
         if self.hash_routing:
-            require(self.correction_bias is None, "correction_bias", self.correction_bias, "None with hash_routing")
+            self._require("correction_bias", self.correction_bias is None, "None with hash_routing")
         if self.num_zero_experts:
-            require(
-                self.scoring_func != "identity" or self.weights_from != "score",
-                "num_zero_experts",
-                self.num_zero_experts,
-                "0 with scoring_func='identity', whose weights have no finite sum",
-            )
-        if self.per_expert_scale:
-            require(
-                self.num_zero_experts == 0,
-                "per_expert_scale",
-                True,
-                "False with zero experts, which have no parameters",
-            )
+            allowed = "0 with scoring_func='identity', whose weights have no finite sum"
+            self._require("num_zero_experts", not are_logits, allowed)
+            allowed = "False with zero experts, which have no parameters"
+            self._require("per_expert_scale", not self.per_expert_scale, allowed)
 
     def _check_numbers(self) -> None:
         smallest, largest = _FLOAT32_RANGE
         for name in ("renormalize_eps", "renormalize_floor"):
-            require(0.0 <= getattr(self, name) <= largest, name, getattr(self, name), "0 or more, a float32")
+            self._require(name, 0.0 <= getattr(self, name) <= largest, "0 or more, a float32")
         for name in ("routed_scaling_factor", "logit_multiplier"):
-            value = getattr(self, name)
-            require(smallest <= value <= largest, name, value, "above 0, a normal float32")
+            self._require(name, smallest <= getattr(self, name) <= largest, "above 0, a normal float32")
         for name in ("logit_softcapping", "input_norm_eps"):
             value = getattr(self, name)
-            require(value is None or smallest <= value <= largest, name, value, "None, or above 0, a normal float32")
+            holds = value is None or smallest <= value <= largest
+            self._require(name, holds, "None, or above 0, a normal float32")
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        """Refuses the value of a field, by a `ValueError` that names the field and what is allowed."""
+        if not holds:
+            raise ValueError(f"RouterSpec.{name} = {getattr(self, name)!r}; allowed: {allowed}")

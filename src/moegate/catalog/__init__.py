@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from moegate.catalog.model_types import model_types, read_toml
+from moegate.configs.model_types import model_types
 from moegate.spec import RouterSpec
+from moegate.toml_file import read_toml
 
 __all__ = ["Model", "get_model", "get_spec", "models", "names"]
 
@@ -56,7 +57,7 @@ def models() -> tuple[Model, ...]:
     """All named models, in the order of the catalog."""
     return tuple(
         Model(name, tuple(row.get("also", ())), row["source"], row.get("note"), row["config"])
-        for name, row in read_toml("models.toml").items()
+        for name, row in read_toml("moegate.catalog", "models.toml").items()
     )
 
 

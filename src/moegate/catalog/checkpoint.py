@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,21 +13,13 @@ import torch
 from torch import Tensor
 
 from moegate.catalog.files import Reader, check_path, explain_no_config, files_of, is_part, tensor_files
-from moegate.catalog.layer_names import (
-    Found,
-    LayerNames,
-    alternatives,
-    any_type,
-    is_peft,
-    names_of_role,
-    ranges,
-    strays,
-)
-from moegate.catalog.lookup import check_layer
-from moegate.catalog.model_types import ModelType
+from moegate.catalog.gate_names import GateNames, wanted_roles
+from moegate.catalog.layer_names import Found, any_type, is_peft, ranges
 from moegate.catalog.options import SpecOrChange, check_names, check_spec
-from moegate.catalog.parts import routing_config
-from moegate.catalog.stored import ALLOWED, FLOAT8, FLOAT8_SCALES, adapters, block_size, dequantised, format_of, shaped
+from moegate.catalog.stored import ALLOWED, FLOAT8, FLOAT8_SCALES, block_size, dequantised, shaped
+from moegate.configs.lookup import check_layer
+from moegate.configs.model_types import ModelType
+from moegate.configs.routing_part import routing_config
 from moegate.json_file import read_json
 from moegate.routing import FLOATS
 from moegate.spec import RouterSpec
@@ -55,7 +46,8 @@ class Checkpoint:
         self._given = check_names(tensors)
         self._config, self._model_type = self._routing_config()
         self._files = tensor_files(self.place)
-        self._names = LayerNames(self._files, self._model_type)
+        self.gates = GateNames(self._files, self._model_type, self._given, self._quantization.get("quant_method"))
+        """Which tensors are gates."""
         self._reader = Reader(self._files)
         self._unused = set(self._given)
 
@@ -63,7 +55,7 @@ class Checkpoint:
     def layers(self) -> list[int]:
         """The model's layers with a gate. Later ones are heads that predict further tokens."""
         count = self._num_layers
-        return [layer for layer in self._gated() if count is None or layer < count]
+        return [layer for layer in self.gates.layers if count is None or layer < count]
 
     @cached_property
     def _num_layers(self) -> int | None:
@@ -78,22 +70,13 @@ class Checkpoint:
 
     def explain_no_layers(self) -> str:
         """Why `layers` is empty, for errors."""
-        gated, count = self._gated(), self._num_layers
+        gated, count = self.gates.layers, self._num_layers
         if not gated:
-            return self.describe_layers()
+            return self.gates.describe()
         several = len(gated) > 1
         which = f"the layers with a router, {ranges(gated)}, are" if several else f"layer {gated[0]}, with a router, is"
         counted = "1 layer" if count == 1 else f"{count} layers"
         return f"config.json counts {counted}; {which} past it; allowed: {'these' if several else 'it'} by number"
-
-    def describe_layers(self) -> str:
-        """The layers that may be asked for, for errors."""
-        gated = self._gated()
-        if gated:
-            return f"layers with a router: {ranges(gated)}"
-        names = ", ".join(tail for tail, _ in alternatives(self._model_type, "weight"))
-        beside = ", ".join(sorted(self._names.beside))
-        return f"no layer has a {names}" + (f" (layers of {beside} are not the model's)" if beside else "")
 
     def has_part(self, file: Path) -> bool:
         """Whether writing this file would change the checkpoint; the file may be missing."""
@@ -101,10 +84,8 @@ class Checkpoint:
 
     def check_has_gate(self, layer: int) -> None:
         """Refuses a layer without a gate."""
-        if "weight" in self._given:  # of a layer that nobody else knows, perhaps
-            return
-        if layer not in self._names.layers or not self._has_gate(layer):
-            raise ValueError(f"layer = {layer}; allowed: {self.describe_layers()}, in {self.place}")
+        if not self.gates.may_have(layer):
+            raise ValueError(f"layer = {layer}; allowed: {self.gates.describe()}, in {self.place}")
 
     def read_all(
         self, layers: Iterable[int] | None = None
@@ -113,7 +94,7 @@ class Checkpoint:
         wanted = self.layers if layers is None else sorted({check_layer(layer) for layer in layers})
         if layers is None and not wanted:
             raise ValueError(f"path: {self.explain_no_layers()}, in {self.place}")
-        self._check_given_for(wanted)
+        self.gates.check_given_for(wanted)
         for layer in wanted:
             self.check_has_gate(layer)
         for layer in wanted:
@@ -122,16 +103,16 @@ class Checkpoint:
             self._check_all_given_read()
 
     def _read(self, layer: int) -> tuple[RouterSpec, dict[str, Tensor]]:
-        at = self._weight_of(layer)
+        at = self.gates.weight(layer)
         weight, dtype = self._weight(at, layer)
         spec = self._spec_of(layer, dtype)
         weight = weight if spec.weight_dtype == "float32" else weight.to(dtype)
         tensors = {"weight": shaped("weight", weight, at.name, at.take, spec)}
-        places = {role: self._found(role, layer, at) for role, wanted in _wanted(spec).items() if wanted}
+        places = {role: self.gates.tensor(role, layer, at) for role, wanted in wanted_roles(spec).items() if wanted}
         for role, found in places.items():
             tensors[role] = shaped(role, self._reader.read(found.name), found.name, found.take, spec)
         read = {at.name, *(found.name for found in places.values())}
-        self._refuse_strays(layer, at, read, spec)
+        self.gates.refuse_strays(layer, at, read, spec)
         self._unused -= tensors.keys()
         if any(map(is_peft, read)):
             warn_once(f"the gates of {self.place} go by names that PEFT gives to wrapped modules; read as the gates")
@@ -141,12 +122,6 @@ class Checkpoint:
         """Refuses names for tensors that no gate that was read takes."""
         if self._unused:
             raise ValueError(f"tensors: got {', '.join(sorted(self._unused))}; the spec takes no such tensor")
-
-    def _check_given_for(self, layers: list[int]) -> None:
-        """Refuses one and the same tensor for several layers."""
-        for role, name in self._given.items():
-            if len(layers) > 1 and name in self._files:
-                raise ValueError(f"tensors: {role} = {name!r}, for several layers; allowed: {{layer}} in the name")
 
     def _routing_config(self) -> tuple[dict[str, Any], ModelType]:
         config_file = self._folder / "config.json"
@@ -159,25 +134,6 @@ class Checkpoint:
             explain_no_config(config_file)
             raise
 
-    def _gated(self) -> list[int]:
-        return [layer for layer in sorted(self._names.layers) if self._has_gate(layer)]
-
-    def _has_gate(self, layer: int) -> bool:
-        if "weight" in self._given:
-            return self._given_tensor("weight", layer) is not None
-        there = self._names.layers[layer]
-        names = [tail for tail, _ in alternatives(self._model_type, "weight")]
-        return any(tail in there for tail in names) or self._other_form(layer) is not None
-
-    def _other_form(self, layer: int) -> tuple[str, str] | None:
-        """The name behind "layers.L." and the format of a gate that is no plain weight."""
-        for tail, _ in alternatives(self._model_type, "weight"):
-            module = tail.removesuffix(".weight")
-            form = format_of(self._names.leaves(layer, module), self._quantization.get("quant_method"))
-            if form is not None:
-                return f"{module}.{form[0]}", form[1]
-        return None
-
     @cached_property
     def _quantization(self) -> Mapping[str, Any]:
         """What config.json says of quantisation, of a composite model at its top."""
@@ -186,27 +142,6 @@ class Checkpoint:
         whole = read_json(self._folder / "config.json", "path:")
         found = whole.get("quantization_config") or self._config.get("quantization_config")
         return found if isinstance(found, Mapping) else {}
-
-    def _weight_of(self, layer: int) -> Found:
-        """Where the weight of the layer's gate is, in a form that can be read."""
-        if "weight" in self._given:
-            return self._found("weight", layer, None)
-        form = self._other_form(layer)
-        if form is not None:
-            raise ValueError(f"path: layer {layer}'s gate is stored as {form[0]} ({form[1]}); allowed: {ALLOWED}")
-        found = self._names.find(layer, "weight", alternatives(self._model_type, "weight"))
-        assert found is not None, layer
-        self._refuse_adapters(layer, found)
-        return found
-
-    def _refuse_adapters(self, layer: int, weight: Found) -> None:
-        assert weight.module is not None
-        found = adapters(self._names.leaves(layer, weight.module))
-        if found:
-            raise ValueError(
-                f"path: layer {layer}'s gate has an adapter, {weight.module}.{found[0]}, that is not merged into its "
-                f'weight; allowed: a merged checkpoint, or tensors={{"weight": {weight.name!r}}} for the weight alone'
-            )
 
     def _weight(self, at: Found, layer: int) -> tuple[Tensor, torch.dtype]:
         """The weight as it is stored, in float32 where that is FP8, and the dtype that its gate is to have."""
@@ -234,33 +169,6 @@ class Checkpoint:
         dtype = getattr(torch, str(self._config.get("dtype")), None)
         return exact, dtype if dtype in FLOATS else torch.bfloat16
 
-    def _found(self, role: str, layer: int, weight: Found | None) -> Found:
-        """Where a tensor of the layer's gate is: what the user named, or the catalog's names for it."""
-        if role in self._given:
-            found = self._given_tensor(role, layer)
-            if found is None:
-                name = self._given[role].replace("{layer}", str(layer))
-                close = difflib.get_close_matches(name, self._names.layers.get(layer, {}).values(), n=2)
-                hint = f"; did you mean {' or '.join(close)}?" if close else ""
-                raise ValueError(f"tensors: {role} = {self._given[role]!r}; the checkpoint has no {name}{hint}")
-            return found
-        module, part = (None, None) if weight is None else (weight.module, weight.part)
-        tails = names_of_role(self._model_type, role, module)
-        found = self._names.find(layer, role, tails, part)
-        if found is None:
-            tried = ", ".join(f"{self._model_type.layers}.{layer}.{tail}" for tail, _ in tails)
-            raise ValueError(f"path: no {role} of layer {layer} in the checkpoint; looked for {tried or 'nothing'}")
-        return found
-
-    def _given_tensor(self, role: str, layer: int) -> Found | None:
-        """The tensor that the user named, by a full name or by what stands behind "layers.L."."""
-        name = self._given[role].replace("{layer}", str(layer))
-        takes = dict(alternatives(self._model_type, role))
-        if name in self._files:
-            part, tail = self._names.place(name)
-            return Found(name, part, tail, None if tail is None else takes.get(tail))
-        return self._names.find(layer, role, [(name, takes.get(name))])
-
     def _spec_of(self, layer: int, dtype: torch.dtype) -> RouterSpec:
         if isinstance(self._spec, RouterSpec):
             return self._spec
@@ -274,21 +182,6 @@ class Checkpoint:
             raise TypeError(f"spec: got a function that returns {type(changed).__name__}; allowed: a RouterSpec")
         return changed
 
-    def _refuse_strays(self, layer: int, weight: Found, read: set[str], spec: RouterSpec) -> None:
-        """A bias that the gate does not add, or a scale or table of experts, would have it route as no model does."""
-        unwanted = [role for role, wanted in _wanted(spec).items() if not wanted]
-        tails = strays(self._names.layers.get(layer, {}), weight.module, unwanted)
-        ignored = set(self._model_type.other_tensors)
-        if spec.hash_routing:  # a table leaves a correction bias nothing to choose, and some checkpoints have one
-            ignored.update(tail for tail, _ in alternatives(self._model_type, "e_score_correction_bias"))
-        names = [name for tail in tails if tail not in ignored for name in self._names.names(layer, tail, weight.part)]
-        stray = [name for name in names if name not in read]
-        if stray:
-            raise ValueError(
-                f"path: layer {layer} holds {', '.join(stray)}, which the spec does not take; "
-                "allowed: spec= with one that does"
-            )
-
 
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
@@ -297,15 +190,3 @@ def _naming(file: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(str(error) if str(file) in str(error) else f"path: {file}: {error}") from None
-
-
-def _wanted(spec: RouterSpec) -> dict[str, bool]:
-    """Which tensors beside the weight a gate of this spec has."""
-    return {
-        "bias": spec.linear_bias,
-        "e_score_correction_bias": spec.correction_bias is not None,
-        "input_scale": spec.input_norm_eps is not None,
-        "per_expert_scale": spec.per_expert_scale,
-        "global_scale": spec.global_scale,
-        "tid2eid": spec.hash_routing,
-    }

@@ -155,8 +155,12 @@ def _opened(file: Path) -> Any:
 
 
 def files_of(folder: Path, files: Mapping[str, Path]) -> set[Path]:
-    """Every file that a reader of the checkpoint looks at, there or not."""
-    return {folder / "config.json", folder / _INDEX, *files.values(), *folder.glob("*.safetensors")}
+    """Every file that a reader of the checkpoint looks at, there or not, and all that lies in its folder beside them.
+
+    That is the checkpoint's, too: a tokenizer, a licence, another format.
+    """
+    there = (path for path in folder.rglob("*") if not path.is_dir())
+    return {folder / "config.json", folder / _INDEX, *files.values(), *there}
 
 
 def is_part(file: Path, folder: Path, parts: Iterable[Path]) -> bool:

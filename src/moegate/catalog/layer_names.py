@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from moegate.catalog.model_types import ModelType, model_types
+from moegate.configs.model_types import ModelType, model_types
 
 ROLES = ("weight", "bias", "e_score_correction_bias", "input_scale", "per_expert_scale", "global_scale", "tid2eid")
 """The tensors of a gate."""
@@ -37,7 +37,7 @@ class Found:
     tail: str | None
     """The name behind "layers.L.", less wrappers; None: given by its full name, and of no layer."""
     take: str | None = None
-    """How to take it: model_types.toml."""
+    """How to take it: configs/types/README.md."""
 
     @property
     def module(self) -> str | None:

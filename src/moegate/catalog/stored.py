@@ -169,7 +169,7 @@ def shaped(role: str, tensor: Tensor, name: str, take: str | None, spec: RouterS
 
 
 def _taken(tensor: Tensor, name: str, take: str | None, shape: tuple[int, ...]) -> Tensor:
-    """What a gate takes of a stored tensor, by an entry of model_types.toml."""
+    """What a gate takes of a stored tensor, by an entry of configs/types/README.md."""
     if take is None:
         return tensor
     if tensor.dim() != 2 or len(tensor) == 0:

@@ -18,7 +18,8 @@ from moegate.cuda import device as gpu
 from moegate.halves import BoundGemm, BoundSelection, Call, Logits, Prepared
 from moegate.problem import Dtypes, Problem, default_weight_dtype, dtypes_of
 from moegate.routing import RouterTensors, Routing, outputs_of
-from moegate.spec import LogitsDtype, RouterSpec
+from moegate.spec import RouterSpec
+from moegate.spec_values import LogitsDtype
 
 
 class _Bound(NamedTuple):

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moegate import __version__
+from moegate._version import __version__
 from moegate.cache_folder import cache_folder
 from moegate.cuda import jit
 from moegate.json_file import read_json

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from moegate import __version__
+from moegate._version import __version__
 from moegate.cli import bench, check, explain, models, route, tune
 from moegate.cli.output import complain
 

@@ -133,8 +133,8 @@ def _check_folder(out: Path) -> None:
 
 def _source(name: str) -> Source:
     from moegate import catalog
-    from moegate.catalog.parts import routing_config
     from moegate.cli.inputs import load_spec
+    from moegate.configs.routing_part import routing_config
     from moegate.measure.bench import Source
 
     title, spec = load_spec(name)

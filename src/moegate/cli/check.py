@@ -103,9 +103,9 @@ def _check_model(backend: str, device: torch.device, name: str) -> list[dict[str
 
 
 def _compare(backend: str, device: torch.device, spec: RouterSpec, tokens: int) -> Verdict:
-    from moegate.catalog.synthetic import random_hidden, random_input_ids, random_tensors
     from moegate.contract.verify import Verdict, verify_call
     from moegate.gate import Gate
+    from moegate.synthetic import random_hidden, random_input_ids, random_tensors
 
     weight, tensors = random_tensors(spec, seed=0, device=device)
     hidden = random_hidden(spec, tokens, seed=tokens, device=device)

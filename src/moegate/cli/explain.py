@@ -15,45 +15,52 @@ if TYPE_CHECKING:
     from moegate.choice import Explanation, Plan
     from moegate.machine import Machine
 
-_TOKENS = "1,4,16,64,4096"
+_COUNTS = "1,4,16,64,4096"
 _NAME_WIDTH, _WIDE = 20, 120  # of a column of names; of a console in which no name needs to be broken
 _NARROW = 76  # of a console in which tables would cut times off, or leave sentences a word a line
 
+_Source = Annotated[
+    str,
+    typer.Argument(
+        help="A name of `moegate models`, or a folder with a config.json, or a file of it.", metavar="SOURCE"
+    ),
+]
+_Tokens = Annotated[str, typer.Option(help="Numbers of tokens.", metavar="M,M,...")]
+_Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda, cuda:1, ..., or a GPU that need not be here, such as sm_103 or 'RTX 5090'; unless given, "
+        "the GPU if there is one.",
+        metavar="D",
+    ),
+]
+_Installed = Annotated[
+    str | None,
+    typer.Option(
+        help="As if this were installed: flashinfer==0.6.8. A GPU that is not here has none otherwise.",
+        metavar="PACKAGE==VERSION",
+    ),
+]
+_Policy = Annotated[str, typer.Option(help="measured or sglang.", metavar="P")]
+_Backend = Annotated[str | None, typer.Option(help="Only this one: torch, cuda or flashinfer.", metavar="BACKEND")]
+_Frozen = Annotated[
+    bool,
+    typer.Option(
+        "--frozen/--not-frozen", help="The gate's weight is declared constant, as a checkpoint's is, or may change."
+    ),
+]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print a list, one object a number of tokens.")]
+
 
 def explain(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A name of `moegate models`, or a folder with a config.json, or a file of it.", metavar="SOURCE"
-        ),
-    ],
-    tokens: Annotated[str, typer.Option(help="Numbers of tokens.", metavar="M,M,...")] = _TOKENS,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu, cuda, cuda:1, ..., or a GPU that need not be here, such as sm_103 or 'RTX 5090'; unless given, "
-            "the GPU if there is one.",
-            metavar="D",
-        ),
-    ] = None,
-    installed: Annotated[
-        str | None,
-        typer.Option(
-            help="As if this were installed: flashinfer==0.6.8. A GPU that is not here has none otherwise.",
-            metavar="PACKAGE==VERSION",
-        ),
-    ] = None,
-    policy: Annotated[str, typer.Option(help="measured or sglang.", metavar="P")] = "measured",
-    backend: Annotated[
-        str | None, typer.Option(help="Only this one: torch, cuda or flashinfer.", metavar="BACKEND")
-    ] = None,
-    frozen: Annotated[
-        bool,
-        typer.Option(
-            "--frozen/--not-frozen", help="The gate's weight is declared constant, as a checkpoint's is, or may change."
-        ),
-    ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list, one object a number of tokens.")] = False,
+    source: _Source,
+    tokens: _Tokens = _COUNTS,
+    device: _Device = None,
+    installed: _Installed = None,
+    policy: _Policy = "measured",
+    backend: _Backend = None,
+    frozen: _Frozen = True,
+    as_json: _AsJson = False,
 ) -> None:
     """Show which kernels run for a model's router, the time to expect, and why no others.
 
@@ -88,7 +95,7 @@ def numbers(option: str, text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and int(word) <= MAX_TOKENS for word in words):
         raise ValueError(
-            f"{option}: got {text!r}; allowed: numbers up to {MAX_TOKENS} with commas between them, as in {_TOKENS}"
+            f"{option}: got {text!r}; allowed: numbers up to {MAX_TOKENS} with commas between them, as in {_COUNTS}"
         )
     return list(dict.fromkeys(map(int, words)))
 

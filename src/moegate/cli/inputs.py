@@ -19,11 +19,11 @@ from torch import Tensor
 from moegate import catalog
 from moegate.catalog.checkpoint import Checkpoint
 from moegate.catalog.files import files_of, is_part
-from moegate.catalog.synthetic import random_gate, random_hidden, random_input_ids
 from moegate.gate import Gate
 from moegate.lfs import why_unreadable
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
+from moegate.synthetic import random_gate, random_hidden, random_input_ids
 
 DEFAULT_TOKENS = 64
 
@@ -139,7 +139,7 @@ def load_jobs(source: str, layers: str | None, inputs: Inputs, change: Callable[
         _check_folder(folder)
     checkpoint = Checkpoint(folder, change)
     if layers is None:
-        raise ValueError(f"--layer: missing; all, or {checkpoint.describe_layers()}, in {folder}")
+        raise ValueError(f"--layer: missing; all, or {checkpoint.gates.describe()}, in {folder}")
     wanted = parse_layers(layers, checkpoint)
     return Jobs(str(folder), wanted, lambda: _jobs_of(checkpoint, wanted, folder, inputs), checkpoint)
 
@@ -168,7 +168,7 @@ def parse_layers(text: str, checkpoint: Checkpoint) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(f"--layer: got {text!r}; allowed: all, 3, 3-8, 3,5-7; {checkpoint.describe_layers()}")
+            raise ValueError(f"--layer: got {text!r}; allowed: all, 3, 3-8, 3,5-7; {checkpoint.gates.describe()}")
         last = int(match[2] or match[1])
         checkpoint.check_has_gate(last)  # before so many numbers are made
         layers.update(range(int(match[1]), last + 1))

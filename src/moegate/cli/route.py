@@ -13,41 +13,48 @@ if TYPE_CHECKING:
     from moegate.cli.inputs import Job
     from moegate.routing import Routing
 
+_Source = Annotated[
+    str, typer.Argument(help="A name of `moegate models`, or a checkpoint folder or file.", metavar="SOURCE")
+]
+_Layer = Annotated[
+    str | None,
+    typer.Option(help="The layer, or layers (3-8, or 3,5-7, or all); needed for a checkpoint folder.", metavar="L"),
+]
+_LogitsDtype = Annotated[
+    str | None,
+    typer.Option(help="float32 or bfloat16: round the logits so, whatever the model does.", metavar="DTYPE"),
+]
+_TopK = Annotated[int | None, typer.Option(help="Choose so many experts, whatever the model does.", min=1, metavar="K")]
+_Hidden = Annotated[
+    Path | None,
+    typer.Option(
+        help="A safetensors file with the hidden states, one 2-D tensor or one named hidden "
+        "(and input_ids where the token ids choose). Without it they are random.",
+        metavar="FILE",
+    ),
+]
+_Tokens = Annotated[
+    int | None, typer.Option(help="Random tokens; 64 of them unless given.", min=1, max=MAX_TOKENS, metavar="M")
+]
+_Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32, metavar="S")]
+_Out = Annotated[Path | None, typer.Option(help="A safetensors file for ids, weights and logits.", metavar="FILE")]
+_Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; unless given, the GPU if there is one.", metavar="D")
+]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one object; for several layers, a list.")]
+
 
 def route(
-    source: Annotated[
-        str, typer.Argument(help="A name of `moegate models`, or a checkpoint folder or file.", metavar="SOURCE")
-    ],
-    layer: Annotated[
-        str | None,
-        typer.Option(help="The layer, or layers (3-8, or 3,5-7, or all); needed for a checkpoint folder.", metavar="L"),
-    ] = None,
-    logits_dtype: Annotated[
-        str | None,
-        typer.Option(help="float32 or bfloat16: round the logits so, whatever the model does.", metavar="DTYPE"),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Choose so many experts, whatever the model does.", min=1, metavar="K")
-    ] = None,
-    hidden: Annotated[
-        Path | None,
-        typer.Option(
-            help="A safetensors file with the hidden states, one 2-D tensor or one named hidden "
-            "(and input_ids where the token ids choose). Without it they are random.",
-            metavar="FILE",
-        ),
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Random tokens; 64 of them unless given.", min=1, max=MAX_TOKENS, metavar="M")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32, metavar="S")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="A safetensors file for ids, weights and logits.", metavar="FILE")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; unless given, the GPU if there is one.", metavar="D")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one object; for several layers, a list.")] = False,
+    source: _Source,
+    layer: _Layer = None,
+    logits_dtype: _LogitsDtype = None,
+    top_k: _TopK = None,
+    hidden: _Hidden = None,
+    tokens: _Tokens = None,
+    seed: _Seed = 0,
+    out: _Out = None,
+    device: _Device = None,
+    as_json: _AsJson = False,
 ) -> None:
     """Run a model's router: show where tokens go, how exact the logits are, and how long a call takes.
 
@@ -109,7 +116,7 @@ def _write(out: Path, job: Job, routing: Routing) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from moegate import __version__
+    from moegate._version import __version__
     from moegate.whole_file import replacing
 
     tensors = {name: part.contiguous() for name, part in routing._asdict().items() if part is not None}

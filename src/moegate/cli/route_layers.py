@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moegate import __version__
+from moegate._version import __version__
 from moegate.catalog.layer_names import ranges
 from moegate.cli.inputs import Jobs
 from moegate.cli.models import describe

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moegate import Gate
-from moegate.catalog.synthetic import VOCABULARY, random_tensors
 from moegate.choice.dispatch import Options, for_route
 from moegate.flashinfer import limits
+from moegate.gate import Gate
 from moegate.measure import peers
 from moegate.measure.checks import Reference, check_choice, check_nothing, check_routings
 from moegate.measure.cuda_kernels import read_floor
 from moegate.measure.plain import compiled, plain_logits, plain_route, plain_select
 from moegate.measure.timing import Contestant, layer_count, reason_of
 from moegate.spec import RouterSpec
+from moegate.synthetic import VOCABULARY, random_tensors
 
 FROZEN, SAFE, NO_PDL = "moegate frozen", "moegate safe", "moegate frozen, pdl=False"
 PAIR, EAGER, COMPILED = "FlashInfer pair", "PyTorch eager", "torch.compile"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moegate.catalog.model_types import model_types
+from moegate.configs.model_types import model_types
 from moegate.measure.plain import Chosen
 from moegate.routing import RouterTensors
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moegate import __version__, catalog
+from moegate import catalog
+from moegate._version import __version__
 from moegate.choice.tables import Row, Shape, Table, read, shape_of, write
 from moegate.machine import Machine
 from moegate.measure.names import NOT_FROZEN

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from moegate.catalog.lookup import at, check_layer, has, of_layer, text_of
-from moegate.catalog.model_types import ModelType
-from moegate.catalog.parts import routing_config
-from moegate.catalog.stated import warn_of_keys_not_followed
+from moegate.configs.lookup import at, check_layer, has, of_layer, text_of
+from moegate.configs.model_types import ModelType
+from moegate.configs.routing_part import routing_config
+from moegate.configs.stated import warn_of_keys_not_followed
 
 _NULL_MEANS_ONE = ("n_group", "topk_group", "routed_scaling_factor")
 _ABSENT = object()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from moegate.catalog.lookup import at, text_of
-from moegate.catalog.model_types import ModelType, routing_keys
+from moegate.configs.lookup import at, text_of
+from moegate.configs.model_types import ModelType, routing_keys
 from moegate.warn import warn_once
 
 # What a field that no table mentions is: RouterSpec's own defaults, of the fields that keys state.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
 from typing import Any
+
+from moegate.toml_file import read_toml
 
 _ROUTERS = (
     *("deepseek_v3", "sigmoid", "sqrtsoftplus"),
@@ -72,22 +72,18 @@ class RoutingKeys:
     """Key -> value, as JSON text -> RouterSpec fields that the value states."""
 
 
-def read_toml(name: str) -> dict[str, Any]:
-    """A data file of this package."""
-    if sys.version_info >= (3, 11):  # here, not above: `import moegate` reads no catalog
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(resources.files("moegate.catalog").joinpath(name).read_text(encoding="utf-8"))
+def read_tables(name: str) -> dict[str, Any]:
+    """The tables of the file of types/ with this name."""
+    return read_toml("moegate.configs", f"types/{name}.toml")
 
 
 @cache
 def model_types() -> dict[str, ModelType]:
     """All model types with a router by their name in a config.json."""
-    templates = read_toml("types/templates.toml")
+    templates = read_tables("templates")
     tables: dict[str, dict[str, Any]] = {}
     for kind in _ROUTERS:
-        for name, table in read_toml(f"types/{kind}.toml").items():
+        for name, table in read_tables(kind).items():
             assert name not in tables, f"two tables of model type {name}"
             tables[name] = table
     for name, table in list(tables.items()):
@@ -114,20 +110,20 @@ def _resolved(table: dict[str, Any], tables: dict[str, Any], templates: dict[str
 @cache
 def wrappers() -> dict[str, dict[str, str]]:
     """By composite type, the config keys that lead to the part that routes, with the type of that part."""
-    tables = read_toml("types/wrappers.toml")
+    tables = read_tables("wrappers")
     return {name: {key: inner for key, inner in table.items() if key != "source"} for name, table in tables.items()}
 
 
 @cache
 def refused() -> dict[str, str]:
     """By type that moegate refuses, the reason."""
-    return {name: table["reason"] for name, table in read_toml("types/refused.toml").items()}
+    return {name: table["reason"] for name, table in read_tables("refused").items()}
 
 
 @cache
 def routing_keys() -> RoutingKeys:
     """The config keys that some engine reads as routing."""
-    table = read_toml("types/routing_keys.toml")
+    table = read_tables("routing_keys")
     return RoutingKeys(table["states"], table["means"])
 
 

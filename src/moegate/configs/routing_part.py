@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moegate.catalog.lookup import at, has, text_of
-from moegate.catalog.model_types import (
+from moegate.configs.lookup import at, has, text_of
+from moegate.configs.model_types import (
     ModelType,
     model_types,
     refused,

@@ -1,0 +1,89 @@
+"""The floors of src/moegate, and which module imports which."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+SOURCE = Path(__file__).parent.parent / "src" / "moegate"
+
+# Lowest first. A name stands for a module, or for a package with all in it that has no line of its own; "__init__" is
+# `moegate` itself. A module imports from the floors below its own and, inside of its own name, from its neighbours: the
+# names of one line do not import each other.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("_version", "cache_folder", "lfs", "toml_file", "warn", "whole_file"),
+    ("json_file",),
+    ("configs",),
+    ("spec_values",),
+    ("spec",),
+    ("machine", "plain", "routing"),
+    ("arguments", "chunks", "contract", "problem"),
+    ("catalog", "cuda", "halves"),
+    ("flashinfer",),
+    ("gemm", "selection"),
+    ("choice",),
+    ("look", "ops"),
+    ("from_checkpoint", "functional", "noticing"),
+    ("gate",),
+    ("__init__", "synthetic"),
+    ("measure",),
+    ("report",),
+    ("cli",),
+    ("__main__",),
+)
+_FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def name_on_a_floor(module: str) -> str | None:
+    """The name in FLOORS that a module goes by: the longest that holds it; None: there is none."""
+    parts = module.split(".")
+    starts = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((name for name in starts if name in _FLOOR_OF), None)
+
+
+def leads_up(importer: str, imported: str) -> bool:
+    """Whether an import from one module of another is none from a floor below."""
+    upper, lower = name_on_a_floor(importer), name_on_a_floor(imported)
+    assert upper is not None, importer
+    assert lower is not None, imported
+    return upper != lower and _FLOOR_OF[lower] >= _FLOOR_OF[upper]
+
+
+def imports() -> dict[str, set[str]]:
+    """Each module of moegate, less "moegate.", with those that it imports anywhere in its file.
+
+    Imports inside functions and for type checkers count. That a package's `__init__` runs before the modules in the
+    package does not: only who names the package, or something that is defined in its `__init__`, imports the package.
+    """
+    files = {_module_of(file): file for file in SOURCE.rglob("*.py")}
+    return {module: set(_imported(file, files)) - {module} for module, file in files.items()}
+
+
+def _module_of(file: Path) -> str:
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def _imported(file: Path, modules: Mapping[str, Path]) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            named = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}, line {node.lineno}: a relative import; allowed: from moegate..."
+            named = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in named:
+            if name.split(".")[0] == "moegate":
+                yield _nearest(name, modules)
+
+
+def _nearest(name: str, modules: Mapping[str, Path]) -> str:
+    """The module that a dotted name is, or is defined in: "spec" for "moegate.spec.RouterSpec"."""
+    while name != "moegate":
+        module = name.removeprefix("moegate.")
+        if module in modules:
+            return module
+        name = name.rpartition(".")[0]
+    return "__init__"

@@ -35,7 +35,7 @@ sanitize-gpu:
 	set -o pipefail; { PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) $(PYTHON) -m moegate.measure.record make sanitize-gpu && \
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  echo "== $$tool"; PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	    compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 9 $(PYTHON) tests/sanitized.py || exit 1; \
+	    compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 9 $(PYTHON) tests/support/sanitized.py || exit 1; \
 	done; } 2>&1 | tee $(RESULTS)/sanitizer.txt
 
 # Also on a GPU host: goes on from where it was when it is called again.

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers_routers
-from router_cases import Case, tiny_cases
+from router_cases import Case, counting_experts, tiny_cases
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moegate import RouterSpec
-from moegate.catalog.model_types import model_types
 
 V3: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -66,12 +65,6 @@ OPEN = {
 }
 # What a config class says that has no experts by default.
 WITH_EXPERTS = {"gemma4_text": {"enable_moe_block": True}}
-
-
-def counting_experts(model_type: str, num_experts: int | None) -> dict[str, Any]:
-    """The part of a config that states the number of experts."""
-    first, *inner = model_types()[model_type].keys["num_experts"][0].split(".")
-    return {first: {name: num_experts for name in inner} or num_experts} if inner != ["0"] else {first: [num_experts]}
 
 
 @pytest.mark.parametrize("model_type", transformers_routers.model_types())

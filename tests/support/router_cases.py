@@ -1,6 +1,6 @@
-"""Which routers are held against Transformers, in which dtype; `python tests/router_cases.py` prints the list.
+"""Which routers are held against Transformers, in which dtype; `python tests/support/router_cases.py` prints the list.
 
-docs/checked_rows.md is that list: `python tests/router_cases.py > docs/checked_rows.md` writes it anew.
+docs/checked_rows.md is that list: `python tests/support/router_cases.py > docs/checked_rows.md` writes it anew.
 """
 
 from __future__ import annotations
@@ -132,6 +132,12 @@ def row_overrides(model: Model) -> dict[str, Any]:
     return config | NEEDED.get(model.model_type, {})
 
 
+def counting_experts(model_type: str, num_experts: int | None) -> dict[str, Any]:
+    """The part of a config that states the number of experts."""
+    first, *inner = model_types()[model_type].keys["num_experts"][0].split(".")
+    return {first: {name: num_experts for name in inner} or num_experts} if inner != ["0"] else {first: [num_experts]}
+
+
 def tiny_overrides(model_type: str) -> dict[str, Any]:
     """A config with 16 experts and a hidden size of 64."""
     own = tiny_models.TINY.get(model_type, _NO_TINY_MODEL.get(model_type, {}))
@@ -192,7 +198,7 @@ def checked_rows() -> str:
 _HEAD = """
 # Which routers are checked against Transformers
 
-Written by `python tests/router_cases.py`; `tests/test_transformers_routers.py` does the checks and says how.
+Written by `python tests/support/router_cases.py`; `tests/test_transformers_routers.py` does the checks and says how.
 
 {} of {} named models have a router class in Transformers. Each is checked at its full size, with random weights on a
 CPU: the same experts outside the margin of [the contract](contract.md), the same weights within its bounds. "Exact

@@ -23,13 +23,11 @@ test-gpu:
 	  PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH):$(CURDIR) $(PYTHON) -m moegate.measure.record make test-gpu && \
 	  $(GPU_TESTS) --device cuda tests/test_contract_*.py tests/test_gate.py tests/test_properties.py \
 	    tests/test_arguments.py tests/test_ops.py tests/test_noticing.py tests/test_noticing_states.py tests/test_noticing_options.py && \
-	  $(GPU_TESTS) -m gpu tests/test_cuda_bits.py tests/test_cuda_gpu.py tests/test_cuda_streams.py \
-	    tests/test_cuda_many.py tests/test_cuda_input_norm.py tests/test_choice_gpu.py tests/test_gate.py \
-	    tests/test_cli_gpu.py tests/test_noticing_gpu.py && \
-	  $(GPU_TESTS) -m gpu -rP tests/test_cuda_catalog.py; } 2>&1 | tee $(RESULTS)/tests.txt
+	  $(GPU_TESTS) -m gpu --ignore=tests/gpu/test_cuda_catalog.py tests/gpu && \
+	  $(GPU_TESTS) -m gpu -rP tests/gpu/test_cuda_catalog.py; } 2>&1 | tee $(RESULTS)/tests.txt
 
 # Where compute-sanitizer may look (some hosts refuse it). racecheck sees shared memory only; what goes through global
-# memory has tests of its own in test_cuda_streams.py.
+# memory has tests of its own in tests/gpu/test_cuda_streams.py.
 sanitize-gpu:
 	mkdir -p $(RESULTS)
 	set -o pipefail; { PYTHONPATH=$(CURDIR)/src:$(PYTHONPATH) $(PYTHON) -m moegate.measure.record make sanitize-gpu && \

@@ -20,7 +20,9 @@ def test_every_clause_of_the_contract_names_tests_that_exist() -> None:
     assert len(texts) == len(clauses) >= 19
     for text in texts:
         clause = text[2:5]
-        references = re.findall(r"`(test_\w+\.py)?(?:::)?(test_\w+)?`", text.split("\n— ", 1)[1].split("\n\n")[0])
+        references = re.findall(
+            r"`((?:gpu/)?test_\w+\.py)?(?:::)?(test_\w+)?`", text.split("\n— ", 1)[1].split("\n\n")[0]
+        )
         assert references, f"clause {clause} names no test"
         file = ""
         for named_file, test in references:

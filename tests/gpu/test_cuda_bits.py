@@ -13,8 +13,6 @@ from moegate import RouterSpec
 from moegate.backends.cuda.tiling import MAX_GEMM_TOKENS
 from moegate.choice import planned
 
-pytestmark = pytest.mark.gpu
-
 # Either side of where the kernels change, and of a tile.
 ROWS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -25,8 +25,6 @@ from moegate.backends.cuda import gemm, router, selection
 from moegate.backends.cuda.sources import GemmDtypes
 from moegate.contract.verify import verify_logits, verify_routing
 
-pytestmark = pytest.mark.gpu
-
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SPEC = SPECS["sigmoid with bias in groups"]
 PTX_SHAPES = {

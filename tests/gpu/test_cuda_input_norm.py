@@ -13,8 +13,6 @@ from moegate.backends.cuda import CudaBackend
 from moegate.backends.cuda.product import product_of
 from moegate.backends.cuda.sources import InputNorm
 
-pytestmark = pytest.mark.gpu
-
 GEMMA_4 = RouterSpec(2816, 128, 8, renormalize=True, input_norm_eps=1e-6, per_expert_scale=True)
 
 

@@ -32,8 +32,6 @@ from moegate.backends.cuda.router import CudaRouter
 from moegate.choice import planned
 from moegate.warn import warn_once
 
-pytestmark = pytest.mark.gpu
-
 MINIMAX = RouterSpec(3072, 256, 8, "sigmoid", "score", renormalize=True, weight_dtype="float32")
 SHAPES = {
     "minimax-m2": MINIMAX,

@@ -14,8 +14,6 @@ from torch import Tensor
 from moegate import Gate, RouterSpec, Routing
 from moegate.backends.cuda import jit, memory
 
-pytestmark = pytest.mark.gpu
-
 SPEC = DEEPSEEK_V3
 FLOAT32 = RouterSpec(3072, 256, 8, "sigmoid", "score", renormalize=True, weight_dtype="float32")
 BIAS = RouterSpec(

@@ -11,7 +11,6 @@ from moegate.contract.verify import verify_logits, verify_routing
 from moegate.routing import RouterTensors
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("name", SPECS)
 def test_every_spec_keeps_the_contract(name: str) -> None:
     spec = SPECS[name]

@@ -28,11 +28,14 @@ sanitize-gpu:
 release-check:
 	$(PYTHON) tools/gpu_runs.py check
 
+# Also on a GPU host: goes on from where it was when it is called again. Git keeps the medians, in RESULTS.csv, and
+# leaves the folder out.
 RESULTS ?= benchmarks/results/h100
-# Also on a GPU host: goes on from where it was when it is called again.
+
 bench-gpu:
 	$(GPU_PYTHON) benchmarks/gpu/run.py --out $(RESULTS)
 	$(GPU_PYTHON) benchmarks/gpu/report.py $(RESULTS) > docs/performance.md
+	$(GPU_PYTHON) benchmarks/gpu/table.py $(RESULTS) $(RESULTS).csv
 
 lint: env
 	$(RUN)/ruff check .

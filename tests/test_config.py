@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers_routers
-from router_cases import Case, counting_experts, tiny_cases
+from router_cases import Case, tiny_cases
+from small_configs import counting_experts
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moegate import RouterSpec

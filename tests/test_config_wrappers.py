@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from router_cases import counting_experts
 from safetensors.torch import save_file
+from small_configs import counting_experts
 from transformers.models.auto import modeling_auto
 
 from moegate import Gate, RouterSpec

@@ -132,12 +132,6 @@ def row_overrides(model: Model) -> dict[str, Any]:
     return config | NEEDED.get(model.model_type, {})
 
 
-def counting_experts(model_type: str, num_experts: int | None) -> dict[str, Any]:
-    """The part of a config that states the number of experts."""
-    first, *inner = model_types()[model_type].keys["num_experts"][0].split(".")
-    return {first: {name: num_experts for name in inner} or num_experts} if inner != ["0"] else {first: [num_experts]}
-
-
 def tiny_overrides(model_type: str) -> dict[str, Any]:
     """A config with 16 experts and a hidden size of 64."""
     own = tiny_models.TINY.get(model_type, _NO_TINY_MODEL.get(model_type, {}))

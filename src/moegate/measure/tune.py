@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moegate import catalog
+from moegate import __version__, catalog
 from moegate.choice.facts import Machine, default_weight_dtype, facts_of
 from moegate.choice.tables import Row, Shape, Table, read, shape_of, write
 from moegate.measure.names import NOT_FROZEN
@@ -51,8 +51,8 @@ Measure = Callable[[RouterSpec, int], "dict[str, dict[str, Any]]"]
 def made_by(command: str) -> dict[str, Any]:
     """The table's account of itself."""
     run = describe_run(command)
-    names = ("date", "command", "moegate_commit", "torch", "cuda", "flashinfer", "driver", "moegate")
-    return {name: run.get(name) for name in names}
+    names = ("date", "command", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
+    return {**{name: run.get(name) for name in names}, "moegate": __version__}
 
 
 class Tuning:

@@ -2,19 +2,18 @@
 
 Blocks of calls of each candidate take turns, so that a busy machine slows all of them; a time is the
 median over the blocks. A candidate is timed only after its routing has been held against float64.
-Prints a Markdown table; `--json FILE` writes the numbers.
+Prints a Markdown table; `--csv FILE` writes the numbers, which git keeps in benchmarks/results/cpu.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from moegate import Gate
 from moegate.arguments import check_gate
 from moegate.cli.machine import cpu_name
 from moegate.contract.verify import verify_call
+from moegate.measure.record import describe_run
 from moegate.routing import RouterTensors
 from moegate.synthetic import random_hidden, random_tensors
 
@@ -112,15 +112,17 @@ def rows(thread_counts: list[int]) -> Iterator[Row]:
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--csv", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
-    machine = (
-        f"{cpu_name()}, {torch.get_num_threads()} cores, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, moegate {moegate.__version__}"
-    )
+    run = describe_run("python benchmarks/cpu.py")
+    machine = {"cpu": cpu_name(), "cores": torch.get_num_threads()}
+    machine |= {name: run[name] for name in ("python", "torch", "transformers", "moegate")}
     with torch.inference_mode():
         results = list(rows(sorted({1, torch.get_num_threads()})))
-    print(f"\n{machine}\n")
+    print(
+        f"\n{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, moegate {machine['moegate']}\n"
+    )
     print("| model | threads | tokens | Transformers, µs | Gate, µs | ratio | Gate frozen, µs | ratio |")
     print("|---|---|---|---|---|---|---|---|")
     for row in results:
@@ -129,9 +131,18 @@ def main() -> None:
             f"| {row.model} | {row.threads} | {row.tokens} | {row.transformers_us:.0f} | {row.gate_us:.0f} | "
             f"{ratios[0]:.2f} | {row.frozen_gate_us:.0f} | **{ratios[1]:.2f}** |"
         )
-    if arguments.json:
-        content = {"machine": machine, "command": "python benchmarks/cpu.py", "rows": [asdict(row) for row in results]}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    if arguments.csv:
+        write(arguments.csv, results, {**machine, "commit": run["moegate_commit"], "date": run["date"][:10]})
+
+
+def write(file: Path, results: list[Row], machine: dict[str, Any]) -> None:
+    """A line a row, each with what it was measured on."""
+    with file.open("w", newline="", encoding="utf-8") as text:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([*(field.name for field in fields(Row)), *machine])
+        for row in results:
+            case, times = astuple(row)[:3], astuple(row)[3:]
+            writer.writerow([*case, *(f"{time:.2f}" for time in times), *machine.values()])
 
 
 if __name__ == "__main__":

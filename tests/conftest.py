@@ -9,6 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import gpu_runs
 import on_device
 import pytest
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from moegate.choice import tables
 from moegate.cuda import device as gpu
 from moegate.warn import warn_once
+
+GPU_TESTS = Path(__file__).parent / "gpu"
 
 # The same examples in every run, so that a red run is red again; `--hypothesis-profile explore` draws new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -38,22 +41,31 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: PyTorch finds no CUDA device on this machine; allowed here: cpu")
+    if not torch.cuda.is_available() and any(path.is_relative_to(GPU_TESTS) for path in _asked_for(config)):
+        raise pytest.UsageError("tests/gpu: PyTorch finds no CUDA device on this machine")
     on_device.DEVICE = torch.device(device)
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
 
+def _asked_for(config: pytest.Config) -> list[Path]:
+    """The files and folders of the command line."""
+    return [Path(config.invocation_params.dir, word.partition("::")[0]).resolve() for word in config.args]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out what cannot run here, or is not about this device; the run's summary counts it, with the reason."""
-    reasons = {}
-    if not torch.cuda.is_available():
-        reasons["gpu"] = "no CUDA device on this machine"
-    if on_device.DEVICE.type != "cpu":
-        reasons["cpu"] = f"about the CPU alone, and this run is on {on_device.DEVICE.type}"
+    """Skips what is about the CPU alone in a run on another device; the run's summary counts it, with the reason."""
+    if on_device.DEVICE.type == "cpu":
+        return
+    skip = pytest.mark.skip(reason=f"about the CPU alone, and this run is on {on_device.DEVICE.type}")
     for item in items:
-        for marker, reason in reasons.items():
-            if item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("cpu"):
+            item.add_marker(skip)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """True for tests/gpu where there is no CUDA device; the run's summary says so, and when these tests ran last."""
+    return True if collection_path == GPU_TESTS and not torch.cuda.is_available() else None
 
 
 @pytest.fixture
@@ -68,7 +80,13 @@ def device() -> torch.device:
     return on_device.DEVICE
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    _tell_registers(terminalreporter)
+    if not torch.cuda.is_available() and any(GPU_TESTS.is_relative_to(path) for path in _asked_for(config)):
+        terminalreporter.write_line(gpu_runs.left_out())
+
+
+def _tell_registers(terminalreporter: Any) -> None:
     """The registers of the kernels that test_cuda_compile.py compiled: the fewest and the most of each."""
     found: dict[str, dict[str, list[int]]] = {}
     for report in terminalreporter.stats.get("passed", []):

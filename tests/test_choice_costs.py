@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -99,19 +100,21 @@ def test_where_pytorch_makes_the_logits_no_time_of_cublas_is_told_and_a_note_is(
     assert "cuBLAS takes hidden states in bfloat16, and these are in float16" in explained[1].notes[0]
 
 
-CATALOG = Path(__file__).parent.parent / "benchmarks" / "results" / "h100" / "catalog.json"
+MEASURED = Path(__file__).parent.parent / "benchmarks" / "results" / "h100.csv"
 
 
 def test_the_table_of_the_h100_tells_the_times_of_other_routers() -> None:
     """Nearer in the geometric mean than at the same M, which is 13 % off; prints it, with the worst."""
     (gpu,) = (table.gpu for table in map(read, tables._shipped()) if table.gpu.name == "NVIDIA H100 80GB HBM3")
     off: dict[tuple[str, int], float] = {}
-    for row in json.loads(CATALOG.read_text())["rows"]:
-        spec = get_spec(row["model"])
-        cost = costs.expected(problem_of(gpu, spec, default_weight_dtype(spec)), candidates.ROUTER_GEMM, row["tokens"])
+    with MEASURED.open(newline="", encoding="utf-8") as text:
+        rows = [row for row in csv.DictReader(text) if (row["part"], row["candidate"]) == ("catalog", "moegate frozen")]
+    for row in rows:
+        spec, tokens = get_spec(row["model"]), int(row["tokens"])
+        cost = costs.expected(problem_of(gpu, spec, default_weight_dtype(spec)), candidates.ROUTER_GEMM, tokens)
         assert cost is not None
         if not cost.evidence.startswith(("measured", "interpolated between M")):
-            off[row["model"], row["tokens"]] = cost.us / row["candidates"]["moegate frozen"]["us"]
+            off[row["model"], tokens] = cost.us / float(row["us"])
     mean = math.exp(sum(abs(math.log(ratio)) for ratio in off.values()) / len(off))
     least, most = min(off, key=lambda key: off[key]), max(off, key=lambda key: off[key])
     print(f"{len(off)} times off by {mean - 1:.1%}; {least}: {off[least]:.2f}, {most}: {off[most]:.2f}")

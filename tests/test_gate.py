@@ -16,9 +16,8 @@ from routers import SPECS, generator, route_arguments, tensors_of
 
 import moegate
 from moegate import Gate
-from moegate.choice.dispatch import Options, for_route
 from moegate.contract.verify import verify_logits, verify_routing
-from moegate.routing import RouterTensors, Routing
+from moegate.routing import Routing
 
 SPEC = SPECS["sigmoid with bias in groups"]
 
@@ -230,27 +229,6 @@ def test_import_is_light() -> None:
         "assert not heavy, heavy; assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", SPECS)
-def test_on_a_gpu(name: str) -> None:
-    """The torch backend on a CUDA device, without the shortcuts that only a CPU can take."""
-    spec = SPECS[name]
-    tensors = tensors_of(spec)
-    weight = torch.randn(spec.num_gate_rows, 64, generator=generator(3)) / 8
-    for dtype in (torch.float32,) if spec.weight_dtype == "float32" else (torch.float32, torch.bfloat16, torch.float16):
-        for rows in (0, 1, 17, 300):
-            arguments = {name: part.cuda() for name, part in route_arguments(spec, tensors, rows).items()}
-            ids = arguments.pop("input_ids", None)
-            hidden = torch.randn(rows, 64, generator=generator(4)).to("cuda", dtype)
-            weight_there = weight.to("cuda", dtype)
-            tensors_there = RouterTensors(**arguments)
-            dispatch = for_route(hidden.device, spec, weight_there, tensors_there, Options(backend="torch"))
-            routing = dispatch.route(hidden, weight_there, tensors_there, ids, {})
-            assert routing.logits is not None
-            assert verify_logits(routing.logits, hidden, weight_there, spec, tensors).problems == []
-            assert verify_routing(routing, routing.logits, spec, tensors, input_ids=ids).problems == []
 
 
 def test_warmup_routes_a_token_of_each_dtype() -> None:

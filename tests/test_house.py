@@ -25,7 +25,9 @@ def test_every_clause_of_the_contract_names_tests_that_exist() -> None:
     assert len(texts) == len(clauses) >= 19
     for text in texts:
         clause = text[2:5]
-        references = re.findall(r"`(test_\w+\.py)?(?:::)?(test_\w+)?`", text.split("\n— ", 1)[1].split("\n\n")[0])
+        references = re.findall(
+            r"`((?:gpu/)?test_\w+\.py)?(?:::)?(test_\w+)?`", text.split("\n— ", 1)[1].split("\n\n")[0]
+        )
         assert references, f"clause {clause} names no test"
         file = ""
         for named_file, test in references:
@@ -55,14 +57,16 @@ def test_the_version_of_torch_is_said_once() -> None:
 def test_every_module_has_a_floor() -> None:
     modules = imports()
     for module in modules:
-        assert name_on_a_floor(module), f"{module}: add it to FLOORS in tests/floors.py, above all that it imports"
+        assert name_on_a_floor(module), (
+            f"{module}: add it to FLOORS in tests/support/floors.py, above all that it imports"
+        )
     gone = {name for names in FLOORS for name in names} - {name_on_a_floor(module) for module in modules}
-    assert not gone, f"FLOORS in tests/floors.py names what is no module: {gone}"
+    assert not gone, f"FLOORS in tests/support/floors.py names what is no module: {gone}"
 
 
 def test_no_import_leads_up() -> None:
     up = [f"{one} -> {other}" for one, others in imports().items() for other in others if leads_up(one, other)]
-    assert not up, "these lead to no floor below, by tests/floors.py: " + ", ".join(sorted(up))
+    assert not up, "these lead to no floor below, by tests/support/floors.py: " + ", ".join(sorted(up))
 
 
 def test_no_imports_form_a_circle() -> None:

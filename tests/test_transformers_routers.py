@@ -244,5 +244,5 @@ def test_spec_of_named_model(model: Model) -> None:
 def test_list_of_checked_rows() -> None:
     path = Path(__file__).parents[1] / "docs" / "checked_rows.md"
     assert path.read_text(encoding="utf-8") == router_cases.checked_rows(), (
-        "write it anew: python tests/router_cases.py > docs/checked_rows.md"
+        "write it anew: python tests/support/router_cases.py > docs/checked_rows.md"
     )

@@ -144,7 +144,7 @@ for row in Tuning(Path(sys.argv[1]), test_tune.GPU, test_tune.MADE).run(measure)
 
 def test_killed_at_any_time_it_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    code = f"import sys; sys.path[:0] = {sys.path!r}\n" + KILLED
+    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}\n" + KILLED
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for _ in range(7):

@@ -2,7 +2,7 @@
 
 Every time is the median over replays of a CUDA graph of 58 calls or more, the candidates' graphs in turns; every
 call of a timed graph is held against float64. Writes DIR/PART.json after each row; called again, it goes on where
-it stopped. `report.py DIR` makes the page of it.
+it stopped. `report.py DIR` makes the page of it, `table.py DIR FILE.csv` the medians that git keeps.
 """
 
 from __future__ import annotations

@@ -8,13 +8,13 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moegate._version import __version__
 from moegate.flashinfer import limits
 from moegate.json_file import read_json
 from moegate.whole_file import replacing
@@ -64,6 +64,7 @@ def describe_run(command: str) -> dict[str, Any]:
         "id": uuid.uuid4().hex[:8],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
+        "moegate": __version__,
         "moegate_commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -102,8 +103,3 @@ def _output(command: list[str]) -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()
-
-
-if __name__ == "__main__":  # the head of results that are kept
-    for name, value in describe_run(" ".join(sys.argv[1:])).items():
-        print(f"{name}: {value}")

@@ -10,7 +10,6 @@ import torch
 from moegate import Gate, get_spec
 from moegate.synthetic import random_hidden, random_tensors
 
-pytestmark = pytest.mark.gpu
 SPEC = get_spec("deepseek-v3")
 
 

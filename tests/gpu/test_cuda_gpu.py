@@ -29,8 +29,6 @@ from moegate.gemm.router_gemm import BoundRouterGemm
 from moegate.problem import dtypes_of
 from moegate.selection.select_kernel import BoundSelect
 
-pytestmark = pytest.mark.gpu
-
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SPEC = SPECS["sigmoid with bias in groups"]
 PTX_SHAPES = {

@@ -15,8 +15,6 @@ from moegate import Gate, RouterSpec, Routing
 from moegate.cuda import device as gpu
 from moegate.cuda import jit
 
-pytestmark = pytest.mark.gpu
-
 SPEC = DEEPSEEK_V3
 FLOAT32 = RouterSpec(3072, 256, 8, "sigmoid", "score", renormalize=True, weight_dtype="float32")
 BIAS = RouterSpec(

@@ -1,6 +1,6 @@
 """A small run of every kernel for compute-sanitizer: `make sanitize-gpu`.
 
-    compute-sanitizer --tool racecheck python tests/sanitized.py
+    compute-sanitizer --tool racecheck python tests/support/sanitized.py
 
 Its allocator keeps nothing (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that a byte beyond a tensor is nobody's.
 """

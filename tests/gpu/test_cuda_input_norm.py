@@ -12,8 +12,6 @@ from moegate import RouterSpec, Routing
 from moegate.choice.candidates import CUBLAS
 from moegate.routing import RouterTensors
 
-pytestmark = pytest.mark.gpu
-
 GEMMA_4 = RouterSpec(2816, 128, 8, renormalize=True, input_norm_eps=1e-6, per_expert_scale=True)
 
 

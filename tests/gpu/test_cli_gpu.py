@@ -9,8 +9,6 @@ pytest.importorskip("typer", reason="the command line needs typer")  # `make tes
 
 from command_line import run
 
-pytestmark = pytest.mark.gpu
-
 
 def test_route_runs_the_cuda_backend_and_times_it_with_and_without_the_host() -> None:
     facts = json.loads(run("route", "deepseek-v3", "--tokens", 256, "--json").stdout)

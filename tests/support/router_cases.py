@@ -1,6 +1,6 @@
-"""Which routers are held against Transformers, in which dtype; `python tests/router_cases.py` prints the list.
+"""Which routers are held against Transformers, in which dtype; `python tests/support/router_cases.py` prints the list.
 
-docs/checked_rows.md is that list: `python tests/router_cases.py > docs/checked_rows.md` writes it anew.
+docs/checked_rows.md is that list: `python tests/support/router_cases.py > docs/checked_rows.md` writes it anew.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def checked_rows() -> str:
 _HEAD = """
 # Which routers are checked against Transformers
 
-Written by `python tests/router_cases.py`; `tests/test_transformers_routers.py` does the checks and says how.
+Written by `python tests/support/router_cases.py`; `tests/test_transformers_routers.py` does the checks and says how.
 
 {} of {} named models have a router class in Transformers. Each is checked at its full size, with random weights on a
 CPU: the same experts outside the margin of [the contract](contract.md), the same weights within its bounds. "Exact

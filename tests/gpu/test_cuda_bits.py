@@ -13,8 +13,6 @@ from routers import SPECS
 from moegate import RouterSpec
 from moegate.gemm.router_gemm_tiling import MAX_GEMM_TOKENS
 
-pytestmark = pytest.mark.gpu
-
 # Either side of where the kernels change, and of a tile.
 ROWS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-SOURCE = Path(__file__).parent.parent / "src" / "moegate"
+SOURCE = Path(__file__).parents[2] / "src" / "moegate"
 
 # Lowest first. A name stands for a module, or for a package with all in it that has no line of its own; "__init__" is
 # `moegate` itself. A module imports from the floors below its own and, inside of its own name, from its neighbours: the

@@ -14,8 +14,6 @@ from moegate.contract.verify import verify_logits, verify_routing
 from moegate.routing import RouterTensors
 from moegate.synthetic import random_hidden, random_input_ids, random_tensors
 
-pytestmark = pytest.mark.gpu
-
 # One name for each router that differs.
 DISTINCT = {spec: name for name, spec in reversed([(model.name, model.spec) for model in models()])}
 NAMES = {name: spec for spec, name in DISTINCT.items()}

@@ -13,8 +13,6 @@ from torch._subclasses import FakeTensorMode
 
 from moegate import Gate, RouterSpec
 
-pytestmark = pytest.mark.gpu
-
 SPEC = DEEPSEEK_V3
 FROZEN = pytest.mark.parametrize("frozen", [False, True])
 

@@ -36,6 +36,13 @@ class FromCheckpoint:
         is multiplied by its scale (one number, one a row or one a block) in float32. Then it is rounded to the model's
         dtype, which it had before it was quantised (bfloat16 if the config states none), unless the spec pins float32.
 
+        ```python
+        import moegate
+
+        gate = moegate.Gate.from_checkpoint("path/to/DeepSeek-V3", layer=3)
+        routing = gate(hidden)  # [M, 7168] bfloat16
+        ```
+
         Args:
             path: The folder with `config.json` and the safetensors files, or one of these files.
             layer: The layer, counted as the checkpoint counts.
@@ -49,6 +56,9 @@ class FromCheckpoint:
             frozen: See the class; nobody else holds the tensors that were read here.
             backend: See the class.
             policy: See the class.
+
+        Returns:
+            The gate, on `device`.
 
         Raises:
             TypeError: A layer that is no int, a spec that is none, names that are no str.
@@ -84,14 +94,17 @@ class FromCheckpoint:
                 predict further tokens.
             spec: For all layers; a function is called for each.
             tensors: For all layers, so that a full name has {layer} in it.
-            device: As there.
-            frozen: As there.
-            backend: As there.
-            policy: As there.
+            device: As in `from_checkpoint`.
+            frozen: As in `from_checkpoint`.
+            backend: As in `from_checkpoint`.
+            policy: As in `from_checkpoint`.
+
+        Returns:
+            The gates by the number of their layer, in ascending order.
 
         Raises:
-            TypeError: As there.
-            ValueError: As there; or no layer has a router.
+            TypeError: As in `from_checkpoint`.
+            ValueError: As in `from_checkpoint`; or no layer has a router.
         """
         from moegate.catalog.checkpoint import Checkpoint
 

@@ -45,6 +45,16 @@ class RouterSpec:
     what is allowed. `dataclasses.replace` derives one spec from another. docs/contract.md defines
     every field's arithmetic.
 
+    ```python
+    import dataclasses
+
+    import moegate
+
+    spec = moegate.RouterSpec(hidden_size=2048, num_experts=128, top_k=8, renormalize=True)
+    rounded = dataclasses.replace(spec, logits_dtype="bfloat16")
+    assert rounded == moegate.get_spec("qwen3-30b-a3b")
+    ```
+
     Args:
         hidden_size: K, the length of a hidden state.
         num_experts: N, the routed experts that own parameters. Zero experts and shared gates are
@@ -142,6 +152,9 @@ class RouterSpec:
                 `Gate.from_checkpoint` takes the dtype of the stored weight then.
             layer: The layer, for models whose layers differ. None: the rule of all layers, if a config
                 lists one for each; of the layers without an entry of their own; of DeepSeek-V4's layers, most.
+
+        Returns:
+            The spec. What the config leaves out has the value that the model type's config class gives it.
 
         Raises:
             TypeError: No form of a config; a layer that is no int.

@@ -247,6 +247,13 @@ def test_source_files_that_are_named_exist(page: Path) -> None:
     assert missing_files(page, page.read_text(encoding="utf-8"), "src") == []
 
 
+def test_every_page_is_in_the_index() -> None:
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / target.partition("#")[0]).resolve() for _, target in links_of(index.read_text())}
+    assert set((ROOT / "docs").rglob("*.md")) - {index} <= linked
+    assert index in {(ROOT / target).resolve() for _, target in links_of((ROOT / "README.md").read_text())}
+
+
 @pytest.mark.parametrize(
     ("text", "dead"),
     [

@@ -6,7 +6,7 @@ A block is marked by the words behind its fence.
 |---|---|
 | `python` | runs here, after the blocks before it on the page |
 | `sh` | each line is a command of moegate's, make's or Python's, and is read; those of moegate run here |
-| `text`, `mermaid` | output, a tree of files, a diagram: nothing runs |
+| `text` | output, a tree of files, a diagram: nothing runs |
 | `python gpu`, `sh gpu` | needs a GPU; is read here, and counted as skipped |
 
 Blocks run in a folder that has `path/to/checkpoint`, `path/to/DeepSeek-V3` (layers 3 to 8 of DeepSeek-V3's router),
@@ -33,7 +33,7 @@ import moegate
 from moegate.cli import app
 
 BLOCKS = all_blocks()
-LANGUAGES = ("python", "sh", "text", "mermaid")
+LANGUAGES = ("python", "sh", "text")
 MENTIONED = [
     pytest.param(span.target, id=f"{shown(page)}:{span.line} {span.target}")
     for page in PAGES

@@ -17,7 +17,18 @@ from typing import Any
 
 import pytest
 import typer
-from documents import PAGES, ROOT, anchors_of, docstring_of, fields_of, links_of, public_objects, shown, spans_of
+from documents import (
+    PAGES,
+    ROOT,
+    anchors_of,
+    blocks_of,
+    docstring_of,
+    fields_of,
+    links_of,
+    public_objects,
+    shown,
+    spans_of,
+)
 
 import moegate
 from moegate.cli import app
@@ -231,6 +242,15 @@ def missing_files(page: Path, text: str, folders: str) -> list[str]:
     return [f"{shown(page)}:{line}: {file}" for line, file in named if not (ROOT / file).exists()]
 
 
+def unknown_names(page: Path, text: str) -> list[str]:
+    """The names of source files, in inline code and in blocks of text, that no file of the repository has."""
+    known = {file.name for folder in ("src", "tests", "benchmarks", "tools") for file in (ROOT / folder).rglob("*.*")}
+    places = [(span.line, span.target) for span in spans_of(text)]
+    places += [(block.line, block.code) for block in blocks_of(text, page) if block.language == "text"]
+    named = [(line, name) for line, code in places for name in re.findall(r"[\w-]+\.(?:py|cuh|toml)\b", code)]
+    return [f"{shown(page)}:{line}: {name}" for line, name in named if name not in known | {"pyproject.toml"}]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=shown)
 def test_links_lead_somewhere(page: Path) -> None:
     assert dead_links(page, page.read_text(encoding="utf-8")) == []
@@ -244,7 +264,9 @@ def test_files_that_are_named_exist(page: Path) -> None:
 @pytest.mark.skipif(not (ROOT / "src/moegate/gemm").exists(), reason="the pages name the files of the next commits")
 @pytest.mark.parametrize("page", PAGES, ids=shown)
 def test_source_files_that_are_named_exist(page: Path) -> None:
-    assert missing_files(page, page.read_text(encoding="utf-8"), "src") == []
+    text = page.read_text(encoding="utf-8")
+    assert missing_files(page, text, "src") == []
+    assert unknown_names(page, text) == []
 
 
 def test_every_page_is_in_the_index() -> None:
@@ -272,3 +294,6 @@ def test_a_dead_link_is_found(text: str, dead: list[str]) -> None:
 def test_a_file_that_is_not_there_is_found() -> None:
     text = "`tests/test_docs.py`, `tests/test_no_such.py` and `tests/test_*.py`"
     assert missing_files(ROOT / "docs" / "page.md", text, "tests") == ["docs/page.md:1: tests/test_no_such.py"]
+    text = "`select.cuh`, `no_such.cuh`\n\n```text\nsrc/\n  spec.py\n  no_such.py\n```\n"
+    found = ["docs/page.md:1: no_such.cuh", "docs/page.md:4: no_such.py"]
+    assert unknown_names(ROOT / "docs" / "page.md", text) == found

@@ -4,7 +4,7 @@ PYTHON ?= python3
 SHELL := bash
 RUN := .venv/bin
 
-.PHONY: demo test test-gpu sanitize-gpu release-check lint bench-cpu bench-gpu env clean
+.PHONY: demo test test-gpu sanitize-gpu release-check lint docs bench-cpu bench-gpu env clean
 
 demo: env
 	$(RUN)/moegate route deepseek-v3 --tokens 256
@@ -41,6 +41,10 @@ lint: env
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+
+# The API reference, as HTML.
+docs: env
+	$(RUN)/python -W error tools/api_reference.py build/docs
 
 bench-cpu: env
 	$(RUN)/python benchmarks/cpu.py

@@ -50,6 +50,9 @@ class FromCheckpoint:
             backend: See the class.
             policy: See the class.
 
+        Returns:
+            The gate, on `device`.
+
         Raises:
             TypeError: A layer that is no int, a spec that is none, names that are no str.
             ValueError: A missing, broken or unknown config; a missing, corrupt or truncated file, or one outside the
@@ -84,14 +87,17 @@ class FromCheckpoint:
                 predict further tokens.
             spec: For all layers; a function is called for each.
             tensors: For all layers, so that a full name has {layer} in it.
-            device: As there.
-            frozen: As there.
-            backend: As there.
-            policy: As there.
+            device: As in `from_checkpoint`.
+            frozen: As in `from_checkpoint`.
+            backend: As in `from_checkpoint`.
+            policy: As in `from_checkpoint`.
+
+        Returns:
+            The gates by the number of their layer, in ascending order.
 
         Raises:
-            TypeError: As there.
-            ValueError: As there; or no layer has a router.
+            TypeError: As in `from_checkpoint`.
+            ValueError: As in `from_checkpoint`; or no layer has a router.
         """
         from moegate.catalog.checkpoint import Checkpoint
 

@@ -111,8 +111,7 @@ def route(
 
     Args:
         hidden: [M, K] bfloat16, float16 or float32; M may be 0.
-        weight: [R, K] bfloat16, float16 or float32 (only float32 if the spec pins it), with the rows
-            of the experts, the zero experts and the shared gates in this order.
+        weight: [R, K] bfloat16, float16 or float32 (float32 alone if the spec pins it); `Gate` has the order of rows.
         spec: What the router computes. The tensors below must be given just when it asks for them.
         bias: [R] float32, bfloat16 or float16, the linear bias.
         e_score_correction_bias: [num_experts + num_zero_experts] float32.
@@ -138,13 +137,22 @@ def route(
     tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
     arguments.check_tensors(spec, tensors, hidden.device)
     _check_hash_routing(input_ids, spec, tensors, len(hidden), hidden.device)
-    options = Options(backend=backend)
-    if is_compiling():
-        routing = ops.route(hidden.detach(), weight.detach(), spec, tensors.detach(), input_ids, options)
-    else:
-        device = _place(hidden, weight, *tensors, input_ids)
-        routing = for_route(device, spec, weight, tensors, options).route(hidden, weight, tensors, input_ids, {})
+    routing = _routed(hidden, weight, spec, tensors, input_ids, Options(backend=backend))
     return routing if return_logits else routing.without_logits()
+
+
+def _routed(
+    hidden: Tensor,
+    weight: Tensor,
+    spec: RouterSpec,
+    tensors: RouterTensors,
+    input_ids: Tensor | None,
+    options: Options,
+) -> Routing:
+    if is_compiling():
+        return ops.route(hidden.detach(), weight.detach(), spec, tensors.detach(), input_ids, options)
+    dispatch = for_route(_place(hidden, weight, *tensors, input_ids), spec, weight, tensors, options)
+    return dispatch.route(hidden, weight, tensors, input_ids, {})
 
 
 def _place(first: Tensor, *others: Tensor | None) -> torch.device:

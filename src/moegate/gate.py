@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from moegate import arguments, ops
 from moegate.choice import Explanation, explain
 from moegate.choice.dispatch import Options, for_route
-from moegate.choice.plan import log
 from moegate.from_checkpoint import FromCheckpoint
-from moegate.look import NAMES, Given
 from moegate.noticing import (
     Noted,
-    is_capturing,
     learned,
     lock_of,
-    refuse_in_capture,
-    take_note,
-    warn_of_many_refreshes,
     warn_of_no_grad,
-    widen_correction_bias,
     widened,
 )
 from moegate.plain import META, are_plain, is_compiling, is_taken_over
 from moegate.routing import FLOATS, RouterTensors, Routing
 from moegate.spec import RouterSpec
+from moegate.takes_note import TakesNote, refresh_after_load
 from moegate.warn import warn_once
 
-_OPTIONS = frozenset({"spec", "frozen", "pdl", "backend", "policy"})
 
-
-class Gate(FromCheckpoint, nn.Module):
+class Gate(FromCheckpoint, TakesNote):
     """The router of one layer.
 
     Parameters and buffers carry the names of checkpoints: `weight`, `bias`, `e_score_correction_bias`,
@@ -121,7 +109,7 @@ class Gate(FromCheckpoint, nn.Module):
             self.register_parameter(name, _parameter(getattr(tensors, name)))
         self.register_buffer("e_score_correction_bias", e_score_correction_bias)
         self.register_buffer("tid2eid", tid2eid)
-        self.register_load_state_dict_post_hook(_refresh_after_load)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(refresh_after_load)  # type: ignore[no-untyped-call]
         if self.weight.device == weight.device:
             self._take_note(is_loaded=False)
         else:  # accelerate's init_empty_weights() moved it to meta: this is not the gate yet
@@ -141,16 +129,16 @@ class Gate(FromCheckpoint, nn.Module):
             hidden: [M, K] bfloat16, float16 or float32, on the gate's device; M may be 0.
             input_ids: [M] int32 or int64, the token ids, just for hash routing.
             return_logits: Also return the logits [M, R] in the spec's `logits_dtype`.
-            out: Contiguous tensors to be filled and returned, such as an earlier call with as many tokens gave. With
-                logits among them, a call of the `cuda` backend with up to 64 tokens allocates nothing.
+            out: Contiguous tensors to be filled and returned, as an earlier call with as many tokens gave. With logits
+                among them, a call of the `cuda` backend with up to 64 tokens allocates nothing.
 
         Returns:
             A `Routing`. No gradient flows through it.
 
         Raises:
             TypeError: Not a tensor, or a dtype that is not allowed.
-            ValueError: A shape, stride or device that is not allowed; on a CPU, a token id outside
-                the table; a hash table with an expert out of range or twice in a row.
+            ValueError: A shape, stride or device that is not allowed; on a CPU, a token id outside the table; a hash
+                table with an expert out of range or twice in a row.
             RuntimeError: Tensors of the gate changed, and a CUDA graph is being captured.
         """
         if is_compiling() or (
@@ -159,19 +147,15 @@ class Gate(FromCheckpoint, nn.Module):
         ):
             routing = self._unlooked(hidden, input_ids, out)
         else:
-            spec, noted, parameters = self.spec, self._noted, self._parameters
-            if noted is not None and noted.holds(parameters, self._buffers):
-                weight: Tensor | None = parameters["weight"]
-            else:
+            spec, noted = self.spec, self._noted
+            weight: Tensor | None = self._parameters.get("weight")
+            if noted is None or not noted.holds(self._parameters, self._buffers):
                 noted, weight = self._notice()
             assert weight is not None
             tensors, device = noted.tensors, noted.device
             arguments.check_hidden(hidden, spec, device)
-            # What `arguments.check_others` does, without its call in those calls that have neither.
-            if input_ids is not None or spec.hash_routing:
-                arguments.check_input_ids(input_ids, spec, tensors, hidden.shape[0], device)
-            if out is not None:
-                arguments.check_out(out, spec, hidden.shape[0], device)
+            if input_ids is not None or out is not None or spec.hash_routing:
+                arguments.check_others(input_ids, out, hidden.shape[0], spec, tensors, device)
             had_grad = torch.is_grad_enabled()
             if had_grad and (hidden.requires_grad or weight.requires_grad or _require_grad(noted.learned)):
                 warn_of_no_grad()
@@ -219,61 +203,14 @@ class Gate(FromCheckpoint, nn.Module):
         for dtype in hidden_dtypes:
             self(torch.zeros((1, self.spec.hidden_size), dtype=dtype, device=weight.device), input_ids=ids)
 
-    def refresh(self) -> None:
-        """Takes note of changed tensors and checks them: after a change that no call can see, or before a capture.
-
-        Raises:
-            TypeError, ValueError: What the constructor and the calls raise for these tensors.
-            RuntimeError: A CUDA graph is being captured.
-        """
-        with lock_of(self):
-            self._take_note()
-
-    def _refresh_if_fit(self) -> None:
-        """A refresh amid a change of a whole model, of which an error would leave half: that is for the next call."""
-        with contextlib.suppress(TypeError, ValueError), lock_of(self):
-            self._take_note(is_loaded=False)
-
-    def _notice(self) -> tuple[Noted, Tensor | None]:
-        """Refreshes in a call that found other tensors than those noted, once for all threads; with the weight."""
-        with lock_of(self):
-            noted, given = self._noted, self._given()
-            if noted is None:
-                self._take_note()
-            elif not self._holds(noted):
-                alike = noted.with_others_alike(self.spec, given, frozenset(self._buffers), frozen=self.frozen)
-                if alike is not None:
-                    self._noted = alike
-                    return alike, given[0]
-                if is_capturing(noted.device):
-                    refuse_in_capture(noted.first_change(self.spec, given))
-                in_calls = noted.in_calls + self.frozen
-                warn_of_many_refreshes(in_calls)
-                self._take_note(in_calls=in_calls)
-            assert self._noted is not None
-            return self._noted, self._given()[0]
-
-    def _holds(self, noted: Noted) -> bool:
-        return noted.holds(self._parameters, self._buffers)
-
-    @torch.inference_mode(False)  # what is made here outlives the mode
-    @torch.no_grad()
-    def _take_note(self, *, is_loaded: bool = True, in_calls: int = 0) -> None:
-        """See `take_note`; the caller holds the lock."""
-        arguments.check_spec(self.spec)
-        widen_correction_bias(self)
-        before = None if self._noted is None else self._noted.dispatch
-        options = Options(self.frozen, self.pdl, self.backend, self.policy)
-        buffers = frozenset(self._buffers)
-        self._noted = take_note(self.spec, self._given(), buffers, options, is_loaded=is_loaded, in_calls=in_calls)
-        if self._noted.dispatch is not before:
-            log(self._noted.dispatch.plan)
-
     def explain(self, num_tokens: int) -> Explanation:
         """Which kernels run for so many tokens, the time to expect, on what evidence, and why no others.
 
         Args:
             num_tokens: M, 0 or more; with hidden states of the weight's dtype (bfloat16 for a float32 weight).
+
+        Returns:
+            The kernels for M tokens, the time to expect, its evidence, and the reason against each other candidate.
 
         Raises:
             TypeError: Not an int.
@@ -292,69 +229,11 @@ class Gate(FromCheckpoint, nn.Module):
         backend = None if self._noted is None else self._noted.dispatch.name
         return f"{size}, scoring_func={spec.scoring_func!r}, backend={backend!r}, frozen={self.frozen}"
 
-    def _given(self) -> Given:
-        # By name: torch.nn.utils.parametrize and prune take a tensor out of `_parameters` and compute it.
-        return tuple(getattr(self, name, None) for name in NAMES)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Assigns, and has the next call take note of what its look does not see."""
-        super().__setattr__(name, value)
-        if name == "spec":
-            self._spec_text = ops.spec_text(value) if isinstance(value, RouterSpec) else ""
-        if name in _OPTIONS:
-            self._noted = None
-        else:
-            self._doubt(name)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Registers, which is an assignment too."""
-        super().register_parameter(name, param)
-        self._doubt(name)
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Registers, which is an assignment too."""
-        super().register_buffer(name, tensor, persistent)
-        self._doubt(name)
-
-    def _doubt(self, name: str) -> None:
-        """Has the next call take note of the tensor that `name` was just given to."""
-        noted = self.__dict__.get("_noted")
-        if noted is None or name not in NAMES:
-            return
-        if self.frozen or noted.forms[NAMES.index(name)] is None:
-            # A tensor that the spec does not ask for. Or the same one, which FSDP2 assigns again after it wrote to it
-            # where no version tells: its memory was freed meanwhile, and may be at the same address.
-            self._noted = noted.in_doubt()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
-        """Moves and casts like any module, less the casts that would change the choice of experts."""
-        pinned = ["e_score_correction_bias"] + ["weight"] * (self.spec.weight_dtype == "float32")
-        before = {name: tensor.detach() for name in pinned if (tensor := getattr(self, name, None)) is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in before.items():
-            now = getattr(self, name)
-            if now.dtype != torch.float32:
-                now.data = tensor.to(now.device)
-        self._refresh_if_fit()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What was prepared may be in a layout that nothing can copy, and a plan is of its machine; they are made again.
-        return {**self.__dict__, "_noted": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._refresh_if_fit()
-
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
     if tensor is None or isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor, requires_grad=tensor.requires_grad)
-
-
-def _refresh_after_load(gate: Gate, incompatible_keys: object) -> None:
-    gate._refresh_if_fit()
 
 
 def _require_grad(tensors: tuple[Tensor, ...]) -> bool:

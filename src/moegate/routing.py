@@ -128,7 +128,15 @@ class Routing(NamedTuple):
         return tuple.__new__(Routing, (ids, weights, None, shared, identity))  # in half of the time of Routing(...)
 
     def into(self, out: Routing | None) -> Routing:
-        """The same in the tensors of `out`, which has all that this has but perhaps the logits; None: as it is."""
+        """The same in other tensors.
+
+        Args:
+            out: Tensors to be filled, all that this routing has but perhaps the logits; None: this routing is returned
+                as it is.
+
+        Returns:
+            The routing in the tensors of `out`; its own logits, where `out` has none.
+        """
         if out is None:
             return self
         for mine, theirs in zip(self, out, strict=True):

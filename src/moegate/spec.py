@@ -147,6 +147,9 @@ class RouterSpec:
             layer: The layer, for models whose layers differ. None: the rule of all layers, if a config
                 lists one for each; of the layers without an entry of their own; of DeepSeek-V4's layers, most.
 
+        Returns:
+            The spec. What the config leaves out has the value that the model type's config class gives it.
+
         Raises:
             TypeError: No form of a config; a layer that is no int.
             ValueError: A file that is missing or broken; a model without experts; a model type that is unknown or

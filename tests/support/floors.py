@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("choice",),
     ("look", "ops"),
     ("from_checkpoint", "functional", "noticing"),
+    ("takes_note",),
     ("gate",),
     ("__init__", "synthetic"),
     ("measure",),

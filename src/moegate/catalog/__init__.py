@@ -21,11 +21,13 @@ class Model:
     """A named model."""
 
     name: str
+    """As `get_spec` takes it."""
     also: tuple[str, ...]
     """Other models with exactly this router."""
     source: str
     """Where its numbers can be checked."""
     note: str | None
+    """What a user should know of the model's router, if anything."""
     config: dict[str, Any]
     """The part of its config.json that the router depends on."""
 
@@ -78,6 +80,9 @@ def get_model(name: str) -> Model:
         name: A name or another name of a row, as `names()` lists them, or a hub id that ends in one; case
             does not matter.
 
+    Returns:
+        The row. Models with the same router share one.
+
     Raises:
         TypeError: The name is no string.
         ValueError: An unknown name; the message suggests close ones.
@@ -94,5 +99,23 @@ def get_model(name: str) -> Model:
 
 
 def get_spec(name: str) -> RouterSpec:
-    """What the router of a named model computes: `get_spec("deepseek-v3")`. See `get_model`."""
+    """What the router of a named model computes.
+
+    ```python
+    import moegate
+
+    spec = moegate.get_spec("deepseek-v3")
+    assert (spec.hidden_size, spec.num_experts, spec.top_k) == (7168, 256, 8)
+    ```
+
+    Args:
+        name: As in `catalog.get_model`.
+
+    Returns:
+        The spec.
+
+    Raises:
+        TypeError: The name is no string.
+        ValueError: An unknown name; the message suggests close ones.
+    """
     return get_model(name).spec

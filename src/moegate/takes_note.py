@@ -1,0 +1,151 @@
+"""The part of `Gate` that takes note of its tensors, and notices in each call that they changed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moegate import arguments, ops
+from moegate.choice.dispatch import Options
+from moegate.choice.plan import log
+from moegate.look import NAMES, Given
+from moegate.noticing import (
+    Noted,
+    is_capturing,
+    lock_of,
+    refuse_in_capture,
+    take_note,
+    warn_of_many_refreshes,
+    widen_correction_bias,
+)
+from moegate.spec import RouterSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_OPTIONS = frozenset({"spec", "frozen", "pdl", "backend", "policy"})
+
+
+class TakesNote(nn.Module):
+    """A module with a gate's tensors under the names of `look.NAMES`. `_noted` is what the last refresh found."""
+
+    spec: RouterSpec
+    frozen: bool
+    pdl: bool
+    backend: str | None
+    policy: str
+    _noted: Noted | None
+    _spec_text: str
+
+    def refresh(self) -> None:
+        """Takes note of changed tensors and checks them: after a change that no call can see, or before a capture.
+
+        Raises:
+            TypeError, ValueError: What the constructor and the calls raise for these tensors.
+            RuntimeError: A CUDA graph is being captured.
+        """
+        with lock_of(self):
+            self._take_note()
+
+    def _refresh_if_fit(self) -> None:
+        """A refresh amid a change of a whole model, of which an error would leave half: that is for the next call."""
+        with contextlib.suppress(TypeError, ValueError), lock_of(self):
+            self._take_note(is_loaded=False)
+
+    def _notice(self) -> tuple[Noted, Tensor | None]:
+        """Refreshes in a call that found other tensors than those noted, once for all threads; with the weight."""
+        with lock_of(self):
+            noted, given = self._noted, self._given()
+            if noted is None:
+                self._take_note()
+            elif not self._holds(noted):
+                alike = noted.with_others_alike(self.spec, given, frozenset(self._buffers), frozen=self.frozen)
+                if alike is not None:
+                    self._noted = alike
+                    return alike, given[0]
+                if is_capturing(noted.device):
+                    refuse_in_capture(noted.first_change(self.spec, given))
+                in_calls = noted.in_calls + self.frozen
+                warn_of_many_refreshes(in_calls)
+                self._take_note(in_calls=in_calls)
+            assert self._noted is not None
+            return self._noted, self._given()[0]
+
+    def _holds(self, noted: Noted) -> bool:
+        return noted.holds(self._parameters, self._buffers)
+
+    @torch.inference_mode(False)  # what is made here outlives the mode
+    @torch.no_grad()
+    def _take_note(self, *, is_loaded: bool = True, in_calls: int = 0) -> None:
+        """See `take_note`; the caller holds the lock."""
+        arguments.check_spec(self.spec)
+        widen_correction_bias(self)
+        before = None if self._noted is None else self._noted.dispatch
+        options = Options(self.frozen, self.pdl, self.backend, self.policy)
+        buffers = frozenset(self._buffers)
+        self._noted = take_note(self.spec, self._given(), buffers, options, is_loaded=is_loaded, in_calls=in_calls)
+        if self._noted.dispatch is not before:
+            log(self._noted.dispatch.plan)
+
+    def _given(self) -> Given:
+        # By name: torch.nn.utils.parametrize and prune take a tensor out of `_parameters` and compute it.
+        return tuple(getattr(self, name, None) for name in NAMES)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assigns, and has the next call take note of what its look does not see."""
+        super().__setattr__(name, value)
+        if name == "spec":
+            self._spec_text = ops.spec_text(value) if isinstance(value, RouterSpec) else ""
+        if name in _OPTIONS:
+            self._noted = None
+        else:
+            self._doubt(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Registers, which is an assignment too."""
+        super().register_parameter(name, param)
+        self._doubt(name)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Registers, which is an assignment too."""
+        super().register_buffer(name, tensor, persistent)
+        self._doubt(name)
+
+    def _doubt(self, name: str) -> None:
+        """Has the next call take note of the tensor that `name` was just given to."""
+        noted = self.__dict__.get("_noted")
+        if noted is None or name not in NAMES:
+            return
+        if self.frozen or noted.forms[NAMES.index(name)] is None:
+            # A tensor that the spec does not ask for. Or the same one, which FSDP2 assigns again after it wrote to it
+            # where no version tells: its memory was freed meanwhile, and may be at the same address.
+            self._noted = noted.in_doubt()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts like any module, less the casts that would change the choice of experts."""
+        pinned = ["e_score_correction_bias"] + ["weight"] * (self.spec.weight_dtype == "float32")
+        before = {name: tensor.detach() for name in pinned if (tensor := getattr(self, name, None)) is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            now = getattr(self, name)
+            if now.dtype != torch.float32:
+                now.data = tensor.to(now.device)
+        self._refresh_if_fit()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was prepared may be in a layout that nothing can copy, and a plan is of its machine; they are made again.
+        return {**self.__dict__, "_noted": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._refresh_if_fit()
+
+
+def refresh_after_load(module: TakesNote, incompatible_keys: object) -> None:
+    """What PyTorch calls when a state dict was loaded into the module."""
+    module._refresh_if_fit()

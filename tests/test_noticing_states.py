@@ -185,7 +185,7 @@ def test_a_refresh_during_a_capture_is_an_error(monkeypatch: pytest.MonkeyPatch)
     """With a CPU in the place of the GPU; test_cuda_streams.py has the GPU."""
     gate, capturing = a_gate(frozen=True), [True]
     bias = gate.e_score_correction_bias
-    for module in ("gate", "noticing"):
+    for module in ("takes_note", "noticing"):
         monkeypatch.setattr(f"moegate.{module}.is_capturing", lambda device: capturing[0])
     gate(HIDDEN)
     changes: list[tuple[str, Callable[[], object]]] = [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moegate.plain import can_be_asked
-from moegate.routing import FLOATS, INTEGERS, LOGITS, RouterTensors, Routing, inputs_of, outputs_of
+from moegate.routing import FLOATS, INTEGERS, LOGITS, Output, RouterTensors, Routing, inputs_of, outputs_of
 from moegate.spec import MAX_GATE_ROWS, RouterSpec
 
 _STRIDED = torch.strided
@@ -102,10 +102,6 @@ def check_hidden(hidden: object, spec: RouterSpec, device: torch.device) -> Tens
     return check_tensor("hidden", hidden, FLOATS, ("M", spec.hidden_size), device)
 
 
-def _is_dense(tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
-    return tensor.layout is _STRIDED and tensor.shape == shape and tensor.device == device and tensor.is_contiguous()
-
-
 def check_logits(logits: object, spec: RouterSpec) -> Tensor:
     """Checks the logits of `select`."""
     return check_tensor("logits", logits, LOGITS, ("M", spec.num_gate_rows))
@@ -162,22 +158,26 @@ def check_out(out: object, spec: RouterSpec, num_tokens: int, device: torch.devi
     if not isinstance(out, Routing):
         raise TypeError(f"out: got {type(out).__name__}; allowed: None, or a moegate.Routing")
     for wanted, value in zip(outputs_of(spec), out, strict=True):
-        if value is None and wanted.name == "logits":
+        name, _, is_there, dtype, columns = wanted
+        # The usual ones pass at once: this runs in every call that brings tensors to be filled.
+        if value is None and (name == "logits" or not is_there):
             continue
-        if wanted.is_there:
-            _check_output(wanted.name, value, wanted.dtype, wanted.shape(num_tokens), device)
-        elif value is not None:
-            setting = f"the spec's {wanted.field} = {getattr(spec, str(wanted.field))!r}"
-            raise ValueError(f"out.{wanted.name}: got a tensor; allowed: None, for {setting}")
+        if is_there and type(value) is Tensor and value.dtype is dtype and value.layout is _STRIDED:
+            shape = (num_tokens,) if columns is None else (num_tokens, columns)
+            if value.shape == shape and value.device == device and value.is_contiguous():
+                continue
+        _refuse_output(wanted, value, spec, num_tokens, device)
 
 
-def _check_output(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    # The usual ones pass at once: this runs in every call that brings tensors to be filled.
-    if type(value) is Tensor and value.dtype is dtype and _is_dense(value, shape, device):
-        return
-    tensor = check_tensor(f"out.{name}", value, (dtype,), shape, device)
-    if not _is_dense(tensor, shape, device):
-        raise ValueError(f"out.{name}: got strides {list(tensor.stride())}; allowed: a contiguous tensor")
+def _refuse_output(wanted: Output, value: object, spec: RouterSpec, num_tokens: int, device: torch.device) -> None:
+    """Raises what is wrong with a tensor to be filled; a subclass of Tensor may be right."""
+    name = f"out.{wanted.name}"
+    if not wanted.is_there:
+        setting = f"the spec's {wanted.field} = {getattr(spec, str(wanted.field))!r}"
+        raise ValueError(f"{name}: got a tensor; allowed: None, for {setting}")
+    tensor = check_tensor(name, value, (wanted.dtype,), wanted.shape(num_tokens), device)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: got strides {list(tensor.stride())}; allowed: a contiguous tensor")
 
 
 def check_table(tid2eid: Tensor, spec: RouterSpec) -> None:

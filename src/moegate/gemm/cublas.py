@@ -19,7 +19,7 @@ from moegate.contract.limits import MAX_DECODE_TOKENS
 from moegate.cuda import device as gpu
 from moegate.cuda import jit, text
 from moegate.gemm.router_gemm import promises_bits, unsupported_size
-from moegate.gemm.torch_mm import TORCH_MM
+from moegate.gemm.torch_mm import BoundMm
 from moegate.halves import BoundGemm, Call, Gemm, Logits, PartialSums
 from moegate.problem import Problem, short
 from moegate.warn import warn_once
@@ -75,14 +75,14 @@ class Cublas(Gemm):
         return None
 
     def bind(self, problem: Problem, device: torch.device) -> BoundGemm:
-        """Compiles the kernels around cuBLAS. Says once if something slower runs."""
+        """Compiles the kernels around cuBLAS."""
         size = unsupported_size(problem.spec.hidden_size)
         if size is not None:
             warn_once(f"{size}: PyTorch's matrix product takes the kernel's place")
         reason = self.falls_back(problem)
         if reason is not None:
-            warn_once(f"{reason}: PyTorch's operations make the logits where cuBLAS would, more slowly")
-            return TORCH_MM.bind(problem, device)
+            slow = f"{reason}: PyTorch's operations make the logits where cuBLAS would, more slowly"
+            return BoundMm(problem, slow)
         return BoundCublas(problem, device)
 
     def sources(self, problem: Problem, chip: gpu.Chip) -> list[str]:

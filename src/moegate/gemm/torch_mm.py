@@ -50,15 +50,21 @@ TORCH_MM = TorchMm()
 
 
 class BoundMm:
-    """The product of one spec. On a CPU many rows are multiplied some at a time."""
+    """The product of one spec. On a CPU many rows are multiplied some at a time.
+
+    `slow_because`: what each call says, once a process, where it takes the place of something faster.
+    """
 
     num_terms = holds_dependents_to = 0
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, slow_because: str | None = None) -> None:
+        self._slow_because = slow_because
         self._norm_eps, self._logits_dtype = problem.spec.input_norm_eps, problem.logits_dtype
 
     def __call__(self, call: Call) -> Tensor:
         """The logits [M, R]."""
+        if self._slow_because is not None:
+            warn_once(self._slow_because)
         hidden, weight, packed = call.hidden, call.weight, call.prepared.get(TORCH_MM)
         assert packed is None or isinstance(packed, PackedWeight)
         if not are_many(hidden):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import struct
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from moegate.cuda import jit, text
 from moegate.cuda.jit import compiler, module
 from moegate.gemm import cublas, router_gemm
 from moegate.problem import Dtypes, Problem
-from moegate.selection import select_kernel
+from moegate.selection import select_text as of_selection
 
 pytestmark = [
     pytest.mark.cpu,
@@ -73,24 +72,15 @@ ALL_GEMMS = [
 
 
 def problems_of(text: str, arch: str, what: object) -> list[str]:
-    """Compiles past the disk cache; prints the registers, and returns what ptxas put into memory."""
-    binary = compiler._compile(text, arch)
-    assert binary.code
+    """Compiles; prints the registers, and returns what ptxas put into memory."""
     if arch.startswith("compute"):
-        assert b".entry" in binary.code  # PTX has no registers yet
+        assert b".entry" in compiler._compile(text, arch).code  # PTX has no registers yet
         return []
-    reports = re.split(r"Compiling entry function '(\w+)'", binary.log)[1:]
-    assert reports, f"ptxas says nothing: {binary.log}"
-    problems = []
-    for name, report in zip(reports[::2], reports[1::2], strict=True):
-        registers = re.search(r"Used (\d+) registers", report)
-        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        assert registers is not None, report
-        assert memory is not None, report
-        print(f"{arch} {name}: {registers[1]} registers, {what}")
-        if any(int(size) for size in memory.groups()):
-            problems.append(f"{arch} {name}, {what}: {registers[1]} registers, {memory[0]}")
-    return problems
+    uses = jit.kernel_uses(text, arch)
+    assert uses
+    for use in uses:
+        print(f"{arch} {use.name}: {use.registers} registers, {what}")
+    return [f"{arch} {use.name}, {what}: {use}" for use in uses if use.memory_bytes]
 
 
 def problem_of(case: GemmCase, *, frozen: bool = False) -> Problem:
@@ -193,7 +183,7 @@ def test_a_chip_gets_its_own_code_or_what_every_later_one_runs(
     ("arguments", "header"),
     [
         ((router_gemm.ARGUMENTS,), "router_gemm.cuh"),
-        ((select_kernel.ARGUMENTS,), "select.cuh"),
+        ((of_selection.ARGUMENTS,), "select.cuh"),
         ((cublas.PREPARE_ARGUMENTS, cublas.REDUCE_ARGUMENTS), "split_k.cuh"),
     ],
 )
@@ -211,7 +201,7 @@ def test_a_warp_has_just_the_shared_memory_that_its_selection_uses() -> None:
     """select.cuh asserts that it is enough; and it is no more than rounding to a multiple of 4 makes of it."""
     small = [RouterSpec(8, e, k, n_group=n, topk_group=n, select_per_group=True) for e, n, k in SMALL_PER_GROUP]
     for spec in (*SPECS.values(), *small):
-        unit = f"{select_text(spec)}static_assert(Select<With<0>>::kEnd + 4 > {select_kernel.shared_words(spec)});\n"
+        unit = f"{select_text(spec)}static_assert(Select<With<0>>::kEnd + 4 > {of_selection.shared_words(spec)});\n"
         assert compiler._compile(unit, "compute_90").code
 
 

@@ -18,7 +18,7 @@ from moegate.gemm import cublas, router_gemm
 from moegate.halves import Call, PartialSums
 from moegate.problem import Problem, dtypes_of
 from moegate.routing import outputs_of
-from moegate.selection import select_kernel
+from moegate.selection import select_kernel, select_text
 
 pytestmark = pytest.mark.cpu
 
@@ -108,7 +108,7 @@ def test_the_selection(name: str, num_splits: int, recorder: Recorder) -> None:
     for given, returned in zip(out, routing, strict=True):
         assert given is returned
     table = tensors.tid2eid
-    assert recorder.last(select_kernel.ARGUMENTS) == {
+    assert recorder.last(select_text.ARGUMENTS) == {
         "logits": address(sums if num_splits else out.logits),
         "correction_bias": address(tensors.e_score_correction_bias),
         "per_expert_scale": address(tensors.per_expert_scale),
@@ -166,7 +166,7 @@ def test_a_selection_alone_reads_logits_whose_rows_are_apart(recorder: Recorder)
     problem, call = a_call(spec)
     logits = torch.randn(TOKENS, spec.num_gate_rows + 4)[:, : spec.num_gate_rows]
     routing = select_kernel.BoundSelect(problem, CPU, None)(call._replace(out=None), logits)
-    found = recorder.last(select_kernel.ARGUMENTS)
+    found = recorder.last(select_text.ARGUMENTS)
     assert (found["logits"], found["logits_stride"]) == (address(logits), spec.num_gate_rows + 4)
     assert (found["topk_ids"], found["topk_weights"]) == (address(routing.topk_ids), address(routing.topk_weights))
     assert found["holds_dependents"] == 0

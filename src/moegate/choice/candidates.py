@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from moegate.cuda.device import Chip
 from moegate.gemm.cublas import CUBLAS as CUBLAS_GEMM
 from moegate.gemm.flashinfer_mm import FLASHINFER_MM
 from moegate.gemm.flashinfer_mm import FLASHINFER_TINYGEMM as TINYGEMM
 from moegate.gemm.router_gemm import ROUTER_GEMM as ROUTER_GEMM_KERNEL
 from moegate.gemm.torch_mm import TORCH_MM
-from moegate.halves import BoundGemm, BoundSelection, Gemm, Selection
+from moegate.halves import BoundGemm, BoundSelection, Gemm, KernelSource, Selection
 from moegate.problem import Problem
 from moegate.selection.flashinfer_top_k import FLASHINFER_TOP_K as FUSED_TOP_K
 from moegate.selection.select_kernel import SELECT
@@ -63,6 +64,12 @@ class Candidate:
         """None, or the promise of docs/contract.md that would not be kept."""
         broken = [way.breaks(problem, num_tokens) for way in (self.gemm, self.selection)]
         return ", and ".join(reason for reason in broken if reason is not None) or None
+
+    def sources(self, problem: Problem, chip: Chip, num_tokens: int) -> list[KernelSource]:
+        """The kernels for so many tokens, in the order in which they run; none of PyTorch's and of FlashInfer's."""
+        num_terms = self.gemm.num_terms(problem, chip, num_tokens)
+        gemm = self.gemm.sources(problem, chip, num_tokens, num_terms)
+        return gemm + self.selection.sources(problem, chip, num_tokens, num_terms)
 
     def try_out(self, problem: Problem, device: torch.device) -> str | None:
         """None, or why it cannot run on a device that is here, found out by running it once."""

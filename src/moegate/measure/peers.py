@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -42,9 +43,10 @@ def flashinfer_top_k(spec: RouterSpec, tensors: RouterTensors) -> Callable[[Tens
 
 def is_transformers_softmax(spec: RouterSpec) -> bool:
     """True for the routers that Transformers writes as linear, softmax in float32, topk, and perhaps a division."""
-    plain = spec.correction_bias is None and spec.n_group == 1 and spec.weights_from == "score"
-    extras = spec.num_zero_experts or spec.num_shared_gates or spec.per_expert_scale or spec.hash_routing
-    return spec.scoring_func == "softmax" and plain and not extras and spec.input_norm_eps is None
+    known = ("hidden_size", "num_experts", "top_k", "renormalize", "routed_scaling_factor", "linear_bias")
+    dtypes = ("logits_dtype", "weight_dtype", "topk_weights_dtype")
+    others = [part for part in dataclasses.fields(spec) if part.name not in (*known, *dtypes)]
+    return all(getattr(spec, part.name) == part.default for part in others)
 
 
 def transformers_like(spec: RouterSpec, bias: Tensor | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Many rows on a CPU, some at a time, so that what a routing needs beside its result does not grow with them."""
+"""Many rows on a CPU in chunks: the scratch memory of a routing does not grow with the number of tokens."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from moegate.plain import can_be_asked
 from moegate.routing import Routing
 
-# Rows at a time: as many as have so many numbers, 16 MB in float32. The selection makes about four of each logit. But
-# at least these rows, since smaller products take longer a row.
+# A chunk has as many rows as make so many numbers, 16 MB in float32. The selection makes about four numbers of each
+# logit. A chunk has at least `_ROWS` rows, since smaller GEMMs take longer a row.
 _NUMBERS = 1 << 22
 _OF_LOGIT = 4
 _ROWS = 512
-# Fewer rows than these are selected by other operations, whose weights may differ in the last bit: in one call all
-# rows go the same way.
+# Fewer rows are selected by other operations, whose weights may differ in the last bit. So all rows of a call take one
+# path.
 _LEAST = 17
-# Rows of one product. oneDNN keeps compiled code for each number of rows that it has met, 0.6 to 0.8 MB, and up to
-# 1024 of these; this many take 26 MB. Other numbers are put together from them.
+# The numbers of rows of one GEMM. oneDNN caches compiled code for up to 1024 numbers of rows, 0.6 to 0.8 MB each. These
+# take 26 MB. A GEMM of another number of rows is put together from these.
 _SIZES = (4096, 2048, 1024, 512, 384, 256, 192, 128, 96, *range(64, 24, -8), *range(24, 0, -1))
 _IS_SIZE = frozenset(_SIZES)
 
@@ -29,14 +29,14 @@ _Result = TypeVar("_Result", Tensor, Routing)
 
 
 def are_many(rows: Tensor) -> bool:
-    """True on a CPU for so many rows that they may be taken some at a time; not for what wraps or traces tensors."""
+    """True for more rows than a chunk has at least, on a CPU; False for wrappers and traced tensors."""
     return rows.is_cpu and rows.shape[0] > _ROWS and can_be_asked(rows)
 
 
 def in_chunks(num_rows: int, num_gate_rows: int, compute: Callable[[slice], _Result], *, copied: int = 0) -> _Result:
-    """What `compute` returns for all rows, of which it is given some at a time.
+    """What `compute` returns for all rows, called chunk by chunk.
 
-    `copied` is how many numbers it makes of a row before it has its logits: K where the product is in another dtype.
+    `copied`: the numbers of a row that are copied before its logits are made: K where the GEMM is in another dtype.
     """
     at_once = max(1, _NUMBERS // max(copied, _OF_LOGIT * num_gate_rows) // _ROWS) * _ROWS
     whole: _Result | None = None
@@ -52,12 +52,12 @@ def in_chunks(num_rows: int, num_gate_rows: int, compute: Callable[[slice], _Res
     return whole
 
 
-def in_sizes(rows: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """The product of rows [M, K] by one of oneDNN's, which meets few different M."""
+def in_sizes(rows: Tensor, gemm: Callable[[Tensor], Tensor]) -> Tensor:
+    """A GEMM of rows [M, K] put together of some with few different M, for oneDNN's cache."""
     num_rows = rows.shape[0]
     if num_rows in _IS_SIZE or num_rows == 0:
-        return product(rows)
-    return torch.cat([product(part) for part in rows.split(_sizes(num_rows))])
+        return gemm(rows)
+    return torch.cat([gemm(part) for part in rows.split(_sizes(num_rows))])
 
 
 def _chunks(num_rows: int, at_once: int) -> Iterator[slice]:

@@ -32,7 +32,7 @@ class Gate(FromCheckpoint, TakesNote):
     stay in float32 whatever dtype the module is cast to.
 
     The gate reads the very tensors it was given, so that updates in place take effect. With
-    `frozen=True` it also keeps what it made of them (on a CPU, the weight in the layout of its product).
+    `frozen=True` it also keeps what it made of them (on a CPU, the packed weight).
 
     Each call looks at the tensors, however they came to change: an assigned, loaded, moved, pruned or
     swapped one takes effect at once, and one that does not fit raises what the constructor would. A

@@ -108,7 +108,7 @@ class Way(ABC):
         return None
 
     def try_out(self, problem: Problem, device: torch.device) -> str | None:
-        """Why it cannot run on a device that is here, found out by running it once; asked once a plan."""
+        """Why it cannot run on a device that is here, found out by running it once."""
         return None
 
     def sources(self, problem: Problem, chip: Chip, num_tokens: int, num_terms: int) -> list[KernelSource]:

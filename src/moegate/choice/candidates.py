@@ -20,7 +20,7 @@ from moegate.selection.torch_ops import TORCH_OPS
 
 
 class OurSelection(Selection):
-    """Behind FlashInfer's products: our kernel where it can be compiled, else PyTorch's operations."""
+    """Behind FlashInfer's GEMMs: our kernel where NVRTC can compile it, else PyTorch's operations."""
 
     def name_of(self, problem: Problem) -> str:
         """What users call it."""

@@ -44,7 +44,7 @@ class Dispatch:
         assert device is not None
         self.plan, self._device, self._only = plan, device, only
         self._candidates = plan.candidates if only is None else (only,)
-        # PyTorch's operations take wrappers, too, and find their device by themselves.
+        # PyTorch's operations accept wrappers, too, and find their device by themselves.
         self._is_torch = {candidate.backend for candidate in self._candidates} == {"torch"}
         self._index = device.index or 0 if device.type == "cuda" and not self._is_torch else None
         self._by_dtypes: dict[object, _Bound] = {}
@@ -56,7 +56,7 @@ class Dispatch:
         return "+".join(dict.fromkeys(candidate.backend for candidate in self._candidates))
 
     def prepare(self, weight: Tensor) -> Prepared:
-        """Compiles for a gate's likely calls; returns what pays to be made once of a frozen weight."""
+        """Compiles for a gate's likely calls; returns what is made once of a frozen weight."""
         problem = self.plan.problem
         self._bind(problem.dtypes.hidden, problem.dtypes.input_ids)
         if not problem.frozen:
@@ -262,7 +262,7 @@ def _with_logits(spec: RouterSpec, is_bfloat16: bool) -> RouterSpec:
 
 
 def forget() -> None:
-    """Has every plan made anew, as after new measurements: empties what is kept for the process."""
+    """Empties the caches of this process, so that every plan is made anew, as after new measurements."""
     for known in (
         dispatch_of,
         tables.table_for,
@@ -276,7 +276,7 @@ def forget() -> None:
 
 
 def proven_plan(problem: Problem, policy: str, backend: str | None) -> Plan:
-    """The plan on a machine that is here, after what it wants of FlashInfer was tried out: what failed is not in it.
+    """The plan on a machine that is here. FlashInfer's functions are tried out; a plan has none that failed.
 
     Raises:
         ValueError: See `Plan`.

@@ -151,7 +151,7 @@ def tinygemm_refuses(spec: RouterSpec, weight_dtype: torch.dtype, bias_dtype: to
 
 
 def dtype_refuses(hidden_dtype: torch.dtype) -> str | None:
-    """None, or why hidden states of this dtype cannot be given to FlashInfer's products."""
+    """None, or why hidden states of this dtype cannot be given to FlashInfer's GEMMs."""
     return _only_bfloat16("hidden", hidden_dtype)
 
 

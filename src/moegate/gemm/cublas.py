@@ -86,13 +86,13 @@ class Cublas(Gemm):
         return BoundCublas(problem, device)
 
     def num_terms(self, problem: Problem, chip: gpu.Chip, num_tokens: int) -> int:
-        """Of a weight in its partial sums."""
+        """Of the weight in the partial sums; 0: cuBLAS writes the logits."""
         layout = layout_of(problem)
         num_splits = num_splits_of(num_tokens, layout.columns, problem.spec.hidden_size, chip.num_sms)
         return 0 if self.falls_back(problem) is not None or are_logits(problem, num_splits) else layout.num_terms
 
     def sources(self, problem: Problem, chip: gpu.Chip, num_tokens: int, num_terms: int) -> list[KernelSource]:
-        """CuBLAS for so many tokens, and the kernel in front of it."""
+        """The GEMM for so many tokens, and the kernel in front of cuBLAS."""
         if self.falls_back(problem) is not None:
             return []
         layout, hidden_size = layout_of(problem), problem.spec.hidden_size
@@ -115,7 +115,7 @@ class Layout(NamedTuple):
     operand_dtype: torch.dtype
     """Also of the hidden states."""
     num_terms: int
-    """The 16-bit terms whose sum an element of the weight, times the norm's scale, is."""
+    """An element of the weight, times the norm's scale, is the sum of so many 16-bit terms."""
     columns: int
     """Of the partial sums."""
     has_copy: bool

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moegate.flashinfer import limits
-from moegate.flashinfer.functions import bound_product, bound_top_k
+from moegate.flashinfer.functions import bound_gemm, bound_top_k
 from moegate.measure.timing import reason_of
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
@@ -21,7 +21,7 @@ def flashinfer_gemm(spec: RouterSpec, device: torch.device, tokens: int) -> Call
     if known is None or tokens > limits.MAX_TOKENS:
         return f"not supported: K={spec.hidden_size} N={spec.num_gate_rows} M={tokens}"
     try:
-        product = bound_product(known, device, spec, pdl=True)
+        product = bound_gemm(known, device, spec, pdl=True)
     except Exception as error:  # an import of a large package fails in many ways
         return f"absent: {reason_of(error)}"
     return lambda hidden, weight: product(hidden, weight, None)

@@ -211,16 +211,20 @@ class Options(NamedTuple):
 
 
 @cache
-def dispatch_of(device: torch.device, spec: RouterSpec, dtypes: Dtypes, options: Options) -> Dispatch:
-    """What runs calls that are alike. Warns, once, of a slow path in its plan.
+def dispatch_of(problem: Problem, policy: str, backend: str | None) -> Dispatch:
+    """What runs the calls of a problem on a machine that is here. Warns, once, of a slow path in its plan.
 
     Raises:
         ValueError: An unknown policy or backend; or the backend is forced and cannot run.
     """
-    problem = Problem(machine_of(device), spec, dtypes, options.frozen, options.pdl)
-    plan = proven_plan(problem, options.policy, options.backend)
+    plan = proven_plan(problem, policy, backend)
     warn_of_slow_paths(plan)
     return Dispatch(plan)
+
+
+def _dispatch(device: torch.device, spec: RouterSpec, dtypes: Dtypes, options: Options) -> Dispatch:
+    frozen, pdl, backend, policy = options
+    return dispatch_of(Problem(machine_of(device), spec, dtypes, frozen, pdl), policy, backend)
 
 
 def for_route(
@@ -230,7 +234,7 @@ def for_route(
     # Calls copy a weight whose rows are not aligned. The copy is the kernel in front, and nobody may load it early.
     if options.frozen and weight.is_cuda and not gpu.is_aligned(weight):
         options = options._replace(frozen=False)
-    return dispatch_of(device, spec, dtypes_of(spec, weight.dtype, tensors), options)
+    return _dispatch(device, spec, dtypes_of(spec, weight.dtype, tensors), options)
 
 
 def for_gemm(
@@ -247,7 +251,7 @@ def for_selection(
 ) -> Dispatch:
     """What runs the selection alone, on logits in any dtype that logits may have."""
     spec = _with_logits(spec, logits_dtype == torch.bfloat16)
-    return dispatch_of(device, spec, dtypes_of(spec, default_weight_dtype(spec), tensors), options)
+    return _dispatch(device, spec, dtypes_of(spec, default_weight_dtype(spec), tensors), options)
 
 
 @cache

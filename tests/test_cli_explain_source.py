@@ -13,7 +13,7 @@ from cuda_kernels import a_problem
 from machines import forget
 
 from moegate import get_spec
-from moegate.choice.candidates import CUBLAS, ROUTER_GEMM, Candidate
+from moegate.choice.candidates import CUBLAS, DOT_GEMM, ROUTER_GEMM, Candidate
 from moegate.cuda import device as gpu
 from moegate.cuda import jit
 from moegate.cuda.device import Chip
@@ -79,6 +79,14 @@ def test_the_text_is_the_one_that_is_loaded(
     candidate.selection.bind(problem, torch.device("cpu"), gemm)
     for source in candidate.sources(problem, H100, tokens):
         assert source.kernel == "cuBLAS" or (source.kernel, source.shared_bytes) in made[source.text], source.kernel
+
+
+def test_a_kernel_that_is_not_chosen_has_its_text_too() -> None:
+    spec = get_spec("minimax-m2")
+    problem = a_problem(spec, dtypes_of(spec, torch.float32))
+    dot, select = DOT_GEMM.sources(problem, H100, 3)
+    assert (dot.kernel, dot.header, select.kernel) == ("dot_4", "dot_gemm.cuh", "select_few")
+    assert {use.name for use in jit.kernel_uses(dot.text, "sm_90a")} == {"dot_1", "dot_2", "dot_4"}
 
 
 def test_newer_chips_get_ptx() -> None:

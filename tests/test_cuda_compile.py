@@ -9,13 +9,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
-from cuda_kernels import a_problem, gemm_texts, select_text
+from cuda_kernels import a_problem, dot_texts, gemm_texts, select_text
 from routers import SPECS
 
 from moegate import RouterSpec
 from moegate.cuda import jit, text
 from moegate.cuda.jit import compiler, module
-from moegate.gemm import cublas, router_gemm
+from moegate.gemm import cublas, dot_gemm, router_gemm
 from moegate.problem import Dtypes, Problem
 from moegate.selection import select_text as of_selection
 
@@ -114,6 +114,31 @@ def test_gemms_do_not_spill_on_other_chips(arch: str) -> None:
     assert problems == []
 
 
+# Each number of rows to a block, of vectors to a thread and of warps; and the most registers.
+DOT_PRODUCTS = [
+    GemmCase(8192, 256, weight=FP32),
+    GemmCase(3072, 256, weight=FP32, logits=BF16, has_bias=True),
+    GemmCase(6144, 128, FP32, FP32),
+    GemmCase(16384, 258, FP32, FP32),
+    GemmCase(8192, 1024, FP32, FP32),
+    GemmCase(4096, 1022, FP16, FP32, has_bias=True),
+    GemmCase(1000, 1022, FP32, FP32, has_bias=True),
+    GemmCase(8, 1, weight=FP32),
+]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])
+def test_dot_products_do_not_spill(arch: str, frozen: bool) -> None:
+    problems = [
+        problem
+        for case in DOT_PRODUCTS
+        for text in dot_texts(arch, problem_of(case, frozen=frozen))
+        for problem in problems_of(text, arch, f"{case}, frozen={frozen}")
+    ]
+    assert problems == []
+
+
 AROUND_CUBLAS = [
     GemmCase(3072, 256, weight=FP32),
     GemmCase(1000, 33, weight=FP32),
@@ -183,6 +208,7 @@ def test_a_chip_gets_its_own_code_or_what_every_later_one_runs(
     ("arguments", "header"),
     [
         ((router_gemm.ARGUMENTS,), "router_gemm.cuh"),
+        ((dot_gemm.ARGUMENTS,), "dot_gemm.cuh"),
         ((of_selection.ARGUMENTS,), "select.cuh"),
         ((cublas.PREPARE_ARGUMENTS, cublas.REDUCE_ARGUMENTS), "split_k.cuh"),
     ],

@@ -15,7 +15,7 @@ from moegate.choice.machines import machine_of
 from moegate.choice.plan import Plan
 from moegate.contract.verify import verify_call
 from moegate.cuda.device import Chip, described_chip
-from moegate.gemm import router_gemm
+from moegate.gemm import dot_gemm, router_gemm
 from moegate.gemm.cublas import BoundCublas
 from moegate.halves import Call
 from moegate.machine import Machine
@@ -64,6 +64,12 @@ def gemm_texts(arch: str, problem: Problem) -> list[str]:
     """The texts of a router GEMM, as it is tiled for the smallest and the largest chip of that architecture."""
     texts = [router_gemm.source(problem, router_gemm.tiling_for(problem, chip)) for chip in chips_of(arch)]
     return list(dict.fromkeys(texts))
+
+
+def dot_texts(arch: str, problem: Problem) -> list[str]:
+    """The texts of dot products, likewise."""
+    sizes = problem.spec.hidden_size, problem.spec.num_gate_rows
+    return list(dict.fromkeys(dot_gemm.source(problem, dot_gemm.tiling_of(*sizes, chip)) for chip in chips_of(arch)))
 
 
 def select_text(spec: RouterSpec, *, aligned: bool = True, frozen: bool = False, num_terms: int = 0) -> str:

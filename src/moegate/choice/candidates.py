@@ -8,6 +8,7 @@ import torch
 
 from moegate.cuda.device import Chip
 from moegate.gemm.cublas import CUBLAS as CUBLAS_GEMM
+from moegate.gemm.dot_gemm import DOT_GEMM as DOT_GEMM_KERNEL
 from moegate.gemm.flashinfer_mm import FLASHINFER_MM
 from moegate.gemm.flashinfer_mm import FLASHINFER_TINYGEMM as TINYGEMM
 from moegate.gemm.router_gemm import ROUTER_GEMM as ROUTER_GEMM_KERNEL
@@ -78,13 +79,23 @@ class Candidate:
 
 ROUTER_GEMM = Candidate("cuda", ROUTER_GEMM_KERNEL, SELECT)
 CUBLAS = Candidate("cuda", CUBLAS_GEMM, SELECT)
+DOT_GEMM = Candidate("cuda", DOT_GEMM_KERNEL, SELECT)
 TORCH = Candidate("torch", TORCH_MM, TORCH_OPS)
 FLASHINFER_GEMM = Candidate("flashinfer", FLASHINFER_MM, OUR_SELECTION, "{gemm}")
 FLASHINFER_PAIR = Candidate("flashinfer", FLASHINFER_MM, FUSED_TOP_K)
 FLASHINFER_TOP_K = Candidate("flashinfer", TORCH_MM, FUSED_TOP_K, "cublas+{selection}")
 FLASHINFER_TINYGEMM = Candidate("flashinfer", TINYGEMM, OUR_SELECTION, "{gemm}")
 
-CANDIDATES = (ROUTER_GEMM, CUBLAS, TORCH, FLASHINFER_GEMM, FLASHINFER_PAIR, FLASHINFER_TOP_K, FLASHINFER_TINYGEMM)
+CANDIDATES = (
+    ROUTER_GEMM,
+    CUBLAS,
+    DOT_GEMM,
+    TORCH,
+    FLASHINFER_GEMM,
+    FLASHINFER_PAIR,
+    FLASHINFER_TOP_K,
+    FLASHINFER_TINYGEMM,
+)
 """In the order in which they are taken where nothing is known of their times."""
 BACKENDS = ("cuda", "torch")
 """Those that keep docs/contract.md, best first."""

@@ -77,9 +77,10 @@ class DotGemm(Gemm):
         """The kernel for so many tokens."""
         tiling = tiling_of(problem.spec.hidden_size, problem.spec.num_gate_rows, chip)
         name = f"dot_{_tokens_of_kernel(num_tokens)}"
+        blocks = -(-problem.spec.num_gate_rows // tiling.rows)
         plan = (
-            f"{-(-problem.spec.num_gate_rows // tiling.rows)} blocks of {tiling.warps} warps; {tiling.rows} rows of the "
-            f"weight a block, {tiling.vecs} float4 of each in flight in a thread"
+            f"{blocks} blocks of {tiling.warps} warps; {tiling.rows} rows of the weight a block, "
+            f"{tiling.vecs} float4 of each in flight in a thread"
         )
         return [KernelSource(name, "dot_gemm.cuh", plan, source(problem, tiling), 0)]
 

@@ -12,6 +12,7 @@ from moegate.spec_values import (
     CorrectionBias,
     GateWeightDtype,
     GroupScore,
+    KeptOnce,
     LogitsDtype,
     ScoringFunc,
     WeightsDtype,
@@ -29,7 +30,7 @@ _FLOAT32_RANGE = (2.0**-126, 3.4028234663852886e38)
 
 
 @dataclass(frozen=True)
-class RouterSpec:
+class RouterSpec(KeptOnce):
     """What a mixture-of-experts router computes, from `hidden` [M, K] to ids and weights [M, k].
 
     A spec is immutable, hashable and validated: a combination that makes no sense raises a
@@ -107,6 +108,7 @@ class RouterSpec:
     global_scale: bool = False
     hash_routing: bool = False
     input_norm_eps: float | None = None
+    __hash__ = KeptOnce.__hash__  # not the one that a dataclass gets, of all fields in each call
 
     def __post_init__(self) -> None:
         for part in dataclasses.fields(self):
@@ -117,18 +119,7 @@ class RouterSpec:
         self._check_groups()
         self._check_weights()
         self._check_numbers()
-
-    def __hash__(self) -> int:
-        """The hash of the fields, computed once: a spec is part of the key of all that is kept for one."""
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(tuple(getattr(self, part.name) for part in dataclasses.fields(self)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Without what was computed: another process hashes text to other numbers.
-        return {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+        self._keep_text()
 
     @classmethod
     def from_config(

@@ -1,8 +1,11 @@
-"""What the fields of a `RouterSpec` may be: their words and their types."""
+"""What the fields of a `RouterSpec` may be: their words and their types; and what is computed of them once."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import dataclasses
+import json
+from functools import cached_property
+from typing import Any, ClassVar, Literal, get_args
 
 ScoringFunc = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity"]
 CorrectionBias = Literal["score", "logit"]
@@ -39,3 +42,34 @@ def check_type(field: str, annotation: str, value: object) -> None:
         return
     if not isinstance(value, expected) or (isinstance(value, bool) and expected != (bool,)):
         raise TypeError(f"RouterSpec.{field} must be {annotation}, got {type(value).__name__} {value!r}")
+
+
+class KeptOnce:
+    """What a frozen dataclass computes of its fields once: its hash, and its text.
+
+    A spec is part of the key of all that is kept for one, and compiled code hands specs to operators as text.
+    """
+
+    _text: ClassVar[str]
+    """JSON of the fields that are not at their defaults. An attribute, which compiled code reads as it is."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(self.__getstate__().values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what was computed: another process hashes text to other numbers.
+        return {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._keep_text()
+
+    def _keep_text(self) -> None:
+        """Sets `_text`, when the fields are there."""
+        defaults = {part.name: part.default for part in dataclasses.fields(self)}  # type: ignore[arg-type]
+        values = self.__getstate__().items()
+        vars(self)["_text"] = json.dumps({name: value for name, value in values if value != defaults[name]})

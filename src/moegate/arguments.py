@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moegate.plain import can_be_asked
-from moegate.routing import FLOATS, INTEGERS, LOGITS, Output, RouterTensors, Routing, inputs_of, outputs_of
+from moegate.routing import FLOATS, INTEGERS, LOGITS, Output, RouterTensors, Routing, inputs_of
 from moegate.spec import MAX_GATE_ROWS, RouterSpec
 
 _STRIDED = torch.strided
@@ -144,27 +144,21 @@ def check_input_ids(
     return ids
 
 
-def check_others(
-    input_ids: object, out: object, num_tokens: int, spec: RouterSpec, tensors: RouterTensors, device: torch.device
+def check_out(
+    out: object, outputs: tuple[Output, ...], spec: RouterSpec, num_tokens: int, device: torch.device
 ) -> None:
-    """Checks what comes with the hidden states in a call of a gate."""
-    check_input_ids(input_ids, spec, tensors, num_tokens, device)
-    if out is not None:
-        check_out(out, spec, num_tokens, device)
-
-
-def check_out(out: object, spec: RouterSpec, num_tokens: int, device: torch.device) -> None:
-    """Checks the routing that a gate is to fill: contiguous tensors, those that the spec gives; logits may be None."""
+    """Checks the routing that a gate is to fill: contiguous tensors, as in `outputs_of(spec)`; logits may be None."""
     if not isinstance(out, Routing):
         raise TypeError(f"out: got {type(out).__name__}; allowed: None, or a moegate.Routing")
-    for wanted, value in zip(outputs_of(spec), out, strict=True):
-        name, _, is_there, dtype, columns = wanted
+    for wanted, value in zip(outputs, out):  # noqa: B905 # both have all of Routing's fields
         # The usual ones pass at once: this runs in every call that brings tensors to be filled.
-        if value is None and (name == "logits" or not is_there):
-            continue
-        if is_there and type(value) is Tensor and value.dtype is dtype and value.layout is _STRIDED:
+        if value is None:
+            if not wanted.is_there or wanted.name == "logits":
+                continue
+        elif type(value) is Tensor and value.dtype is wanted.dtype and value.layout is _STRIDED:
+            columns = wanted.columns
             shape = (num_tokens,) if columns is None else (num_tokens, columns)
-            if value.shape == shape and value.device == device and value.is_contiguous():
+            if value.shape == shape and value.device == device and value.is_contiguous() and wanted.is_there:
                 continue
         _refuse_output(wanted, value, spec, num_tokens, device)
 

@@ -17,7 +17,7 @@ from moegate.noticing import (
     widened,
 )
 from moegate.plain import META, are_plain, is_compiling, is_taken_over
-from moegate.routing import FLOATS, RouterTensors, Routing
+from moegate.routing import FLOATS, RouterTensors, Routing, outputs_of
 from moegate.spec import RouterSpec
 from moegate.takes_note import TakesNote, refresh_after_load
 from moegate.warn import warn_once
@@ -137,8 +137,7 @@ class Gate(FromCheckpoint, TakesNote):
 
         Raises:
             TypeError: Not a tensor, or a dtype that is not allowed.
-            ValueError: A shape, stride or device that is not allowed; on a CPU, a token id outside the table; a hash
-                table with an expert out of range or twice in a row.
+            ValueError: A shape, stride or device that is not allowed; a wrong hash table; on a CPU, a token id outside it.
             RuntimeError: Tensors of the gate changed, and a CUDA graph is being captured.
         """
         if is_compiling() or (
@@ -152,16 +151,17 @@ class Gate(FromCheckpoint, TakesNote):
             if noted is None or not noted.holds(self._parameters, self._buffers):
                 noted, weight = self._notice()
             assert weight is not None
-            tensors, device = noted.tensors, noted.device
-            arguments.check_hidden(hidden, spec, device)
-            if input_ids is not None or out is not None or spec.hash_routing:
-                arguments.check_others(input_ids, out, hidden.shape[0], spec, tensors, device)
+            arguments.check_hidden(hidden, spec, noted.device)
+            if input_ids is not None or spec.hash_routing:
+                arguments.check_input_ids(input_ids, spec, noted.tensors, hidden.shape[0], noted.device)
+            if out is not None:
+                arguments.check_out(out, noted.outputs, spec, hidden.shape[0], noted.device)
             had_grad = torch.is_grad_enabled()
             if had_grad and (hidden.requires_grad or weight.requires_grad or _require_grad(noted.learned)):
                 warn_of_no_grad()
             try:
                 torch._C._set_grad_enabled(False)  # all that torch.no_grad() comes to, in a tenth of its time
-                routing = noted.dispatch.route(hidden, weight, tensors, input_ids, noted.prepared, out)
+                routing = noted.dispatch.route(hidden, weight, noted.tensors, input_ids, noted.prepared, out)
             finally:
                 torch._C._set_grad_enabled(had_grad)
         return routing if return_logits else routing.without_logits()
@@ -171,7 +171,9 @@ class Gate(FromCheckpoint, TakesNote):
         spec = self.spec
         weight, tensors = arguments.check_gate(widened(self._given()), spec)
         arguments.check_hidden(hidden, spec, weight.device)
-        arguments.check_others(input_ids, out, hidden.shape[0], spec, tensors, weight.device)
+        arguments.check_input_ids(input_ids, spec, tensors, hidden.shape[0], weight.device)
+        if out is not None:
+            arguments.check_out(out, outputs_of(spec), spec, hidden.shape[0], weight.device)
         if torch.is_grad_enabled() and _require_grad((hidden, weight, *learned(tensors))):
             warn_of_no_grad()
         if is_compiling():

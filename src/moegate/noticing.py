@@ -16,7 +16,7 @@ from moegate.choice.plan import BACKEND_NAMES
 from moegate.halves import Prepared
 from moegate.look import NAMES, Form, Given, Look, Questions, form_of, look_of, place_of, questions_about
 from moegate.plain import META, are_plain
-from moegate.routing import RouterTensors
+from moegate.routing import Output, RouterTensors, outputs_of
 from moegate.spec import RouterSpec
 from moegate.warn import warn_once
 
@@ -46,6 +46,7 @@ class Noted(NamedTuple):
     tensors: RouterTensors
     learned: tuple[Tensor, ...]
     """Those among them that training would change."""
+    outputs: tuple[Output, ...]
     dispatch: Dispatch
     prepared: Prepared
     in_calls: int
@@ -166,6 +167,7 @@ def take_note(
         weight.device,
         tensors,
         learned(tensors),
+        outputs_of(spec),
         dispatch,
         prepared,
         in_calls,

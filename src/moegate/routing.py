@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from moegate.plain import is_compiling
 from moegate.spec import RouterSpec
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +35,7 @@ class Input(NamedTuple):
 def inputs_of(spec: RouterSpec) -> tuple[Input, ...]:
     """The tensors of a gate: the weight, then those of `RouterTensors` in their order."""
     # Compilers look into a cache, and say so in a warning.
-    return _inputs_of(spec) if torch.compiler.is_compiling() else _kept_inputs_of(spec)
+    return _inputs_of(spec) if is_compiling() else _kept_inputs_of(spec)
 
 
 def _inputs_of(spec: RouterSpec) -> tuple[Input, ...]:
@@ -75,7 +76,7 @@ class Output(NamedTuple):
 
 def outputs_of(spec: RouterSpec) -> tuple[Output, ...]:
     """What a routing consists of, in the order of `Routing`."""
-    return _outputs_of(spec) if torch.compiler.is_compiling() else _kept_outputs_of(spec)
+    return _outputs_of(spec) if is_compiling() else _kept_outputs_of(spec)
 
 
 def _outputs_of(spec: RouterSpec) -> tuple[Output, ...]:

@@ -108,7 +108,7 @@ class BoundSelect:
     def __call__(self, call: Call, logits: Logits) -> Routing:
         """The routing of M > 0 tokens, of logits [M, R] whose rows may be apart, or of partial sums."""
         num_tokens, _, _, tensors, input_ids, _, out, stream = call
-        if out is None and isinstance(logits, Tensor):
+        if isinstance(logits, Tensor) and (out is None or out.logits is logits):
             source, made, norm_factors, num_splits = logits, logits, None, 0
         else:
             source, made, norm_factors, num_splits = self._source_of(num_tokens, logits, out)
@@ -123,7 +123,7 @@ class BoundSelect:
         kernel, warps = kernels.few, _WARPS_OF_FEW
         if num_tokens > self._most_few:
             kernel, warps = (kernels.some, 1) if num_tokens <= _MOST_SPREAD else (kernels.many, _WARPS_OF_MANY)
-        routing = self._outputs(num_tokens, made, out)
+        routing = out if out is not None and out.logits is made else self._outputs(num_tokens, made, out)
         ids, weights, _, shared_weights, identity_weight = routing
         kernel.launch(
             (-(-num_tokens // warps), 1),
@@ -164,7 +164,7 @@ class BoundSelect:
     def _outputs(self, num_tokens: int, logits: Tensor, out: Routing | None) -> Routing:
         """The tensors to be filled: those of `out`, or new ones on the current device."""
         if out is not None:
-            return out if out.logits is logits else out._replace(logits=logits)
+            return out._replace(logits=logits)
         shared, identity = self._shared, self._identity
         return tuple.__new__(  # in half of the time of Routing(...)
             Routing,

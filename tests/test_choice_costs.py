@@ -108,7 +108,7 @@ def test_the_table_of_the_h100_tells_the_times_of_other_routers() -> None:
     (gpu,) = (table.gpu for table in map(read, tables._shipped()) if table.gpu.name == "NVIDIA H100 80GB HBM3")
     off: dict[tuple[str, int], float] = {}
     with MEASURED.open(newline="", encoding="utf-8") as text:
-        rows = [row for row in csv.DictReader(text) if (row["part"], row["candidate"]) == ("catalog", "moegate frozen")]
+        rows = [row for row in csv.DictReader(text) if (row["part"], row["contestant"]) == ("catalog", "moegate")]
     for row in rows:
         spec, tokens = get_spec(row["model"]), int(row["tokens"])
         cost = costs.expected(problem_of(gpu, spec, default_weight_dtype(spec)), candidates.ROUTER_GEMM, tokens)

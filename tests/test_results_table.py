@@ -22,8 +22,8 @@ def write_record(file: Path, run: str, *rows: dict[str, Any]) -> None:
     file.write_text(json.dumps({"runs": runs, "rows": [{"run": run, **row} for row in rows]}))
 
 
-def row(part: str, tokens: int, way: str = "cold", **candidates: dict[str, Any]) -> dict[str, Any]:
-    return {"part": part, "model": "deepseek-v3", "tokens": tokens, "way": way, "candidates": candidates}
+def row(part: str, tokens: int, way: str = "cold", **contestants: dict[str, Any]) -> dict[str, Any]:
+    return {"part": part, "model": "deepseek-v3", "tokens": tokens, "way": way, "contestants": contestants}
 
 
 def tabulate(folder: Path, file: Path) -> list[list[str]]:

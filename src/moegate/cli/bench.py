@@ -191,16 +191,16 @@ def _print(content: dict[str, Any], out: Console) -> None:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    """Candidates down, numbers of tokens across."""
+    """Contestants down, numbers of tokens across."""
     from moegate.report.numbers import agreement, cell, label
 
     table = new_table()
-    table.add_column("candidate, µs a call", overflow="fold")
+    table.add_column("contestant, µs a call", overflow="fold")
     for row in rows:
         table.add_column(f"M={row['tokens']}", justify="right", no_wrap=True)
     table.add_column("same experts", justify="right", width=_EXPERTS_WIDTH)
-    for name in dict.fromkeys(name for row in rows for name in row["candidates"]):
-        found = [row["candidates"].get(name, {}) for row in rows]
+    for name in dict.fromkeys(name for row in rows for name in row["contestants"]):
+        found = [row["contestants"].get(name, {}) for row in rows]
         cells = [cell(each) for each in found]
         if set(cells) != {""}:
             table.add_row(label(name), *cells, agreement(found))

@@ -1,4 +1,4 @@
-"""What the fields of a `RouterSpec` may be: their words and their types."""
+"""The allowed values and types of the fields of a `RouterSpec`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "weight_dtype": get_args(GateWeightDtype),
     "topk_weights_dtype": get_args(WeightsDtype),
 }
-"""The words of each field that takes words."""
+"""The allowed values of each field with a fixed set of values."""
 
 
 def check_type(field: str, annotation: str, value: object) -> None:
-    """Refuses what a dataclass would take silently: a bool for an int, a string for a float."""
+    """Raises a `TypeError` for what a dataclass accepts silently: a bool for an int, a string for a float."""
     expected: tuple[type, ...]
     if annotation.startswith("int"):
         expected = (int,)

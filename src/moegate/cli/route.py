@@ -1,4 +1,4 @@
-"""`moegate route`: a model's router, run and held against the contract."""
+"""`moegate route`: runs a model's router and checks the result against the contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `tune` and `bench` measure, on a CPU: everything but the graphs and the clock is what a GPU runs."""
+"""The measurements of `tune` and `bench` on a CPU: all code that runs on a GPU except for graphs and clock."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_case_of_bench(here: session.Session) -> None:
     assert "FlashInfer is not installed" in found["flashinfer:cublas+fused_topk_deepseek"]["absent"] or (
         "not the router of" in found["flashinfer:cublas+fused_topk_deepseek"]["absent"]
     )
-    assert "absent" in found["floor"]  # the one kernel that a CPU does not have
+    assert "absent" in found["floor"]  # the only kernel without a replacement on a CPU
 
 
 @pytest.mark.parametrize(

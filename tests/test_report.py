@@ -1,4 +1,4 @@
-"""The report of `moegate bench`, from committed measurements: numbers, page, and what it never shows."""
+"""The report of `moegate bench`, from committed measurements: numbers and page."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_plan_is_held_against_other_kernels_and_the_gate_against_its_own(conte
     assert "of which 1 have more than one such candidate" in plan
     assert "at worst 50.0% (deepseek-v3, M = 64, trigger)" in twice
 
-    assert numbers.plan_ratio(row, frozen=False) is None  # as before gates that are not frozen had plans of their own
+    assert numbers.plan_ratio(row, frozen=False) is None  # an old record, without this plan
     row["contestants"][other]["us"] = 70.0
     row["plan_not_frozen"] = chosen + ", not frozen"
     row["contestants"] |= {
@@ -65,7 +65,7 @@ def test_a_plan_is_held_against_other_kernels_and_the_gate_against_its_own(conte
     assert numbers.plan_ratio(row, frozen=False) == 1.0
     row["plan_not_frozen"] = "cuda:cublas+select, not frozen"
     assert numbers.plan_ratio(row, frozen=False) == pytest.approx(10 / 9)
-    row["contestants"][other]["us"] = 8.0  # one time for both kinds of gate: its kernels are the same
+    row["contestants"][other]["us"] = 8.0  # the torch backend has one time, frozen or not
     assert numbers.plan_ratio(row, frozen=False) == pytest.approx(10 / 8)
     assert "one that is not frozen MISSES the aim" in numbers.verdicts(content["rows"])[1]
 
@@ -87,7 +87,7 @@ def test_a_wrong_result_has_no_time_anywhere(content: dict[str, Any]) -> None:
 
 
 class Outline(HTMLParser):
-    """The tags of a page that must be closed, and whatever it would fetch."""
+    """The open tags of a page, the URLs that the page would fetch, and the figures."""
 
     def __init__(self) -> None:
         super().__init__()

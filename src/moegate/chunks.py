@@ -13,7 +13,7 @@ from moegate.plain import can_be_asked
 from moegate.routing import Routing
 
 # The temporaries of a chunk have about `_NUMBERS` numbers, 16 MB in float32; a selection makes `_OF_LOGIT` for each
-# logit. A chunk has a multiple of `_ROWS` rows, since GEMMs of fewer rows take longer a row.
+# logit. A chunk has a multiple of `_ROWS` rows, since GEMMs of fewer rows are slower a row.
 _NUMBERS = 1 << 22
 _OF_LOGIT = 4
 _ROWS = 512

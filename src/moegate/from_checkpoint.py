@@ -58,7 +58,7 @@ class FromCheckpoint:
             ValueError: A missing, broken or unknown config; a missing, corrupt or truncated file, or one outside the
                 folder; a layer without a router (the message names those that have one); a gate in a quantised format
                 other than float8, or with an adapter; a tensor that is missing or there twice, or has another shape
-                than the spec says; a bias in the layer that the spec does not take; an unknown backend or policy, or a
+                than the spec says; a bias in the layer that the spec does not have; an unknown backend or policy, or a
                 backend that cannot run there.
         """
         (gate,) = cls.all_from_checkpoint(

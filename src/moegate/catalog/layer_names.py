@@ -163,7 +163,7 @@ def known_names(role: str) -> tuple[str, ...]:
 
 @cache
 def any_type() -> ModelType:
-    """The type for checkpoints whose config says nothing of the router: with the names of all types."""
+    """The type for checkpoints whose config does not describe the router: with the names of all types."""
     others = [name for model_type in model_types().values() for name in model_type.other_tensors]
     return ModelType("any", "", tensors={role: list(known_names(role)) for role in ROLES}, other_tensors=others)
 

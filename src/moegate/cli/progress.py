@@ -34,7 +34,7 @@ def progress_bar(first: str | None = "compiling") -> Iterator[Progress]:
     """A bar on stderr with the elapsed and the remaining time. Without a terminal: no bar; callers print lines.
 
     Args:
-        first: The first of these lines, printed here, since the first step may take long.
+        first: The first of these lines, printed here, since the first step may be slow.
     """
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -24,7 +24,7 @@ class Found(NamedTuple):
 
 
 class RouterFields(NamedTuple):
-    """What a config says of its router."""
+    """The router that a config states."""
 
     model_type: str
     fields: dict[str, Any]

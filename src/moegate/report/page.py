@@ -98,8 +98,8 @@ def _times(rows: list[RecordRow]) -> Iterator[str]:
 
 
 def _floors(rows: list[RecordRow]) -> Iterator[str]:
-    yield "<h2>Share of the floor</h2><p class='soft'>How much of moegate's time the floor takes by itself: at 100 % "
-    yield "nothing could be faster.</p><div class='grid'>"
+    yield "<h2>Share of the floor</h2><p class='soft'>The floor's time divided by moegate's: at 100 % nothing could be "
+    yield "faster.</p><div class='grid'>"
     for way, text in WAYS.items():
         own = [row for row in rows if row["way"] == way]
         if own:

@@ -114,7 +114,7 @@ def test_logits_of_a_prepared_weight_are_within_the_bound(
 ) -> None:
     hidden, weight, spec, biases = gemm_case(shape, hidden_dtype, weight_dtype, out_dtype)
     for given in biases:
-        packed = pack(weight, torch_mm.dtype_of_product(weight.dtype, weight.dtype, None, out_dtype))
+        packed = pack(weight, torch_mm.dtype_of_gemm(weight.dtype, weight.dtype, None, out_dtype))
         logits = torch_mm.router_gemm(hidden, weight, given, out_dtype, packed)
         assert verify_logits(logits, hidden, weight, spec, RouterTensors(bias=given)).problems == []
 

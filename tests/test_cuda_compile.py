@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import struct
 from dataclasses import replace
 from typing import NamedTuple
@@ -10,15 +9,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
-from cuda_kernels import a_problem, gemm_texts, select_text
+from cuda_kernels import a_problem, dot_texts, gemm_texts, select_text
 from routers import SPECS
 
 from moegate import RouterSpec
 from moegate.cuda import jit, text
 from moegate.cuda.jit import compiler, module
-from moegate.gemm import cublas, router_gemm
+from moegate.gemm import cublas, dot_gemm, router_gemm
 from moegate.problem import Dtypes, Problem
-from moegate.selection import select_kernel
+from moegate.selection import select_text as of_selection
 
 pytestmark = [
     pytest.mark.cpu,
@@ -73,24 +72,15 @@ ALL_GEMMS = [
 
 
 def problems_of(text: str, arch: str, what: object) -> list[str]:
-    """Compiles without the disk cache; prints the registers, and returns the spills that ptxas reports."""
-    binary = compiler._compile(text, arch)
-    assert binary.code
+    """Compiles; prints the registers, and returns the spills that ptxas reports."""
     if arch.startswith("compute"):
-        assert b".entry" in binary.code  # PTX has no register allocation
+        assert b".entry" in compiler._compile(text, arch).code  # PTX has no register allocation
         return []
-    reports = re.split(r"Compiling entry function '(\w+)'", binary.log)[1:]
-    assert reports, f"ptxas says nothing: {binary.log}"
-    problems = []
-    for name, report in zip(reports[::2], reports[1::2], strict=True):
-        registers = re.search(r"Used (\d+) registers", report)
-        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        assert registers is not None, report
-        assert memory is not None, report
-        print(f"{arch} {name}: {registers[1]} registers, {what}")
-        if any(int(size) for size in memory.groups()):
-            problems.append(f"{arch} {name}, {what}: {registers[1]} registers, {memory[0]}")
-    return problems
+    uses = jit.kernel_uses(text, arch)
+    assert uses
+    for use in uses:
+        print(f"{arch} {use.name}: {use.registers} registers, {what}")
+    return [f"{arch} {use.name}, {what}: {use}" for use in uses if use.memory_bytes]
 
 
 def problem_of(case: GemmCase, *, frozen: bool = False) -> Problem:
@@ -123,6 +113,31 @@ def test_gemms_do_not_spill(arch: str, frozen: bool) -> None:
 @pytest.mark.parametrize("arch", OTHER_ARCHS)
 def test_gemms_do_not_spill_on_other_chips(arch: str) -> None:
     problems = [problem for at, case in enumerate(SHAPES) for problem in gemm_problems(arch, case, frozen=at % 2 == 0)]
+    assert problems == []
+
+
+# Each number of rows to a block, of vectors to a thread and of warps; and the most registers.
+DOT_PRODUCTS = [
+    GemmCase(8192, 256, weight_dtype=FP32),
+    GemmCase(3072, 256, weight_dtype=FP32, logits_dtype=BF16, has_bias=True),
+    GemmCase(6144, 128, FP32, FP32),
+    GemmCase(16384, 258, FP32, FP32),
+    GemmCase(8192, 1024, FP32, FP32),
+    GemmCase(4096, 1022, FP16, FP32, has_bias=True),
+    GemmCase(1000, 1022, FP32, FP32, has_bias=True),
+    GemmCase(8, 1, weight_dtype=FP32),
+]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])
+def test_dot_products_do_not_spill(arch: str, frozen: bool) -> None:
+    problems = [
+        problem
+        for case in DOT_PRODUCTS
+        for text in dot_texts(arch, problem_of(case, frozen=frozen))
+        for problem in problems_of(text, arch, f"{case}, frozen={frozen}")
+    ]
     assert problems == []
 
 
@@ -195,7 +210,8 @@ def test_a_chip_gets_its_own_code_or_what_every_later_one_runs(
     ("arguments", "header"),
     [
         ((router_gemm.ARGUMENTS,), "router_gemm.cuh"),
-        ((select_kernel.ARGUMENTS,), "select.cuh"),
+        ((dot_gemm.ARGUMENTS,), "dot_gemm.cuh"),
+        ((of_selection.ARGUMENTS,), "select.cuh"),
         ((cublas.PREPARE_ARGUMENTS, cublas.REDUCE_ARGUMENTS), "split_k.cuh"),
     ],
 )
@@ -213,7 +229,7 @@ def test_a_warp_has_just_the_shared_memory_that_its_selection_uses() -> None:
     """select.cuh asserts that the shared memory suffices; this test, that it is no more, rounded up to 4 bytes."""
     small = [RouterSpec(8, e, k, n_group=n, topk_group=n, select_per_group=True) for e, n, k in SMALL_PER_GROUP]
     for spec in (*SPECS.values(), *small):
-        unit = f"{select_text(spec)}static_assert(Select<With<0>>::kEnd + 4 > {select_kernel.shared_words(spec)});\n"
+        unit = f"{select_text(spec)}static_assert(Select<With<0>>::kEnd + 4 > {of_selection.shared_words(spec)});\n"
         assert compiler._compile(unit, "compute_90").code
 
 

@@ -99,7 +99,7 @@ def too_long(file: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("page", "writer"),
-    [("configs.md", "tools/configs_page.py")],
+    [("configs.md", "tools/configs_page.py"), ("tensors.md", "tools/tensors_page.py")],
 )
 def test_pages_that_are_written_from_data_are_up_to_date(page: str, writer: str) -> None:
     printed = subprocess.run([sys.executable, ROOT / writer], capture_output=True, text=True, check=True).stdout

@@ -10,7 +10,7 @@ import torch
 from machines import CPU, forget, pretend, pretended
 
 from moegate import catalog, get_spec
-from moegate.choice.candidates import CUBLAS, ROUTER_GEMM
+from moegate.choice.candidates import CANDIDATES, CUBLAS, ROUTER_GEMM
 from moegate.choice.dispatch import Dispatch
 from moegate.choice.plan import Plan
 from moegate.contract.reference import router_logits
@@ -59,10 +59,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[session.Session]:
 def test_every_candidate_of_a_tuned_model_is_right_or_says_why_not(here: session.Session, model: str) -> None:
     spec = get_spec(model)
     own = ["cuda:router_gemm+select", "cuda:cublas+select"]
-    for tokens, ours in ((2, own[:1]), (65, own), (1025, own[1:])):
+    dot_products = ["cuda:dot_gemm+select"] * (spec.weight_dtype == "float32")
+    for tokens, ours in ((2, own[:1] + dot_products), (65, own), (1025, own[1:])):
         found = here.measure(spec, tokens, "trigger")
         not_frozen = [key + NOT_FROZEN for key in ours]
-        assert len(found) == 7 + len(ours)
+        assert len(found) == len(CANDIDATES) + len(ours)
         for key, entry in found.items():
             if key in (*ours, *not_frozen, "torch:mm+ops"):
                 assert entry["ok"] is True, (tokens, key, entry)

@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_kernels import a_problem
 from routers import SPECS, random_logits, select_arguments, tensors_of
 
 import moegate
 from moegate import RouterSpec, get_spec, ops
 from moegate.choice.tables import read, router_kind
 from moegate.cli.models import describe
+from moegate.cuda.device import Chip
 from moegate.flashinfer import limits
+from moegate.gemm import router_gemm
+from moegate.measure.peers import is_transformers_softmax
 from moegate.measure.plain import plain_select
+from moegate.selection.select_text import select_text
 
 BASE = RouterSpec(64, 256, 8, "sigmoid", "score", 8, 4, renormalize=True)  # supported by FlashInfer's top-k
 # A change of each field, with further changes where the field needs them.
@@ -30,7 +35,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "n_group": {"n_group": 16},
     "topk_group": {"topk_group": 2},
     "group_score": {"group_score": "max"},
-    "group_score_top_j": {"group_score": "topj_sum", "group_score_top_j": 2},
+    "group_score_top_j": {"group_score": "topj_sum", "group_score_top_j": 3},
     "select_per_group": {"select_per_group": True, "topk_group": 8},
     "weights_from": {"weights_from": "sigmoid_of_selected"},
     "renormalize": {"renormalize": False},
@@ -58,6 +63,7 @@ FLASHINFER_TAKES = {
     *("hidden_size", "num_experts", "top_k", "weight_dtype", "linear_bias", "input_norm_eps"),
     *("n_group", "topk_group", "renormalize_eps", "routed_scaling_factor"),
 }
+H100 = Chip(132, True, 227 << 10)
 FIELDS = [field.name for field in dataclasses.fields(RouterSpec)]
 
 
@@ -95,6 +101,27 @@ def test_a_field_of_which_nobody_has_heard_counts() -> None:
     assert router_kind(new) == f"{router_kind(BASE)} novelty=True"
     assert limits.top_k_refuses(known) is None
     assert "not the router of fused_topk_deepseek" in str(limits.top_k_refuses(new))
+
+
+@pytest.mark.parametrize("novelty", [False, True])
+def test_flashinfers_gemms_refuse_a_field_of_which_nobody_has_heard(novelty: bool) -> None:
+    spec = Newer(7168, 256, 8, novelty=novelty)
+    rounded = Newer(2880, 128, 4, logits_dtype="bfloat16", novelty=novelty)
+    of_gemm = limits.gemm_refuses(spec, torch.bfloat16)
+    of_tinygemm = limits.tinygemm_refuses(rounded, torch.bfloat16, None)
+    assert of_gemm == ("its router GEMMs know no novelty" if novelty else None)
+    assert of_tinygemm == ("tinygemm_bf16 knows no novelty" if novelty else None)
+    assert is_transformers_softmax(spec) is not novelty
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_change_of_a_field_changes_what_the_kernels_compute(name: str) -> None:
+    """A field that no kernel reads would be dropped in silence; a pinned dtype is that of the tensors."""
+    texts = [
+        (router_gemm.source(each, router_gemm.tiling_for(each, H100)), select_text(each, aligned=True))
+        for each in (a_problem(BASE), a_problem(replace(BASE, **CHANGED[name])))
+    ]
+    assert (texts[0] != texts[1]) is (name != "weight_dtype")
 
 
 def test_flashinfers_top_k_refuses_both_kinds_of_groups() -> None:

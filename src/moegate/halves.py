@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from moegate.cuda.device import Chip
 from moegate.problem import Problem
 from moegate.routing import RouterTensors, Routing
 
@@ -49,6 +50,21 @@ class PartialSums(NamedTuple):
 
 
 Logits = Tensor | PartialSums
+
+
+class KernelSource(NamedTuple):
+    """One kernel as a number of tokens has it, for people: `moegate explain --source`."""
+
+    kernel: str
+    """Its name in the text; a library's name, where the kernel is none of ours."""
+    header: str
+    """The file of cuda/kernels that the text instantiates; "" for a library's."""
+    plan: str
+    """Blocks, threads, and who computes what."""
+    text: str
+    """What NVRTC gets; "" for a library's."""
+    shared_bytes: int
+    """The dynamic shared memory of a block."""
 
 
 class BoundGemm(Protocol):
@@ -92,8 +108,12 @@ class Way(ABC):
         return None
 
     def try_out(self, problem: Problem, device: torch.device) -> str | None:
-        """Why it cannot run on a device that is here, found out by running it once; asked once a plan."""
+        """Why it cannot run on a device that is here, found out by running it once."""
         return None
+
+    def sources(self, problem: Problem, chip: Chip, num_tokens: int, num_terms: int) -> list[KernelSource]:
+        """The kernels for so many tokens; `num_terms` are those of the partial sums between the halves (0: logits)."""
+        return []
 
 
 class Gemm(Way):
@@ -106,6 +126,10 @@ class Gemm(Way):
     def prepare(self, problem: Problem, weight: Tensor) -> object | None:
         """What pays to be made once of a frozen weight, for `Call.prepared`."""
         return None
+
+    def num_terms(self, problem: Problem, chip: Chip, num_tokens: int) -> int:
+        """Of a weight in the `PartialSums` that it makes of so many tokens; 0: it makes the logits themselves."""
+        return 0
 
     def falls_back(self, problem: Problem) -> str | None:
         """Why PyTorch's operations make the logits in its place."""

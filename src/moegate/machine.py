@@ -28,6 +28,10 @@ class Machine:
     device: torch.device | None = None
     """The device itself, on which kernels can be tried out; None: the machine is only described."""
 
+    def __hash__(self) -> int:
+        """Of what tells machines apart; every problem has its machine's in its own."""
+        return hash((self.name, self.flashinfer, self.device))
+
     @property
     def sm(self) -> int:
         """The compute capability as one number: 103 for 10.3; 0 without an NVIDIA GPU."""

@@ -73,6 +73,7 @@ def _routing(spec: RouterSpec, *parts: Tensor | None) -> Routing:
 
 
 # The spec travels as text: a number for it would mean another spec in the process that loads a compiled graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def spec_text(spec: RouterSpec) -> str:
     """What the operators are told of a spec: the fields that are not at their defaults."""
     values = {part.name: getattr(spec, part.name) for part in dataclasses.fields(spec)}

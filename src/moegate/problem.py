@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -29,9 +28,8 @@ class Dtypes(NamedTuple):
         return ", ".join(f"{short(dtype)} {name}" for name, dtype in self._asdict().items() if dtype is not None)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A route on a machine. The number of tokens is no part of it: a plan is asked with that."""
+class Problem(NamedTuple):
+    """A route on a machine: the key of all that is kept. The number of tokens is no part of a problem."""
 
     machine: Machine
     spec: RouterSpec
@@ -50,7 +48,7 @@ class Problem:
         """The same for a call's hidden states and token ids."""
         if (hidden, input_ids) == (self.dtypes.hidden, self.dtypes.input_ids):
             return self
-        return replace(self, dtypes=self.dtypes._replace(hidden=hidden, input_ids=input_ids))
+        return self._replace(dtypes=self.dtypes._replace(hidden=hidden, input_ids=input_ids))
 
     def __str__(self) -> str:
         """One line: shape, dtypes, what is declared, machine."""
@@ -68,9 +66,17 @@ def dtypes_of(spec: RouterSpec, weight_dtype: torch.dtype, tensors: RouterTensor
     hidden = weight_dtype if weight_dtype != torch.float32 else torch.bfloat16
     input_ids = torch.int64 if spec.hash_routing else None
     if tensors is not None:
-        given = {name: None if tensor is None else tensor.dtype for name, tensor in tensors._asdict().items()}
-        del given["e_score_correction_bias"]  # always float32
-        return Dtypes(hidden, weight_dtype, **given, input_ids=input_ids)
+        bias, _, input_scale, per_expert_scale, global_scale, tid2eid = tensors  # the correction bias is always float32
+        return Dtypes(
+            hidden,
+            weight_dtype,
+            None if bias is None else bias.dtype,
+            None if input_scale is None else input_scale.dtype,
+            None if per_expert_scale is None else per_expert_scale.dtype,
+            None if global_scale is None else global_scale.dtype,
+            None if tid2eid is None else tid2eid.dtype,
+            input_ids,
+        )
     return Dtypes(
         hidden,
         weight_dtype,

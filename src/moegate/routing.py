@@ -31,9 +31,14 @@ class Input(NamedTuple):
     """A letter stands for any size: V, the vocabulary."""
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def inputs_of(spec: RouterSpec) -> tuple[Input, ...]:
     """The tensors of a gate: the weight, then those of `RouterTensors` in their order."""
+    return _inputs_of(spec)
+
+
+@cache
+def _inputs_of(spec: RouterSpec) -> tuple[Input, ...]:
     rows, pinned = spec.num_gate_rows, spec.weight_dtype == "float32"
     return (
         Input("weight", "gemm", "weight_dtype", True, FLOATS[:1] if pinned else FLOATS, (rows, spec.hidden_size)),
@@ -69,9 +74,14 @@ class Output(NamedTuple):
         return (num_tokens,) if self.columns is None else (num_tokens, self.columns)
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def outputs_of(spec: RouterSpec) -> tuple[Output, ...]:
     """What a routing consists of, in the order of `Routing`."""
+    return _outputs_of(spec)
+
+
+@cache
+def _outputs_of(spec: RouterSpec) -> tuple[Output, ...]:
     weights_dtype: torch.dtype = getattr(torch, spec.topk_weights_dtype)
     logits_dtype: torch.dtype = getattr(torch, spec.logits_dtype)
     shared, zero = spec.num_shared_gates, spec.num_zero_experts

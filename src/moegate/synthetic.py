@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moegate.gate import Gate
-from moegate.routing import RouterTensors
+from moegate.routing import RouterTensors, inputs_of
 from moegate.spec import RouterSpec
 
 VOCABULARY = 4096
@@ -43,23 +43,24 @@ def random_tensors(
     """
     numbers = _generator(seed, _TENSORS)
 
-    def normal(*shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(shape, generator=numbers) * std + mean).to(dtype).to(device)
-
     bias_std = 0.02 / spec.num_selectable if spec.scoring_func == "softmax" else 0.02
     # The input norm has the factor K**-0.5 in it already.
     weight_std = 1.0 if spec.input_norm_eps is not None else spec.hidden_size**-0.5
-    weight_dtype = torch.float32 if spec.weight_dtype == "float32" else dtype
-    weight = normal(spec.num_gate_rows, spec.hidden_size, std=weight_std, dtype=weight_dtype)
-    bias = normal(spec.num_selectable, std=bias_std, dtype=torch.float32) if spec.correction_bias is not None else None
-    return weight, RouterTensors(
-        bias=normal(spec.num_gate_rows, std=0.1) if spec.linear_bias else None,
-        e_score_correction_bias=bias,
-        input_scale=normal(spec.hidden_size, mean=1.0, std=0.1) if spec.input_norm_eps is not None else None,
-        per_expert_scale=normal(spec.num_experts, mean=1.0, std=0.1) if spec.per_expert_scale else None,
-        global_scale=normal(1, mean=1.0, std=0.1) if spec.global_scale else None,
-        tid2eid=_hash_table(spec, numbers).to(device) if spec.hash_routing else None,
-    )
+    means = dict.fromkeys(("input_scale", "per_expert_scale", "global_scale"), 1.0)
+    stds = {"weight": weight_std, "e_score_correction_bias": bias_std}
+    made: dict[str, Tensor | None] = {}
+    for wanted in inputs_of(spec):
+        name = wanted.name
+        if not wanted.is_needed:
+            made[name] = None
+        elif name == "tid2eid":
+            made[name] = _hash_table(spec, numbers).to(device)
+        else:
+            numbers_of = torch.randn(wanted.shape, generator=numbers) * stds.get(name, 0.1) + means.get(name, 0.0)
+            made[name] = numbers_of.to(dtype if dtype in wanted.dtypes else torch.float32).to(device)
+    weight = made.pop("weight")
+    assert weight is not None
+    return weight, RouterTensors(**made)
 
 
 def random_hidden(

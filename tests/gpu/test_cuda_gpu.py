@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
@@ -78,7 +77,7 @@ def test_gemms_from_ptx_keep_the_contract(
     tensors = on_gpu(tensors_of(spec))
     dtypes = dtypes_of(spec, weight_dtype, tensors)._replace(hidden=hidden_dtype)
     # compute_80 has no griddepcontrol.wait
-    problem = replace(a_problem(spec, dtypes), pdl=arch == "compute_90")
+    problem = a_problem(spec, dtypes)._replace(pdl=arch == "compute_90")
     bound = BoundRouterGemm(problem, device(), arch)
     weight = random_weight(spec, weight_dtype)
     for rows in (1, 8, 17, 33, 64):
@@ -92,7 +91,7 @@ def test_gemms_from_ptx_keep_the_contract(
 def test_selections_from_ptx_keep_the_contract(name: str, arch: str) -> None:
     spec = SPECS[name]
     tensors = on_gpu(tensors_of(spec))
-    problem = replace(a_problem(spec, dtypes_of(spec, torch.bfloat16, tensors)), pdl=arch == "compute_90")
+    problem = a_problem(spec, dtypes_of(spec, torch.bfloat16, tensors))._replace(pdl=arch == "compute_90")
     bound = BoundSelect(problem, device(), None, arch)
     for rows in (1, 9, 2000):
         logits = random_logits(spec, rows).cuda()

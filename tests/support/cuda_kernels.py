@@ -14,14 +14,14 @@ from moegate.choice.dispatch import Dispatch, Options, for_selection
 from moegate.choice.machines import machine_of
 from moegate.choice.plan import Plan
 from moegate.contract.verify import verify_call
-from moegate.cuda.device import Chip
-from moegate.gemm import router_gemm
+from moegate.cuda.device import Chip, described_chip
+from moegate.gemm import dot_gemm, router_gemm
 from moegate.gemm.cublas import BoundCublas
 from moegate.halves import Call
 from moegate.machine import Machine
 from moegate.problem import Dtypes, Problem, dtypes_of
 from moegate.routing import RouterTensors
-from moegate.selection import select_kernel
+from moegate.selection.select_text import select_text as select_text_of
 
 # The fewest and the most multiprocessors of the GPUs of a compute capability, by NVIDIA's data sheets. The tiling of a
 # GEMM depends on the number.
@@ -37,8 +37,6 @@ SMS = {
     120: (20, 188),  # RTX 5050, RTX PRO 6000
     121: (48, 48),  # GB10
 }
-# The largest shared memory of a block, in bytes: CUDA C++ Programming Guide, table of compute capabilities.
-SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 120: 99 << 10, 121: 99 << 10}
 NO_TENSORS = RouterTensors()
 DEEPSEEK_V3 = RouterSpec(
     7168, 256, 8, "sigmoid", "score", 8, 4, renormalize=True, renormalize_eps=1e-20, routed_scaling_factor=2.5
@@ -53,7 +51,7 @@ def number_of(arch: str) -> int:
 def chips_of(arch: str) -> list[Chip]:
     """The smallest and the largest chip of an architecture."""
     number = number_of(arch)
-    return [Chip(num_sms, number >= 90, SHARED_BYTES.get(number, 227 << 10)) for num_sms in SMS[number]]
+    return [described_chip(divmod(number, 10), num_sms) for num_sms in SMS[number]]
 
 
 def a_problem(spec: RouterSpec, dtypes: Dtypes | None = None, *, frozen: bool = False) -> Problem:
@@ -68,9 +66,15 @@ def gemm_texts(arch: str, problem: Problem) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
+def dot_texts(arch: str, problem: Problem) -> list[str]:
+    """The source texts of dot_gemm, tiled for the smallest and the largest chip of an architecture."""
+    sizes = problem.spec.hidden_size, problem.spec.num_gate_rows
+    return list(dict.fromkeys(dot_gemm.source(problem, dot_gemm.tiling_of(*sizes, chip)) for chip in chips_of(arch)))
+
+
 def select_text(spec: RouterSpec, *, aligned: bool = True, frozen: bool = False, num_terms: int = 0) -> str:
     """The source text of a selection, with the dtypes of routers.tensors_of."""
-    return select_kernel.source(a_problem(spec, frozen=frozen), aligned=aligned, num_terms=num_terms)
+    return select_text_of(a_problem(spec, frozen=frozen), aligned=aligned, num_terms=num_terms)
 
 
 def on_gpu(tensors: RouterTensors) -> RouterTensors:

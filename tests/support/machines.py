@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from moegate.choice import dispatch, policies
+from moegate.choice.candidates import CANDIDATES
 from moegate.choice.machines import described_machine
 from moegate.flashinfer import functions, limits
-from moegate.gemm.cublas import Cublas
-from moegate.gemm.router_gemm import RouterGemm
 from moegate.gemm.torch_mm import TorchMm
 from moegate.machine import Machine
-from moegate.selection.select_kernel import Select
 from moegate.selection.torch_ops import TorchOps
 
 CPU = torch.device("cpu")
@@ -47,9 +45,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     """From now on, gates are made for this machine, and PyTorch's operations replace the CUDA kernels."""
     forget()
     monkeypatch.setattr(dispatch, "machine_of", lambda device: machine)
-    for gemm in (RouterGemm, Cublas):
-        monkeypatch.setattr(gemm, "bind", TorchMm.bind)
-    monkeypatch.setattr(Select, "bind", TorchOps.bind)
+    for candidate in CANDIDATES:
+        if candidate.backend == "cuda":
+            monkeypatch.setattr(type(candidate.gemm), "bind", TorchMm.bind)
+            monkeypatch.setattr(type(candidate.selection), "bind", TorchOps.bind)
 
 
 @contextmanager

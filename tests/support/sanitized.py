@@ -16,12 +16,14 @@ from torch import Tensor
 
 from moegate import RouterSpec, Routing, get_spec
 from moegate.arguments import check_gate
-from moegate.choice.candidates import ROUTER_GEMM
+from moegate.choice.candidates import DOT_GEMM, ROUTER_GEMM
 from moegate.halves import PartialSums
+from moegate.problem import dtypes_of
 from moegate.routing import RouterTensors, outputs_of
 from moegate.selection.select_kernel import BoundSelect
 
 _FEW, _ALL = (1, 9), (1, 8, 9, 17, 33, 64)
+_DOTS = (1, 3)
 _MORE, _SOME = 150, 600  # router_gemm with several token groups; a selection in blocks of one warp
 _MANY = 1100  # a selection in blocks of several warps; cuBLAS is left out, since its findings are not moegate's
 # At their real size: GEMMs with one and with three terms, and an input norm, over clusters of blocks.
@@ -65,6 +67,9 @@ def main() -> None:
             weight, tensors = check_gate(gate._given(), spec)
             if ROUTER_GEMM.unsupported(a_problem(spec), _MORE) is None:
                 routed_by(ROUTER_GEMM, random_hidden(spec, _MORE), weight, spec, tensors)
+            for rows in _DOTS:
+                if DOT_GEMM.unsupported(a_problem(spec, dtypes_of(spec, weight.dtype, tensors)), rows) is None:
+                    routed_by(DOT_GEMM, random_hidden(spec, rows), weight, spec, tensors)
             logits = torch.randn(_MANY, spec.num_gate_rows, device="cuda", dtype=getattr(torch, spec.logits_dtype))
             ids = token_ids(_MANY).cuda() if spec.hash_routing else None
             selected(logits, spec, tensors, ids)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moegate.catalog.files import Reader, check_path, explain_no_config, files_of, is_part, tensor_files
-from moegate.catalog.gate_names import GateNames, wanted_roles
+from moegate.catalog.gate_names import GateNames
 from moegate.catalog.layer_names import Found, any_type, is_peft, ranges
 from moegate.catalog.options import SpecOrChange, check_names, check_spec
 from moegate.catalog.stored import ALLOWED, FLOAT8, FLOAT8_SCALES, block_size, dequantised, shaped
@@ -21,7 +21,7 @@ from moegate.configs.lookup import check_layer
 from moegate.configs.model_types import ModelType
 from moegate.configs.routing_part import routing_config
 from moegate.json_file import read_json
-from moegate.routing import FLOATS
+from moegate.routing import FLOATS, inputs_of
 from moegate.spec import RouterSpec
 from moegate.warn import warn_once
 
@@ -108,7 +108,8 @@ class Checkpoint:
         spec = self._spec_of(layer, dtype)
         weight = weight if spec.weight_dtype == "float32" else weight.to(dtype)
         tensors = {"weight": shaped("weight", weight, at.name, at.take, spec)}
-        places = {role: self.gates.tensor(role, layer, at) for role, wanted in wanted_roles(spec).items() if wanted}
+        roles = [wanted.name for wanted in inputs_of(spec)[1:] if wanted.is_needed]
+        places = {role: self.gates.tensor(role, layer, at) for role in roles}
         for role, found in places.items():
             tensors[role] = shaped(role, self._reader.read(found.name), found.name, found.take, spec)
         read = {at.name, *(found.name for found in places.values())}

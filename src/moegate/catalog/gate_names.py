@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from moegate.catalog.layer_names import Found, LayerNames, alternatives, names_of_role, ranges, strays
 from moegate.catalog.stored import ALLOWED, adapters, format_of
 from moegate.configs.model_types import ModelType
+from moegate.routing import inputs_of
 from moegate.spec import RouterSpec
 
 
@@ -143,7 +144,7 @@ class GateNames:
         Raises:
             ValueError: The layer has such a tensor: a bias, a scale or a table of experts.
         """
-        unwanted = [role for role, wanted in wanted_roles(spec).items() if not wanted]
+        unwanted = [wanted.name for wanted in inputs_of(spec) if not wanted.is_needed]
         tails = strays(self._names.layers.get(layer, {}), weight.module, unwanted)
         ignored = set(self._model_type.other_tensors)
         if spec.hash_routing:  # some checkpoints have a correction bias beside the table, which has no effect
@@ -155,15 +156,3 @@ class GateNames:
                 f"path: layer {layer} holds {', '.join(stray)}, which the spec does not take; "
                 "allowed: spec= with one that does"
             )
-
-
-def wanted_roles(spec: RouterSpec) -> dict[str, bool]:
-    """By role of a tensor other than the weight: True if a gate of this spec has the tensor."""
-    return {
-        "bias": spec.linear_bias,
-        "e_score_correction_bias": spec.correction_bias is not None,
-        "input_scale": spec.input_norm_eps is not None,
-        "per_expert_scale": spec.per_expert_scale,
-        "global_scale": spec.global_scale,
-        "tid2eid": spec.hash_routing,
-    }

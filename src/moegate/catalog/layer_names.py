@@ -9,8 +9,9 @@ from functools import cache
 from typing import Any
 
 from moegate.configs.model_types import ModelType, model_types
+from moegate.routing import RouterTensors
 
-ROLES = ("weight", "bias", "e_score_correction_bias", "input_scale", "per_expert_scale", "global_scale", "tid2eid")
+ROLES = ("weight", *RouterTensors._fields)
 """The tensors of a gate."""
 
 # Words in the names of parts whose layers are counted from 0 again: multi-token-prediction heads, draft models, vision

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moegate.catalog.layer_names import ROLES
-from moegate.routing import FLOATS, INTEGERS
+from moegate.routing import FLOATS, INTEGERS, inputs_of
 from moegate.spec import RouterSpec
 
 # The tensors by which a quantised format of a linear layer is recognised; more specific formats come first. Sources:
@@ -147,15 +147,8 @@ def shaped(role: str, tensor: Tensor, name: str, take: str | None, spec: RouterS
 
     A tensor as read is a view of the file: it would keep the file mapped, and change when the file changes.
     """
-    shape = {
-        "weight": (spec.num_gate_rows, spec.hidden_size),
-        "bias": (spec.num_gate_rows,),
-        "e_score_correction_bias": (spec.num_selectable,),
-        "input_scale": (spec.hidden_size,),
-        "per_expert_scale": (spec.num_experts,),
-        "global_scale": (1,),
-        "tid2eid": (tensor.shape[0] if tensor.dim() else 0, spec.top_k),
-    }[role]
+    wanted = next(each for each in inputs_of(spec) if each.name == role)
+    shape = tuple(size if isinstance(size, int) else (*tensor.shape, 0)[0] for size in wanted.shape)
     tensor = _taken(tensor, name, take, shape)
     if [size for size in tensor.shape if size != 1] != [size for size in shape if size != 1]:
         hint = ", of which it is the transpose" if tensor.shape == shape[::-1] else ""

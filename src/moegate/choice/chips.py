@@ -130,6 +130,12 @@ def most_bandwidth(capability: Capability) -> float | None:
     return max(known, default=None)
 
 
+def most_sms(capability: Capability) -> int | None:
+    """The multiprocessors that no chip of a compute capability exceeds; None: of none is it known."""
+    known = [each.num_sms for each in _CHIPS if each.capability == capability and each.num_sms is not None]
+    return max(known, default=None)
+
+
 @cache
 def _by_name() -> dict[str, Chip]:
     return {_without(_plain(name), _BEHIND[:2]): each for each in _CHIPS for name in (each.name, *each.also)}

@@ -1,4 +1,4 @@
-"""The time to expect of a candidate, from the cost tables, and where that number comes from."""
+"""The expected time of a candidate, from the cost tables, and the evidence for the time."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Cost(NamedTuple):
     """An expected time."""
 
     us: float
-    """Microseconds in a CUDA graph behind a predecessor, without it."""
+    """Microseconds in a CUDA graph behind a predecessor, less the predecessor's."""
     evidence: str
-    """"measured on ...", or how it was made of what was measured."""
+    """"measured on ...", or how the time follows from measured times."""
 
 
 @cache
@@ -46,7 +46,7 @@ def expected(problem: Problem, candidate: Candidate, num_tokens: int) -> Cost | 
 
 
 def at_least_floor(problem: Problem, cost: Cost, num_tokens: int) -> Cost:
-    """A cost as it is told: what another GPU's times let expect, but no less than this one takes to read its inputs.
+    """A cost for people: a time inferred from another GPU, but no less than this GPU takes to read the inputs.
 
     The floor reads the weight and the hidden states once, from memory; a chip in whose cache they lie may be faster. A
     chip that is known by its architecture alone is taken for the one with the most bandwidth. Plans compare times
@@ -68,20 +68,20 @@ def at_least_floor(problem: Problem, cost: Cost, num_tokens: int) -> Cost:
 
 
 class Neighbour(NamedTuple):
-    """A measured shape, and the time of another that it lets expect; or the shape itself."""
+    """A measured shape, the nearest or the shape itself, and the time that it predicts for the shape asked for."""
 
     model: str
     weight: float
-    """Its part in the time."""
+    """Its share in the mean."""
     us: float
     how: str | None
     """How `us` was found; None: it was measured."""
 
 
 def neighbours(problem: Problem, candidate: Candidate, num_tokens: int) -> tuple[Neighbour, ...]:
-    """What the table has of a candidate for the shape itself or the two nearest ones; nothing, if no table has any."""
+    """The table's times of a candidate at the shape itself or the two nearest shapes; none, if no table has any."""
     table = table_for(problem.machine).table
-    # Tables are of hidden states with 16 bits; with 32 they tell nothing.
+    # Tables hold times with hidden states of 16 bits, which say nothing about 32 bits.
     if table is None or problem.dtypes.hidden == torch.float32 or candidate.gemm.falls_back(problem) is not None:
         return ()
     curves, shape = curves_of(table, candidate.key(problem), problem.frozen), shape_of(problem)
@@ -96,7 +96,7 @@ def neighbours(problem: Problem, candidate: Candidate, num_tokens: int) -> tuple
 
 @cache
 def tells_of_not_frozen(machine: Machine, key: str) -> bool:
-    """False: somewhere the table for a machine has a candidate's time with frozen gates alone."""
+    """True if the machine's table has a candidate's times for gates that are not frozen, wherever it has any."""
     table = table_for(machine).table
     return table is not None and all(key in row.us_not_frozen for row in table.rows if key in row.us)
 
@@ -122,7 +122,7 @@ _Curve = dict[int, float]
 
 @cache
 def curves_of(table: Table, key: str, frozen: bool) -> dict[Shape, tuple[str, _Curve]]:
-    """By shape, the model's name and the times by number of tokens of one candidate."""
+    """One candidate's times: by shape, the model's name and the times by number of tokens."""
     curves: dict[Shape, tuple[str, _Curve]] = {}
     for row in table.rows:
         times = row.times(frozen=frozen)
@@ -152,7 +152,7 @@ def _at(curve: _Curve, num_tokens: float) -> tuple[float, str | None]:
 
 
 def _nearest(curves: dict[Shape, tuple[str, _Curve]], shape: Shape) -> list[tuple[Shape, float]]:
-    """The two nearest shapes whose product is of the same kind, with the part that each has in the time."""
+    """The two nearest shapes whose GEMM is of the same kind, with the share of each in the time."""
     apart = sorted(
         (_distance(other, shape), index, other)
         for index, other in enumerate(curves)

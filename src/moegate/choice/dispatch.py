@@ -44,7 +44,7 @@ class Dispatch:
         assert device is not None
         self.plan, self._device, self._only = plan, device, only
         self._candidates = plan.candidates if only is None else (only,)
-        # PyTorch's operations take wrappers, too, and find their device by themselves.
+        # PyTorch's operations accept wrappers, too, and find their device by themselves.
         self._is_torch = {candidate.backend for candidate in self._candidates} == {"torch"}
         self._index = device.index or 0 if device.type == "cuda" and not self._is_torch else None
         self._by_dtypes: dict[object, _Bound] = {}
@@ -56,7 +56,7 @@ class Dispatch:
         return "+".join(dict.fromkeys(candidate.backend for candidate in self._candidates))
 
     def prepare(self, weight: Tensor) -> Prepared:
-        """Compiles for a gate's likely calls; returns what pays to be made once of a frozen weight."""
+        """Compiles for a gate's likely calls; returns what is made once of a frozen weight."""
         problem = self.plan.problem
         self._bind(problem.dtypes.hidden, problem.dtypes.input_ids)
         if not problem.frozen:
@@ -211,16 +211,20 @@ class Options(NamedTuple):
 
 
 @cache
-def dispatch_of(device: torch.device, spec: RouterSpec, dtypes: Dtypes, options: Options) -> Dispatch:
-    """What runs calls that are alike. Warns, once, of a slow path in its plan.
+def dispatch_of(problem: Problem, policy: str, backend: str | None) -> Dispatch:
+    """What runs the calls of a problem on a machine that is here. Warns, once, of a slow path in its plan.
 
     Raises:
         ValueError: An unknown policy or backend; or the backend is forced and cannot run.
     """
-    problem = Problem(machine_of(device), spec, dtypes, options.frozen, options.pdl)
-    plan = proven_plan(problem, options.policy, options.backend)
+    plan = proven_plan(problem, policy, backend)
     warn_of_slow_paths(plan)
     return Dispatch(plan)
+
+
+def _dispatch(device: torch.device, spec: RouterSpec, dtypes: Dtypes, options: Options) -> Dispatch:
+    frozen, pdl, backend, policy = options
+    return dispatch_of(Problem(machine_of(device), spec, dtypes, frozen, pdl), policy, backend)
 
 
 def for_route(
@@ -230,7 +234,7 @@ def for_route(
     # Calls copy a weight whose rows are not aligned. The copy is the kernel in front, and nobody may load it early.
     if options.frozen and weight.is_cuda and not gpu.is_aligned(weight):
         options = options._replace(frozen=False)
-    return dispatch_of(device, spec, dtypes_of(spec, weight.dtype, tensors), options)
+    return _dispatch(device, spec, dtypes_of(spec, weight.dtype, tensors), options)
 
 
 def for_gemm(
@@ -247,7 +251,7 @@ def for_selection(
 ) -> Dispatch:
     """What runs the selection alone, on logits in any dtype that logits may have."""
     spec = _with_logits(spec, logits_dtype == torch.bfloat16)
-    return dispatch_of(device, spec, dtypes_of(spec, default_weight_dtype(spec), tensors), options)
+    return _dispatch(device, spec, dtypes_of(spec, default_weight_dtype(spec), tensors), options)
 
 
 @cache
@@ -262,7 +266,7 @@ def _with_logits(spec: RouterSpec, is_bfloat16: bool) -> RouterSpec:
 
 
 def forget() -> None:
-    """Has every plan made anew, as after new measurements: empties what is kept for the process."""
+    """Empties the caches of this process, so that every plan is made anew, as after new measurements."""
     for known in (
         dispatch_of,
         tables.table_for,
@@ -276,7 +280,7 @@ def forget() -> None:
 
 
 def proven_plan(problem: Problem, policy: str, backend: str | None) -> Plan:
-    """The plan on a machine that is here, after what it wants of FlashInfer was tried out: what failed is not in it.
+    """The plan on a machine that is here. FlashInfer's functions are tried out; a plan has none that failed.
 
     Raises:
         ValueError: See `Plan`.

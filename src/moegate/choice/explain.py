@@ -116,7 +116,7 @@ def _why_not(
         return "the rule says another"
     if plan.backend not in (None, candidate.backend):
         return f"backend = {plan.backend!r}"
-    if broken is not None and plan.backend is None:
+    if broken is not None and plan.choice(num_tokens).candidate.breaks(plan.problem, num_tokens) is None:
         return f"breaks a promise: {broken}"
     if cost is None or chosen is None:
         return "no time is known that would be less"

@@ -16,7 +16,7 @@ from moegate.problem import Problem
 from moegate.warn import warn_once
 
 _log = logging.getLogger("moegate")
-# Every number of tokens that a kernel or a rule distinguishes is among these; beyond, only costs do.
+# Among these is every number of tokens at which a kernel or a rule begins or ends. Beyond these, only costs decide.
 _PROBES = (
     *range(1, MAX_DECODE_TOKENS + 2),
     *(step + more for step in GEMM_STEPS for more in (0, 1)),
@@ -54,7 +54,7 @@ class Plan:
         self.choice(1)  # a forced backend that cannot run says so now
 
     def choice(self, num_tokens: int, problem: Problem | None = None) -> Choice:
-        """What runs for so many tokens, and why; by the same rule for another problem, if one is given.
+        """What runs for so many tokens, and why; of another problem by the same policy, if one is given.
 
         Raises:
             ValueError: The backend is forced, and cannot.
@@ -78,7 +78,7 @@ class Plan:
         return self.spans_for(self.problem)
 
     def spans_for(self, problem: Problem) -> tuple[Span, ...]:
-        """The same by the same rule for another problem."""
+        """The spans of another problem, by the same policy."""
         starts = [1]
         for low, high in itertools.pairwise(_PROBES):
             starts += self._switches(problem, low, high)
@@ -121,7 +121,7 @@ def _in_words(plan: Plan) -> str:
 
 
 def warn_of_slow_paths(plan: Plan) -> None:
-    """Warns where something slow takes the place of what was to run, with the way out of it."""
+    """Warns where a slow candidate runs in the place of a fast one, with the remedy."""
     problem, machine = plan.problem, plan.problem.machine
     if plan.backend is not None or machine.capability is None:
         return

@@ -87,7 +87,7 @@ def _unsaid(problem: Problem, num_tokens: int) -> str | None:
 
 
 def forced(backend: str) -> Callable[[Problem, int], Choice]:
-    """The fastest of one backend, whatever it promises."""
+    """The fastest of one backend: of its candidates that keep the contract, or of all, if none does."""
 
     def choose(problem: Problem, num_tokens: int) -> Choice:
         own = [candidate for candidate in CANDIDATES if candidate.backend == backend]
@@ -101,7 +101,8 @@ def forced(backend: str) -> Callable[[Problem, int], Choice]:
                 f"backend: got {backend!r}, which cannot route {num_tokens} tokens here ({reasons}); "
                 "allowed: None, or a backend that can"
             )
-        candidate, why = _cheapest(able, problem, num_tokens)
+        keeping = [candidate for candidate in able if candidate.breaks(problem, num_tokens) is None]
+        candidate, why = _cheapest(keeping or able, problem, num_tokens)
         return Choice(candidate, f"backend = {backend!r}: {why}")
 
     return choose

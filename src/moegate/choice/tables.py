@@ -27,7 +27,7 @@ from moegate.whole_file import replacing
 SCHEMA = 1
 _WEIGHT_DTYPES = [short(dtype) for dtype in FLOATS]
 _INPUT_NORM = "input_norm"
-# The fields of a spec that are not of its kind; every other one is.
+# The fields of a spec that do not decide its kind. Every other field does.
 _NO_KIND = {
     *("hidden_size", "num_experts", "top_k", "weight_dtype"),  # a `Shape` has them itself
     *("renormalize_eps", "renormalize_floor", "routed_scaling_factor"),  # mere factors
@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 
     @property
     def has_input_norm(self) -> bool:
-        """The product is of normed hidden states."""
+        """The GEMM multiplies normed hidden states."""
         return _INPUT_NORM in self.router.split()
 
 
@@ -62,7 +62,7 @@ class Row:
     shape: Shape
     tokens: int
     us: dict[str, float]
-    """By candidate, microseconds in a CUDA graph behind a predecessor, without it."""
+    """By candidate, microseconds in a CUDA graph behind a predecessor, less the predecessor's."""
     left_out: dict[str, str]
     """By candidate, why there is no time: it cannot run, or its result was wrong."""
     us_not_frozen: dict[str, float] = field(default_factory=dict)
@@ -82,11 +82,11 @@ class Table:
     """When, by which command, with which versions and commit."""
     rows: tuple[Row, ...]
     is_own: bool = False
-    """Made on this machine by `moegate tune`, and not the package's."""
+    """Made on this machine by `moegate tune`; the others are the package's."""
 
 
 def router_kind(spec: RouterSpec) -> str:
-    """What of a spec, beside its sizes, changes the work: fields that are not at their default, less mere factors."""
+    """What of a spec, beside its sizes, changes the work: the fields that are not at their default, less factors."""
     kinds = [part for part in dataclasses.fields(spec) if part.name not in _NO_KIND]
     found = [f"{part.name}={value}" for part in kinds if (value := getattr(spec, part.name)) != part.default]
     return " ".join(found + [_INPUT_NORM] * (spec.input_norm_eps is not None)) or "softmax"
@@ -163,7 +163,7 @@ def stale(table: Table, machine: Machine) -> str | None:
 
 
 class Found(NamedTuple):
-    """The table for a machine, and what is to be said about it."""
+    """The table for a machine, and what users are to know of it."""
 
     table: Table | None
     is_inferred: bool
@@ -180,8 +180,8 @@ def table_for(machine: Machine) -> Found:
     if own is not None:
         return Found(own, False, ())
     shipped = [_checked(lambda file=file: read(file), problems) for file in _shipped()]  # type: ignore[misc]
-    # No time of a chip with early starts says anything about one without, nor the other way round.
-    usable = [table for table in shipped if table is not None and _starts_early(table.gpu) == _starts_early(machine)]
+    # Times of chips with PDL say nothing about chips without PDL, nor the other way round.
+    usable = [table for table in shipped if table is not None and _has_pdl(table.gpu) == _has_pdl(machine)]
     for problem in problems:
         warn_once(f"{problem}; it is ignored")
     if machine.capability is None or not usable:
@@ -223,7 +223,7 @@ def _shipped() -> Iterable[Any]:
     return sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
 
 
-def _starts_early(machine: Machine) -> bool:
+def _has_pdl(machine: Machine) -> bool:
     return jit.has_clusters_and_pdl(f"sm_{machine.sm}")
 
 

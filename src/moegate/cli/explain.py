@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moegate.cli.explain_source import kernels_of, print_kernels
 from moegate.cli.output import MAX_TOKENS, console, errors_in_one_line, new_table, print_json
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ _Frozen = Annotated[
         "--frozen/--not-frozen", help="The gate's weight is declared constant, as a checkpoint's is, or may change."
     ),
 ]
+_SourceToo = Annotated[
+    bool,
+    typer.Option("--source", help="Also the kernels: how they are launched, their registers, the text of each."),
+]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print a list, one object a number of tokens.")]
 
 
@@ -60,6 +65,7 @@ def explain(
     policy: _Policy = "measured",
     backend: _Backend = None,
     frozen: _Frozen = True,
+    source_too: _SourceToo = False,
     as_json: _AsJson = False,
 ) -> None:
     """Show which kernels run for a model's router, the time to expect, and why no others.
@@ -80,10 +86,13 @@ def explain(
         problem = problem_of(machine, spec, default_weight_dtype(spec), frozen=frozen)
         plan = (choice.Plan if is_pretended else proven_plan)(problem, policy, backend)
         found = [choice.explain(plan, count) for count in counts]
+        kernels = kernels_of(plan, counts) if source_too else None
     if as_json:
-        print_json([explanation.as_dict() for explanation in found])
-    else:
-        _print(title, plan, found, console())
+        print_json([each.as_dict() | ({} if kernels is None else {"kernels": kernels[each.tokens]}) for each in found])
+        return
+    _print(title, plan, found, console())
+    if kernels is not None:
+        print_kernels(kernels, console())
 
 
 def numbers(option: str, text: str) -> list[int]:

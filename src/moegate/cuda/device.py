@@ -48,6 +48,16 @@ class Chip:
     """The most that a block can have of shared memory."""
 
 
+# The most that a block can have, where that is not 227 KiB: CUDA C++ Programming Guide, table of compute capabilities.
+_SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (12, 0): 99, (12, 1): 99}
+
+
+def described_chip(capability: tuple[int, int], num_sms: int) -> Chip:
+    """A chip that is not here."""
+    has_clusters = jit.has_clusters_and_pdl(f"sm_{capability[0]}{capability[1]}")
+    return Chip(num_sms, has_clusters, _SHARED_KIB.get(capability, 227) << 10)
+
+
 @cache
 def chip_of(device: torch.device, arch: str | None = None) -> Chip:
     """The chip that kernels for `arch`, the device's own by default, are tiled for."""

@@ -64,10 +64,10 @@ def _find(function: Function, device: torch.device) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def bound_product(
+def bound_gemm(
     function: Function, device: torch.device, spec: RouterSpec, *, pdl: bool
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """(hidden [M, K], weight [N, K], linear bias [N] or None) -> logits [M, N], by one of FlashInfer's products.
+    """(hidden [M, K], weight [N, K], linear bias [N] or None) -> logits [M, N], by one of FlashInfer's GEMMs.
 
     Raises:
         Exception: Whatever importing FlashInfer raises; a RuntimeError if it has no code for the device.
@@ -97,7 +97,7 @@ def bound_top_k(
     """(float32 logits [M, N], correction bias [N]) -> ids int32 and weights float32 [M, k], by FlashInfer's top-k.
 
     Raises:
-        Exception: See `bound_product`.
+        Exception: See `bound_gemm`.
     """
     found = _find(function, device)
     groups, kept, k, scale = spec.n_group, spec.topk_group, spec.top_k, spec.routed_scaling_factor
@@ -113,7 +113,7 @@ def bound_top_k(
 
 
 def dense(tensor: Tensor, name: str) -> Tensor:
-    """`tensor` [M, K], or a copy: FlashInfer's products take rows that follow each other, from a multiple of 16."""
+    """`tensor` [M, K], or a copy: FlashInfer's GEMMs read dense rows from an address that is a multiple of 16."""
     if tensor.is_contiguous() and is_aligned(tensor):
         return tensor
     warn_once(

@@ -57,10 +57,17 @@ TOP_K = Function(
 )
 
 
-# What `fused_topk_deepseek` wants of a spec, and the fields that may be anything. All others must be at their defaults.
+# What a function takes of a spec is written as what it knows: a field that is not named here must be at its default.
+_SIZES = {"hidden_size", "num_experts", "num_zero_experts", "num_shared_gates", "weight_dtype", "logits_dtype"}
+_OF_SELECTION = {
+    *("top_k", "scoring_func", "correction_bias", "weights_from", "topk_weights_dtype", "hash_routing"),
+    *("n_group", "topk_group", "group_score", "group_score_top_j", "select_per_group"),
+    *("renormalize", "renormalize_eps", "renormalize_floor", "routed_scaling_factor", "global_scale"),
+    *("logit_multiplier", "logit_softcapping", "per_expert_scale"),
+}
 _TOP_K_WANTS = {"scoring_func": "sigmoid", "correction_bias": "score", "renormalize": True}
 _TOP_K_TAKES = {
-    *("hidden_size", "linear_bias", "weight_dtype", "input_norm_eps"),  # of the product in front
+    *("hidden_size", "linear_bias", "weight_dtype", "input_norm_eps"),  # of the GEMM in front
     *("num_experts", "top_k", "n_group", "topk_group", "renormalize_eps", "routed_scaling_factor"),  # its arguments
     *("group_score", "group_score_top_j"),  # looked at where there are groups
 }
@@ -108,32 +115,44 @@ def missing(function: Function, capability: tuple[int, int], version: str | None
     return None
 
 
-def gemm_refuses(spec: RouterSpec, weight: torch.dtype) -> str | None:
+def _unknown(spec: RouterSpec, known: set[str]) -> list[str]:
+    """The fields that are not at their default, less those that are known."""
+    others = [part for part in dataclasses.fields(spec) if part.name not in known]
+    return [part.name for part in others if getattr(spec, part.name) != part.default]
+
+
+def gemm_refuses(spec: RouterSpec, weight_dtype: torch.dtype) -> str | None:
     """None, or why the spec's logits are none that FlashInfer's router GEMMs compute for some M."""
     if (spec.hidden_size, spec.num_gate_rows) not in GEMMS:
         shapes = ", ".join(f"{k} x {n}" for k, n in GEMMS)
         return f"K x N = {spec.hidden_size} x {spec.num_gate_rows}; its router GEMMs take {shapes}"
     if spec.input_norm_eps is not None or spec.linear_bias:
         return "its router GEMMs have no norm and no bias"
+    if _unknown(spec, {"input_norm_eps", "linear_bias"} | _SIZES | _OF_SELECTION):
+        return f"its router GEMMs know no {', '.join(_unknown(spec, _SIZES | _OF_SELECTION))}"
     if spec.logits_dtype != "float32":
         return f"{spec.logits_dtype} logits; its router GEMMs write float32"
-    return _only_bfloat16("weight", weight)
+    return _only_bfloat16("weight", weight_dtype)
 
 
-def tinygemm_refuses(spec: RouterSpec, weight: torch.dtype, bias: torch.dtype | None) -> str | None:
+def tinygemm_refuses(spec: RouterSpec, weight_dtype: torch.dtype, bias_dtype: torch.dtype | None) -> str | None:
     """None, or why `tinygemm_bf16` does not compute the spec's logits."""
     if spec.logits_dtype != "bfloat16":
         return f"{spec.logits_dtype} logits; {TINYGEMM.name} writes bfloat16"
     if spec.input_norm_eps is not None:
         return f"{TINYGEMM.name} has no norm"
+    if _unknown(spec, {"linear_bias"} | _SIZES | _OF_SELECTION):
+        return f"{TINYGEMM.name} knows no {', '.join(_unknown(spec, {'linear_bias'} | _SIZES | _OF_SELECTION))}"
     if spec.hidden_size % 64 or spec.num_gate_rows % 16:
         return f"K x N = {spec.hidden_size} x {spec.num_gate_rows}; {TINYGEMM.name} takes multiples of 64 and 16"
-    return _only_bfloat16("weight", weight) or (None if bias is None else _only_bfloat16("bias", bias))
+    return _only_bfloat16("weight", weight_dtype) or (
+        None if bias_dtype is None else _only_bfloat16("bias", bias_dtype)
+    )
 
 
-def dtype_refuses(hidden: torch.dtype) -> str | None:
-    """None, or why hidden states of this dtype cannot be given to FlashInfer's products."""
-    return _only_bfloat16("hidden", hidden)
+def dtype_refuses(hidden_dtype: torch.dtype) -> str | None:
+    """None, or why hidden states of this dtype cannot be given to FlashInfer's GEMMs."""
+    return _only_bfloat16("hidden", hidden_dtype)
 
 
 def _only_bfloat16(name: str, dtype: torch.dtype) -> str | None:
@@ -144,8 +163,8 @@ def _only_bfloat16(name: str, dtype: torch.dtype) -> str | None:
 
 def top_k_refuses(spec: RouterSpec) -> str | None:
     """None, or why `fused_topk_deepseek` does not compute this router (the contract's ties and NaN apart)."""
-    wanted = {part.name: part.default for part in dataclasses.fields(spec) if part.name not in _TOP_K_TAKES}
-    if any(getattr(spec, name) != value for name, value in (wanted | _TOP_K_WANTS).items()):
+    is_wanted = all(getattr(spec, name) == value for name, value in _TOP_K_WANTS.items())
+    if not is_wanted or _unknown(spec, _TOP_K_TAKES | _TOP_K_WANTS.keys()):
         return f"not the router of {TOP_K.name}, which is sigmoid with a bias on the score, renormalised"
     per_group = spec.num_experts // spec.n_group
     small = per_group <= 32 and per_group * spec.topk_group <= 128 and spec.num_experts <= 256 and spec.n_group <= 32

@@ -1,4 +1,4 @@
-"""A weight that will not change, in the layouts that a CPU's products read fastest."""
+"""A constant weight, packed in the layouts that GEMMs on a CPU read fastest."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from moegate.chunks import in_sizes
 _LINEAR = "_linear_pointwise"
 # A hint to oneDNN. One layout serves every number of tokens: those made for their own were no faster beyond noise.
 _PACKED_FOR_TOKENS = 8
-# Up to about so many tokens a product is bound by reading the weight, so that half the bytes win; beyond, by
-# arithmetic, in which oneDNN is ahead. docs/cpu.md has what comes of it.
+# Up to about so many tokens a GEMM is bound by reading the weight, so that half the bytes win; beyond, by arithmetic,
+# in which oneDNN is ahead. docs/cpu.md has what comes of it.
 _HALF_MAX_TOKENS = 8
 
 
 class PackedWeight(NamedTuple):
-    """The weight [R, K] for products in `dtype`."""
+    """The weight [R, K] for GEMMs in `dtype`."""
 
     dtype: torch.dtype
     packed: Tensor
@@ -39,7 +39,7 @@ class PackedWeight(NamedTuple):
 
 
 def pack(weight: Tensor, dtype: torch.dtype) -> PackedWeight | None:
-    """A weight for products in `dtype`; None where nothing is to gain."""
+    """A weight for GEMMs in `dtype`; None where packing gains nothing."""
     if not weight.is_cpu or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, _LINEAR):
         return None
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -50,7 +50,7 @@ def pack(weight: Tensor, dtype: torch.dtype) -> PackedWeight | None:
 
 
 def _in_float16(weight: Tensor) -> tuple[Any, float]:
-    """The weight for a product of float32 with float16, if a power of two brings it there exactly.
+    """The weight for a GEMM of float32 with float16, if a power of two scales it to float16 exactly.
 
     A bfloat16 has 8 bits of 24, a float16 11: only the exponents may not fit, and those of one matrix do.
     """

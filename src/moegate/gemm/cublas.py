@@ -20,7 +20,7 @@ from moegate.cuda import device as gpu
 from moegate.cuda import jit, text
 from moegate.gemm.router_gemm import promises_bits, unsupported_size
 from moegate.gemm.torch_mm import BoundMm
-from moegate.halves import BoundGemm, Call, Gemm, Logits, PartialSums
+from moegate.halves import BoundGemm, Call, Gemm, KernelSource, Logits, PartialSums
 from moegate.problem import Problem, short
 from moegate.warn import warn_once
 
@@ -85,10 +85,25 @@ class Cublas(Gemm):
             return BoundMm(problem, slow)
         return BoundCublas(problem, device)
 
-    def sources(self, problem: Problem, chip: gpu.Chip) -> list[str]:
-        """The texts of the kernels around it, for a problem."""
+    def num_terms(self, problem: Problem, chip: gpu.Chip, num_tokens: int) -> int:
+        """Of the weight in the partial sums; 0: cuBLAS writes the logits."""
         layout = layout_of(problem)
-        return [*([prepare_source(problem)] if layout.has_copy else []), reduce_source(problem)]
+        num_splits = num_splits_of(num_tokens, layout.columns, problem.spec.hidden_size, chip.num_sms)
+        return 0 if self.falls_back(problem) is not None or are_logits(problem, num_splits) else layout.num_terms
+
+    def sources(self, problem: Problem, chip: gpu.Chip, num_tokens: int, num_terms: int) -> list[KernelSource]:
+        """The GEMM for so many tokens, and the kernel in front of cuBLAS."""
+        if self.falls_back(problem) is not None:
+            return []
+        layout, hidden_size = layout_of(problem), problem.spec.hidden_size
+        num_splits = num_splits_of(num_tokens, layout.columns, hidden_size, chip.num_sms)
+        shape = f"[{num_tokens}, {hidden_size}] x [{hidden_size}, {layout.columns}]"
+        plan = f"{shape} in {short(layout.operand_dtype)}; num_splits {num_splits}, num_terms {layout.num_terms}"
+        made = [KernelSource("cuBLAS", "", plan, "", 0)]
+        if layout.has_copy:
+            plan = f"blocks of {_THREADS} threads, at most {_BLOCKS_OF_SM} a multiprocessor; a thread has 8 elements"
+            made.insert(0, KernelSource("prepare_operands", "split_k.cuh", plan, prepare_source(problem), 0))
+        return made
 
 
 CUBLAS = Cublas()
@@ -100,7 +115,7 @@ class Layout(NamedTuple):
     operand_dtype: torch.dtype
     """Also of the hidden states."""
     num_terms: int
-    """The 16-bit terms whose sum an element of the weight, times the norm's scale, is."""
+    """An element of the weight, times the norm's scale, is the sum of so many 16-bit terms."""
     columns: int
     """Of the partial sums."""
     has_copy: bool
@@ -125,6 +140,12 @@ def num_splits_of(num_tokens: int, columns: int, hidden_size: int, num_sms: int)
     """
     most = min(_MOST_SPLITS, hidden_size // _LEAST_SLICE, _NUMBERS_OF_SM * num_sms // (num_tokens * columns))
     return next((count for count in range(most, 1, -1) if hidden_size % (count * _STEP_OF_TILE) == 0), 1)
+
+
+def are_logits(problem: Problem, num_splits: int) -> bool:
+    """True if what cuBLAS writes needs neither a sum nor a bias nor a rounding."""
+    plain = problem.dtypes.bias is None and problem.logits_dtype == torch.float32
+    return plain and num_splits == 1 and layout_of(problem).columns == problem.spec.num_gate_rows
 
 
 def _has_norm(problem: Problem) -> bool:
@@ -191,7 +212,7 @@ class BoundCublas:
         self._rows, self._hidden_size = problem.spec.num_gate_rows, problem.spec.hidden_size
         self._logits_dtype, self._has_norm = problem.logits_dtype, _has_norm(problem)
         self._num_sms = gpu.chip_of(device).num_sms
-        self._adds_bias_or_rounds = problem.dtypes.bias is not None or problem.logits_dtype != torch.float32
+        self._writes_logits = are_logits(problem, 1)
         self._prepare: jit.Kernel | None = None
         self._reduce: jit.Kernel | None = None
         if self._layout.has_copy:
@@ -203,7 +224,7 @@ class BoundCublas:
         out = call.out
         made = self.partial_sums(call)
         has_place = out is not None and out.logits is not None
-        if not has_place and not self._adds_bias_or_rounds and made.sums.shape[::2] == (1, self._rows):
+        if self._writes_logits and not has_place and made.sums.shape[0] == 1:
             return made.sums[0]
         return made
 

@@ -1,4 +1,4 @@
-"""FlashInfer's products: its router GEMMs for four shapes, and tinygemm for bfloat16 logits."""
+"""FlashInfer's router GEMMs for four shapes, and its tinygemm for bfloat16 logits."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class _FlashInferGemm(Gemm):
                 torch.zeros((m, spec.hidden_size), device=device).bfloat16() for m in (spec.num_gate_rows, 1)
             )
             bias = torch.zeros(len(weight), dtype=torch.bfloat16, device=device) if spec.linear_bias else None
-            product = functions.bound_product(self._function(problem), device, spec, pdl=True)
-            return product(hidden, weight, bias)
+            gemm = functions.bound_gemm(self._function(problem), device, spec, pdl=True)
+            return gemm(hidden, weight, bias)
 
         return functions.try_out(self._function(problem), device, run_once)
 
@@ -84,12 +84,12 @@ class BoundFlashInferGemm:
     num_terms = holds_dependents_to = 0
 
     def __init__(self, function: limits.Function, problem: Problem, device: torch.device) -> None:
-        self._product = functions.bound_product(function, device, problem.spec, pdl=problem.pdl)
+        self._gemm = functions.bound_gemm(function, device, problem.spec, pdl=problem.pdl)
 
     def __call__(self, call: Call) -> Tensor:
         """The logits [M, R]."""
         # FlashInfer takes no tensor that needs a gradient.
         hidden, weight, bias = call.hidden.detach(), call.weight.detach(), call.tensors.detach().bias
-        return self._product(functions.dense(hidden, "hidden"), functions.dense(weight, "weight"), bias)
+        return self._gemm(functions.dense(hidden, "hidden"), functions.dense(weight, "weight"), bias)
 
     logits = __call__

@@ -9,7 +9,9 @@ from moegate.contract.limits import MAX_DECODE_TOKENS
 from moegate.cuda import device as gpu
 from moegate.cuda import jit, text
 from moegate.gemm.router_gemm_tiling import (
+    COLUMNS_OF_STEP,
     MAX_GEMM_TOKENS,
+    ROWS_OF_TILE,
     TOKEN_PITCH,
     TOKENS_OF_TILE,
     Tiling,
@@ -20,7 +22,7 @@ from moegate.gemm.router_gemm_tiling import (
     tiling_of,
     warp_pitch,
 )
-from moegate.halves import Call, Gemm
+from moegate.halves import Call, Gemm, KernelSource
 from moegate.problem import Problem
 
 ARGUMENTS = text.Arguments(
@@ -53,9 +55,17 @@ class RouterGemm(Gemm):
         """The kernels of a problem."""
         return BoundRouterGemm(problem, device)
 
-    def sources(self, problem: Problem, chip: gpu.Chip) -> list[str]:
-        """The text for a problem."""
-        return [source(problem, tiling_for(problem, chip))]
+    def sources(self, problem: Problem, chip: gpu.Chip, num_tokens: int, num_terms: int) -> list[KernelSource]:
+        """The kernel for so many tokens."""
+        tiling = tiling_for(problem, chip)
+        cut = cut_tokens(num_tokens, tiling, chip)
+        plan = (
+            f"{tiling.row_blocks} x {cut.token_groups} blocks of {tiling.warps} warps, in clusters of "
+            f"{tiling.num_splits}, which split K; {ROWS_OF_TILE} rows and {TOKENS_OF_TILE * cut.tiles} tokens a block; "
+            f"{tiling.steps} steps of {COLUMNS_OF_STEP} columns a warp, {tiling.ahead[cut.tiles]} in flight at once"
+        )
+        size = bytes_of_block(cut.tiles, tiling, chip, is_alone=cut.is_alone)
+        return [KernelSource(f"gemm_{cut.tiles}", "router_gemm.cuh", plan, source(problem, tiling), size)]
 
 
 ROUTER_GEMM = RouterGemm()

@@ -1,4 +1,4 @@
-"""PyTorch's matrix products: hidden states to logits on every device that PyTorch has."""
+"""PyTorch's GEMMs: hidden states to logits on every device that PyTorch has."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class TorchMm(Gemm):
         return None
 
     def prepare(self, problem: Problem, weight: Tensor) -> PackedWeight | None:
-        """On a CPU, a frozen weight in the layouts of its products."""
+        """On a CPU, a frozen weight packed for its GEMM."""
         spec, dtypes = problem.spec, problem.dtypes
         hidden_dtype = weight.dtype if spec.input_norm_eps is None else torch.float32
-        return pack(weight, dtype_of_product(hidden_dtype, weight.dtype, dtypes.bias, problem.logits_dtype))
+        return pack(weight, dtype_of_gemm(hidden_dtype, weight.dtype, dtypes.bias, problem.logits_dtype))
 
     def bind(self, problem: Problem, device: torch.device) -> BoundMm:
         """Nothing is to be compiled."""
@@ -50,9 +50,9 @@ TORCH_MM = TorchMm()
 
 
 class BoundMm:
-    """The product of one spec. On a CPU many rows are multiplied some at a time.
+    """The GEMM of one spec. On a CPU many rows are multiplied in chunks.
 
-    `slow_because`: what each call says, once a process, where it takes the place of something faster.
+    `slow_because`: a warning of each call, once a process, where this GEMM takes the place of a faster one.
     """
 
     num_terms = holds_dependents_to = 0
@@ -71,7 +71,7 @@ class BoundMm:
             return self._rows(hidden, weight, call, packed)
         bias_dtype = None if call.tensors.bias is None else call.tensors.bias.dtype
         hidden_dtype = hidden.dtype if self._norm_eps is None else torch.float32
-        dtype = dtype_of_product(hidden_dtype, weight.dtype, bias_dtype, self._logits_dtype)
+        dtype = dtype_of_gemm(hidden_dtype, weight.dtype, bias_dtype, self._logits_dtype)
         if packed is None or packed.dtype != dtype:
             weight = weight.to(dtype)  # once, and not for each chunk
         is_copied = dtype != hidden.dtype or self._norm_eps is not None
@@ -99,7 +99,7 @@ def router_gemm(
         logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         return (logits if bias is None else logits + bias.float()).to(out_dtype)
     bias_dtype = None if bias is None else bias.dtype
-    dtype = dtype_of_product(hidden.dtype, weight.dtype, bias_dtype, out_dtype) if hidden.is_cpu else torch.float32
+    dtype = dtype_of_gemm(hidden.dtype, weight.dtype, bias_dtype, out_dtype) if hidden.is_cpu else torch.float32
     if bias is not None:
         bias = bias.to(dtype)
     if packed is None or packed.dtype != dtype or not hidden.shape[0]:
@@ -110,7 +110,7 @@ def router_gemm(
 
 
 def _widens(hidden: Tensor) -> bool:
-    """True where a product of half-precision matrices can be had in float32."""
+    """True where a GEMM of half-precision matrices can write float32."""
     return torch.version.hip is None or _widens_on_amd(hidden.device, hidden.dtype)
 
 
@@ -135,10 +135,10 @@ def normed_input(hidden: Tensor, input_scale: Tensor, eps: float) -> Tensor:
     return scaled
 
 
-def dtype_of_product(
+def dtype_of_gemm(
     hidden_dtype: torch.dtype, weight_dtype: torch.dtype, bias_dtype: torch.dtype | None, logits_dtype: torch.dtype
 ) -> torch.dtype:
-    """The dtype of a CPU's product. One in half precision sums in float32 and rounds once, at the end.
+    """The dtype of a GEMM on a CPU. In half precision the GEMM sums in float32 and rounds once, at the end.
 
     A bias in another dtype is added in float32.
     """

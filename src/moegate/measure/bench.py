@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def measure_case(session: Session, source: Source, tokens: int, way: str) -> dic
     problem = problem_of(session.machine, spec, default_weight_dtype(spec))
     found = session.measure(spec, tokens, way, lambda stage: _peers(stage, source))
     explanation = explain(Plan(problem), tokens)
-    not_frozen = Plan(replace(problem, frozen=False)).choice(tokens).candidate
+    not_frozen = Plan(problem._replace(frozen=False)).choice(tokens).candidate
     return {
         "hidden_size": spec.hidden_size,
         "gate_rows": spec.num_gate_rows,

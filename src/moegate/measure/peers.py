@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from moegate.flashinfer import limits
-from moegate.flashinfer.functions import bound_product, bound_top_k
+from moegate.flashinfer.functions import bound_gemm, bound_top_k
 from moegate.measure.timing import reason_of
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
@@ -20,7 +21,7 @@ def flashinfer_gemm(spec: RouterSpec, device: torch.device, tokens: int) -> Call
     if known is None or tokens > limits.MAX_TOKENS:
         return f"not supported: K={spec.hidden_size} N={spec.num_gate_rows} M={tokens}"
     try:
-        gemm = bound_product(known, device, spec, pdl=True)
+        gemm = bound_gemm(known, device, spec, pdl=True)
     except Exception as error:  # importing FlashInfer can raise anything
         return f"absent: {reason_of(error)}"
     return lambda hidden, weight: gemm(hidden, weight, None)
@@ -42,9 +43,10 @@ def flashinfer_top_k(spec: RouterSpec, tensors: RouterTensors) -> Callable[[Tens
 
 def is_transformers_softmax(spec: RouterSpec) -> bool:
     """True for routers that Transformers computes as linear, softmax in float32, topk and at most a division."""
-    plain = spec.correction_bias is None and spec.n_group == 1 and spec.weights_from == "score"
-    extras = spec.num_zero_experts or spec.num_shared_gates or spec.per_expert_scale or spec.hash_routing
-    return spec.scoring_func == "softmax" and plain and not extras and spec.input_norm_eps is None
+    known = ("hidden_size", "num_experts", "top_k", "renormalize", "routed_scaling_factor", "linear_bias")
+    dtypes = ("logits_dtype", "weight_dtype", "topk_weights_dtype")
+    others = [each for each in dataclasses.fields(spec) if each.name not in (*known, *dtypes)]
+    return all(getattr(spec, each.name) == each.default for each in others)
 
 
 def transformers_like(spec: RouterSpec, bias: Tensor | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

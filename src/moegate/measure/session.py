@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,7 +89,7 @@ class Session:
             if reason is None:
                 contestants.append(_timed(candidate, problem, stage, key))
                 if candidate.backend == "cuda":
-                    contestants.append(_timed(candidate, replace(problem, frozen=False), stage, key + NOT_FROZEN))
+                    contestants.append(_timed(candidate, problem._replace(frozen=False), stage, key + NOT_FROZEN))
             else:
                 absent[key] = {"absent": reason}
         work = self._stages.workload(stage.sources, len(stage.layers.weights), stage.calls)

@@ -125,7 +125,7 @@ def _score(logits: Tensor, spec: RouterSpec) -> Tensor:
 def routing_of(
     ids: Tensor, weights: Tensor, logits: Tensor, shared: Tensor | None, row_is_nan: Tensor | None, spec: RouterSpec
 ) -> Routing:
-    """Puts the parts together: NaN in the rows that had one, and the dtype that the spec asks for."""
+    """The routing: NaN weights in the rows that had a NaN, and the dtype that the spec asks for."""
     identity = None
     if spec.num_zero_experts:
         identity = weights.masked_fill(ids < spec.num_experts, 0).sum(dim=-1, keepdim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import cache
 from importlib import import_module, resources
 from typing import Any, NamedTuple
@@ -43,6 +44,34 @@ def compile_binary(source: str, arch: str) -> Binary:
     binary = _compile(source, arch)
     disk.write(key, binary.code)
     return binary
+
+
+class KernelUse(NamedTuple):
+    """What ptxas gave a kernel."""
+
+    name: str
+    registers: int
+    """Of a thread."""
+    memory_bytes: int
+    """Stack frame, spill stores and spill loads of a thread."""
+
+
+def kernel_uses(source: str, arch: str) -> list[KernelUse]:
+    """Compiles CUDA C++, past the disk cache, for what each kernel uses; nothing, where `arch` makes PTX.
+
+    Raises:
+        RuntimeError: See `compile_binary`.
+    """
+    reports = re.split(r"Compiling entry function '(\w+)'", _compile(source, arch).log)[1:]
+    return [_use(name, report) for name, report in zip(reports[::2], reports[1::2], strict=True)]
+
+
+def _use(name: str, report: str) -> KernelUse:
+    registers = re.search(r"Used (\d+) registers", report)
+    memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert registers is not None, report
+    assert memory is not None, report
+    return KernelUse(name, int(registers[1]), sum(map(int, memory.groups())))
 
 
 @cache

@@ -1,5 +1,5 @@
-// How the blocks of a cluster hand numbers to its first one: a barrier there counts the bytes that come. Waiting for
-// these is shorter than for the other blocks.
+// The blocks of a cluster send numbers to the first block, where an mbarrier counts the bytes that arrive. Waiting for
+// the bytes takes less time than a barrier of the whole cluster.
 #pragma once
 #include "device.cuh"
 
@@ -36,13 +36,13 @@ __forceinline__ void wait_for_bytes(uint64* barrier) {
   }
 }
 
-// All blocks are there, and the first one's barrier: by all threads, after `expect_bytes` and before anyone sends. In two
-// steps, so that a block that started early loads meanwhile. Relaxed, since `expect_bytes` has a fence of its own: a
-// release would wait for every load that is on its way.
+// The cluster's barrier, by all threads, after `expect_bytes` and before any block sends: all blocks have started, and the
+// mbarrier is initialised. In two steps, so that a block loads between them. Relaxed, since `expect_bytes` has a fence of
+// its own: a release would wait for every load in flight.
 __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-#else  // never called: the plan of such a chip gives each row tile one block
+#else  // never called: on a chip without clusters the tiling has num_splits = 1
 
 __forceinline__ void expect_bytes(uint64*, int) {}
 __forceinline__ void send_to_first_block(float*, float, uint64*) {}

@@ -13,9 +13,9 @@ using uint64 = unsigned long long;
 #define MOEGATE_HAS_CLUSTERS 0
 #endif
 
-// Programmatic dependent launch. Every block of every kernel waits, also one with nothing to do: a kernel
-// counts as finished when its blocks have ended, and whoever waits for it relies on its having waited
-// for those before it. The trigger only lets the next kernel's blocks start; that one waits in its turn.
+// Programmatic dependent launch (PDL). Every block of every kernel waits, also a block without work: a kernel is complete
+// when its blocks have ended, and a dependent kernel relies on the kernel having waited for all kernels before it. The
+// trigger only lets the blocks of the dependent kernel start; that kernel waits in its turn.
 __forceinline__ void trigger_dependents() {
 #if MOEGATE_HAS_CLUSTERS
   asm volatile("griddepcontrol.launch_dependents;");
@@ -28,7 +28,7 @@ __forceinline__ void wait_for_predecessor() {
 #endif
 }
 
-// Into L2, where all blocks see the same bytes: allowed before the wait, whoever writes there.
+// Into L2, which is coherent: allowed before the wait, even while the predecessor writes there.
 __forceinline__ void prefetch_to_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
@@ -68,7 +68,7 @@ __forceinline__ fp16 narrow<fp16>(float value) {
   return result;
 }
 
-// Over the first kLanes lanes, a power of two, in each of them.
+// The sum over the first kLanes lanes (a power of two), in each of these lanes.
 template <int kLanes = 32>
 __forceinline__ float warp_sum(float value) {
 #pragma unroll

@@ -1,7 +1,7 @@
-// What groups make of the choice: only the experts of the best groups, or the best experts of each group.
+// The choice in groups: only experts of the best groups, or the best experts of each group.
 //
-// Groups that are whole lanes keep their keys in registers. Any others go through the warp's share of shared memory,
-// each looked through by one lane.
+// Where a group is a number of whole lanes, its keys stay in registers. Any other group's keys go through the warp's part
+// of shared memory, where one lane reads all keys of a group.
 #pragma once
 #include "top_k.cuh"
 
@@ -17,7 +17,7 @@ __forceinline__ uint32 group_score(uint32 first, uint32 second) {
   return first;
 }
 
-// Takes the kBest best values of each group of lanes off the lanes' lists, one a round, the lowest id first among equals.
+// Removes the kBest best values of each group of lanes from the lanes' lists, one a round, of equal values the lowest id.
 // `found(round, key, is_mine)` tells each lane the key, and whether the value is its own, values[0].
 template <int kLanes, int kBest, class Value, int kPerLane, class Found>
 __forceinline__ void best_of_lanes(Value (&values)[kPerLane], Found found) {
@@ -127,7 +127,7 @@ __forceinline__ void share_keys(const uint32 (&keys)[kPerLane], uint32* shared) 
   __syncwarp();
 }
 
-// Any groups: through the warp's share of shared memory, keys[kSelectable] and scores[kGroups].
+// Any groups: through the warp's part of shared memory, keys[kSelectable] and scores[kGroups].
 template <class Config, int kPerLane>
 __forceinline__ void exclude_groups(uint32 (&keys)[kPerLane], uint32* shared) {
   constexpr int kGroupSize = Config::kSelectable / Config::kGroups;

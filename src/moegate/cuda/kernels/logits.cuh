@@ -1,4 +1,4 @@
-// A token's logits, as a warp of the selection has them: lane l those of kPerLane experts, from l * kPerLane on.
+// A token's logits in a warp of the selection: lane l has those of kPerLane experts, from l * kPerLane on.
 //
 // The logits are read; or, behind cuBLAS's split-K GEMM (kNumTerms > 0), they are made here, which saves a kernel: the sum
 // of the partial sums (split_k.cuh) is multiplied by the norm factor, gets the linear bias, is rounded, and stored.
@@ -33,7 +33,7 @@ struct TokenLogits {
   Logits* made;
   const int lane = threadIdx.x % 32;
 
-  // The lane's, 0 beyond the experts; and whether any of the row's is NaN.
+  // Loads the lane's logits, 0 beyond the experts; returns whether any logit of the row is NaN.
   __forceinline__ bool load(float (&values)[kPerLane]) const {
     bool is_nan = false;
     const float factor = Config::kNorm ? *norm_factor : 1.0f;
@@ -49,11 +49,11 @@ struct TokenLogits {
       if constexpr (kNumTerms > 0) made[id] = made_of(sum_of_splits<kNumTerms>(row + id, R, split_stride, num_splits), id, factor);
       is_nan |= isnan(at(id));
     }
-    if constexpr (kNumTerms > 0) __syncwarp();  // any lane may fetch what another has stored
+    if constexpr (kNumTerms > 0) __syncwarp();  // any lane may load what another has stored
     return __any_sync(~0u, is_nan);
   }
 
-  // Any of the row, fetched anew, after `load`.
+  // Any logit of the row, loaded again; only after `load`.
   __forceinline__ float at(int id) const {
     if constexpr (kNumTerms == 0) {
       return widen(row[id]);

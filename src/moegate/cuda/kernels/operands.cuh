@@ -20,8 +20,8 @@ struct Vec8<float> {
   uint4 low, high;
 };
 
-// `volatile` keeps a load where the code has it: before or after the wait is a question of correctness.
-// kConstant: nobody writes there while this kernel runs, not even its predecessor.
+// `volatile` keeps a load on its side of the wait, which is a question of correctness.
+// kConstant: no kernel writes there while this kernel runs, not even the predecessor.
 template <bool kConstant>
 __forceinline__ uint4 load_16_bytes(const void* address) {
   uint4 v;
@@ -69,8 +69,8 @@ __forceinline__ void unpack(const Vec8<T>& vec, float (&values)[8]) {
   }
 }
 
-// What an input norm multiplies a token's logits with, by the sum of squares of its elements: contract 1.2, less the
-// scale of each element.
+// The factor of an input norm for a token's logits, from the sum of squares of the token's elements: contract 1.2, less
+// the scale of each element.
 template <class Config>
 __forceinline__ float norm_factor(float square) {
   return Config::kInputFactor / sqrtf(square / float(Config::kHidden) + Config::kNormEps);
@@ -93,14 +93,14 @@ __forceinline__ Operand<kNumTerms> to_terms(const float (&values)[8]) {
       uint32 pair;
       asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
       operand.pairs[term][i] = pair;
-      low -= __uint_as_float(pair << 16);  // exact, as the rest of a rounding is
+      low -= __uint_as_float(pair << 16);  // exact: the error of a rounding
       high -= __uint_as_float(pair & 0xffff0000u);
     }
   }
   return operand;
 }
 
-// kNumTerms is 1 just where the bits are operands as they are.
+// kNumTerms is 1 only where the bits in memory are the operand.
 template <int kNumTerms, class T>
 __forceinline__ Operand<kNumTerms> as_operand(const Vec8<T>& vec) {
   if constexpr (kNumTerms == 1) {

@@ -13,8 +13,8 @@
 // - Sums are added in a fixed order that kNumSplits, kWarps and kSteps decide, and these depend on K, R, the
 //   dtypes and the chip alone: the same bits in every run, and for a token at every M that this kernel takes.
 //
-// A frozen weight is loaded before the wait for the predecessor, hidden after it. Another weight may just be
-// being written by the predecessor: it is prefetched to L2 before the wait and loaded after it.
+// A frozen weight is loaded before the wait for the predecessor, hidden after the wait. A weight that is not frozen may be
+// the predecessor's output: the weight is prefetched to L2 before the wait and loaded after it.
 #pragma once
 #include "cluster.cuh"
 #include "operands.cuh"
@@ -47,8 +47,8 @@ struct RouterGemm {
   const int rank = blockIdx.x % kNumSplits;
   const int first_row = blockIdx.x / kNumSplits * 16;
   const int first_token = blockIdx.y * kTokens;
-  // The lane's part in a step of a tile: 8 of 32 elements, of two rows of the weight (row and row + 8) and of one token
-  // (row, too: the tensor core's operands have the same lanes).
+  // The lane's part of a step of a tile: 8 of 32 elements, of two rows of the weight (row and row + 8) and of one token,
+  // which has the number `row`, too: both operands of an mma have the same lanes.
   const int row = lane / 4, element = lane % 4 * 8;
 
   Vec8<Weight> low[kAhead], high[kAhead];
@@ -57,7 +57,7 @@ struct RouterGemm {
 
   __forceinline__ int column_of(int step) const { return ((rank * kWarps + warp) * kSteps + step) * 32 + element; }
 
-  // False for what an odd number of steps leaves of the last round.
+  // False in the last round for the steps that kSteps does not fill.
   __forceinline__ bool is_own(int step) const { return kSteps % kAhead == 0 or step < kSteps; }
 
   __forceinline__ const Weight* weight_at(int row_in_tile, int column) const {
@@ -75,7 +75,7 @@ struct RouterGemm {
     }
   }
 
-  // From a step on, to the end of the warp's part.
+  // From a step to the end of the warp's slice.
   __forceinline__ void prefetch_weight(int first) const {
 #pragma unroll
     for (int step = first; step < kSteps; ++step) {
@@ -104,11 +104,11 @@ struct RouterGemm {
     return load_vec8<false>(source, is_own(step) and column < K and token < arguments.num_tokens);
   }
 
-  // kAhead steps of all tokens, tile by tile. A tile's sums are stored once the warp's last step is in them, so that
-  // a warp whose steps are all ahead keeps those of one tile only.
+  // kAhead steps of all tokens, tile by tile. A tile's sums are stored when they include the warp's last step, so that a
+  // warp with kSteps == kAhead keeps the sums of one tile only.
   __forceinline__ void multiply_steps(int step, float* partial) {
-    // As many loads of hidden in flight at once as registers are left for: 8 of them are 32 registers, and a thread
-    // among 28 warps has no more than 72 in all.
+    // As many loads of hidden in flight as registers allow: 8 loads take 32 registers, and a thread of a block of 28 warps
+    // has at most 72.
     constexpr int kMost = sizeof(Hidden) == 2 and kWarps <= 16 ? 8 : 4;
     constexpr int kAtOnce = kMost / kAhead < 1 ? 1 : kMost / kAhead < kTiles ? kMost / kAhead : kTiles;
 #pragma unroll
@@ -121,7 +121,7 @@ struct RouterGemm {
           if (first + i < kTiles) hidden[i][j] = load_hidden(step + j, first + i);
         }
       }
-      // Tile by tile; but step by step where taking a weight apart into several operands is to be done once for all tiles.
+      // Tile by tile. A weight of several terms goes step by step, so that it is split into terms once for all tiles.
 #pragma unroll
       for (int i = 0; i < kAtOnce * kAhead; ++i) {
         const int j = Config::kWeightTerms > 1 ? i / kAtOnce : i % kAhead;
@@ -199,10 +199,10 @@ struct RouterGemm {
     return (high ? second : first) + __shfl_xor_sync(~0u, high ? first : second, 2);
   }
 
-  // Of the tokens that there are.
+  // The sums of the tokens that exist.
   __forceinline__ int count_sums() const { return min(kTokens, arguments.num_tokens - first_token) * kSums; }
 
-  // The first block's own sum and, in the order of their ranks, those of the others.
+  // The first block's own sum, then those of the other blocks in the order of their ranks.
   __forceinline__ float sum_over_ranks(float own, const float* by_rank, int index) const {
 #pragma unroll
     for (int r = 1; r < kNumSplits; ++r) own += by_rank[r * kTokens * kSums + index];
@@ -239,7 +239,7 @@ struct RouterGemm {
       const int index = i * kThreads + threadIdx.x;
       if (index < count) own[i] = sum_over_ranks(own[i], by_rank, index);
     }
-    float* squares_of_tokens = by_rank;  // the first block's own place, which nobody sends to
+    float* squares_of_tokens = by_rank;  // the first block's own place, which no block sends to
     if constexpr (kNorm) {
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
@@ -269,7 +269,7 @@ struct RouterGemm {
     wait_for_predecessor();
     if constexpr (not Config::kFrozen) load_weight<false>(0);
     multiply_slice(partial);
-    if constexpr (kNumSplits > 1) wait_for_cluster();  // the first block and its barrier are there: now others may send
+    if constexpr (kNumSplits > 1) wait_for_cluster();  // the first block's mbarrier is initialised: others may send
     __syncthreads();
     reduce_and_store(partial, by_rank, arrived);
   }

@@ -4,7 +4,7 @@
 
 constexpr float kFloat32Max = 3.402823466e38f;
 
-// What docs/contract.md makes of a number before anything else: -MAX of NaN, +-MAX of the infinities.
+// A logit or key as docs/contract.md counts it: NaN as -MAX, the infinities as +-MAX.
 __forceinline__ float finite(float value) { return fminf(fmaxf(value, -kFloat32Max), kFloat32Max); }
 
 // Integers in the order of the floats, with -0.0 equal to 0.0; above 0 for every float.
@@ -28,8 +28,8 @@ __forceinline__ float transformed(float logit) {
   return logit;
 }
 
-// A warp that selects one token is one chain of instructions, and the library's exp, division and square root are most
-// of a score's. These are shorter, and keep the contract's bounds.
+// A warp that selects one token is one dependent chain of instructions, most of them CUDA's exp, division and square
+// root. The functions below are shorter, and keep the contract's bounds.
 
 __forceinline__ float exp2_approx(float value) {
   float power;
@@ -43,7 +43,7 @@ __forceinline__ float reciprocal(float value) {
   return result;
 }
 
-// The quotient with its rest put right once; both are normal numbers or 0.
+// The quotient after one correction by its remainder; both arguments are normal numbers or 0.
 __forceinline__ float divide(float a, float b) {
   const float inverse = reciprocal(b), quotient = a * inverse;
   return fmaf(inverse, fmaf(-quotient, b, a), quotient);
@@ -54,7 +54,7 @@ constexpr float kLog2E = 1.44269504f, kLog2ERest = 1.92596303e-8f, kLn2 = 0.6931
 // exp(value) to a few ulp and |value| * 2^-24, the error of rounding value * kLog2E.
 __forceinline__ float exp_approx(float value) { return exp2_approx(value * kLog2E); }
 
-// exp(value) to a few ulp, with that rounding made good; value is at most 0.
+// exp(value) to a few ulp, with the rounding of value * kLog2E corrected; value is at most 0.
 __forceinline__ float exp_of_negative(float value) {
   value = fmaxf(value, -256.0f);  // 0 from there on, and no difference of infinities
   const float scaled = value * kLog2E;
@@ -65,7 +65,7 @@ __forceinline__ float exp_of_negative(float value) {
 
 __forceinline__ float sigmoid(float value) { return reciprocal(1.0f + exp_approx(-value)); }
 
-// The score of one transformed logit; a softmax is a matter of the whole row.
+// The score of one transformed logit; a softmax needs the whole row.
 template <Score kScore>
 __forceinline__ float score_of(float value) {
   static_assert(kScore != Score::kSoftmax);

@@ -1,8 +1,8 @@
-// Logits to experts and weights: docs/contract.md, bases 2 to 4, one warp a token.
+// Logits to experts and weights: docs/contract.md, parts 2 to 4, one warp a token.
 //
-// Lane l owns the experts l * kPerLane and on (see top_k.cuh). Lane r < kTopK then has the r-th chosen expert. What
-// that lane needs of it comes through shared memory, the warp's own share of it: its id, and its score or logit, so
-// that neither is fetched or computed again.
+// Lane l owns the experts from l * kPerLane on (see top_k.cuh). After the choice, lane r < kTopK has the r-th chosen
+// expert. The warp's part of shared memory hands that lane the expert's id and its score or logit, so that neither is
+// loaded or computed again.
 // Everything that the spec decides is a compile-time constant; the number of tokens is not.
 #pragma once
 #include "groups.cuh"
@@ -202,7 +202,7 @@ struct Select {
   __forceinline__ void run() {
     float values[kPerLane], bias[kPerLane];
     if (not arguments.holds_dependents) trigger_dependents();
-    // A bias that nobody changes need not wait; another may be the predecessor's output.
+    // A frozen bias is loaded before the wait. Any other bias may be the predecessor's output.
     if constexpr (Config::kFrozen) load_bias(bias);
     wait_for_predecessor();
     trigger_dependents();

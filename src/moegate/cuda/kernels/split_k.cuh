@@ -55,7 +55,7 @@ __forceinline__ void split_weight(const PrepareArguments& arguments) {
   }
 }
 
-// From the last warp on, since the first ones have the weight to do.
+// From the last warp down, since the first warps have the weight to prepare.
 template <class Config>
 __forceinline__ void norm_tokens(const PrepareArguments& arguments) {
   constexpr int K = Config::kHidden, kAtOnce = 4;

@@ -1,4 +1,4 @@
-// The best of what the lanes of a warp hold.
+// The k largest entries of the lanes of a warp.
 //
 // An entry is a key and an id in one integer, so that its order is the contract's: the larger key first, of
 // equal keys the lower id. Lane l owns the consecutive ids l * kPerLane and on, so that among lanes with
@@ -53,9 +53,9 @@ __forceinline__ void best_to_front(Value (&entries)[kCount]) {
   }
 }
 
-// Lane r < kTopK gets the id of the r-th best entry of the warp. Each lane sorts its own; then the best of the
-// lanes' first entries is taken off, kTopK times. What a round waits for is short: whose entry it is, a lane sees
-// from the lanes below it, and the id goes through `chosen`, kTopK words of shared memory, which nobody waits for.
+// Lane r < kTopK gets the id of the r-th best entry of the warp. Each lane sorts its own entries. Then the best of the
+// lanes' first entries is removed, kTopK times. The latency of a round is short: a ballot of equal keys shows each lane
+// whether the entry is its own, and the id goes to `chosen`, kTopK words of shared memory that no round reads.
 template <int kTopK, int kPerLane>
 __forceinline__ uint32 warp_top_k(Entry (&entries)[kPerLane], uint32* chosen) {
   const int lane = threadIdx.x % 32;

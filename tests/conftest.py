@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import settings
 from machines import forget
-from noticing_gates import record_prepared
 from torch import Tensor
 
 from moegate.choice import tables
@@ -71,6 +70,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The weights that gates prepared since the test began."""
+    from noticing_gates import record_prepared  # whose tensors lie where `pytest_configure` says
+
     return record_prepared(monkeypatch)
 
 

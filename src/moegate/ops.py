@@ -8,7 +8,6 @@ Defined by `Library.define` and `impl`: `torch.library.custom_op` does more in e
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from functools import cache
 
@@ -73,12 +72,9 @@ def _routing(spec: RouterSpec, *parts: Tensor | None) -> Routing:
 
 
 # The spec travels as text: a number for it would mean another spec in the process that loads a compiled graph.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def spec_text(spec: RouterSpec) -> str:
-    """What the operators are told of a spec: the fields that are not at their defaults."""
-    values = {part.name: getattr(spec, part.name) for part in dataclasses.fields(spec)}
-    defaults = {part.name: part.default for part in dataclasses.fields(spec)}
-    return json.dumps({name: value for name, value in values.items() if value != defaults[name]})
+    """What the operators are told of a spec: JSON of the fields that are not at their defaults."""
+    return spec._text
 
 
 @cache

@@ -31,13 +31,12 @@ class Input(NamedTuple):
     """A letter stands for any size: V, the vocabulary."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def inputs_of(spec: RouterSpec) -> tuple[Input, ...]:
     """The tensors of a gate: the weight, then those of `RouterTensors` in their order."""
-    return _inputs_of(spec)
+    # Compilers look into a cache, and say so in a warning.
+    return _inputs_of(spec) if torch.compiler.is_compiling() else _kept_inputs_of(spec)
 
 
-@cache
 def _inputs_of(spec: RouterSpec) -> tuple[Input, ...]:
     rows, pinned = spec.num_gate_rows, spec.weight_dtype == "float32"
     return (
@@ -74,13 +73,11 @@ class Output(NamedTuple):
         return (num_tokens,) if self.columns is None else (num_tokens, self.columns)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def outputs_of(spec: RouterSpec) -> tuple[Output, ...]:
     """What a routing consists of, in the order of `Routing`."""
-    return _outputs_of(spec)
+    return _outputs_of(spec) if torch.compiler.is_compiling() else _kept_outputs_of(spec)
 
 
-@cache
 def _outputs_of(spec: RouterSpec) -> tuple[Output, ...]:
     weights_dtype: torch.dtype = getattr(torch, spec.topk_weights_dtype)
     logits_dtype: torch.dtype = getattr(torch, spec.logits_dtype)
@@ -92,6 +89,9 @@ def _outputs_of(spec: RouterSpec) -> tuple[Output, ...]:
         Output("shared_weights", "num_shared_gates", shared > 0, weights_dtype, shared),
         Output("identity_weight", "num_zero_experts", zero > 0, weights_dtype, None),
     )
+
+
+_kept_inputs_of, _kept_outputs_of = cache(_inputs_of), cache(_outputs_of)
 
 
 class RouterTensors(NamedTuple):

@@ -12,6 +12,7 @@ from moegate.spec_values import (
     CorrectionBias,
     GateWeightDtype,
     GroupScore,
+    KeptOnce,
     LogitsDtype,
     ScoringFunc,
     WeightsDtype,
@@ -29,7 +30,7 @@ _FLOAT32_RANGE = (2.0**-126, 3.4028234663852886e38)
 
 
 @dataclass(frozen=True)
-class RouterSpec:
+class RouterSpec(KeptOnce):
     """What a mixture-of-experts router computes, from `hidden` [M, K] to ids and weights [M, k].
 
     A spec is immutable, hashable and validated: a combination that makes no sense raises a
@@ -107,6 +108,7 @@ class RouterSpec:
     global_scale: bool = False
     hash_routing: bool = False
     input_norm_eps: float | None = None
+    __hash__ = KeptOnce.__hash__  # a dataclass's own would hash all fields in each call
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
@@ -117,18 +119,7 @@ class RouterSpec:
         self._check_groups()
         self._check_weights()
         self._check_numbers()
-
-    def __hash__(self) -> int:
-        """The hash of the fields, computed once, since specs are keys of caches."""
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(tuple(getattr(self, each.name) for each in dataclasses.fields(self)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Without cached properties: strings have other hashes in another process.
-        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        self._keep_text()
 
     @classmethod
     def from_config(

@@ -1,8 +1,11 @@
-"""The allowed values and types of the fields of a `RouterSpec`."""
+"""The allowed values and types of the fields of a `RouterSpec`, and what is computed of the fields once."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import dataclasses
+import json
+from functools import cached_property
+from typing import Any, ClassVar, Literal, get_args
 
 ScoringFunc = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity"]
 CorrectionBias = Literal["score", "logit"]
@@ -39,3 +42,34 @@ def check_type(field: str, annotation: str, value: object) -> None:
         return
     if not isinstance(value, expected) or (isinstance(value, bool) and expected != (bool,)):
         raise TypeError(f"RouterSpec.{field} must be {annotation}, got {type(value).__name__} {value!r}")
+
+
+class KeptOnce:
+    """A frozen dataclass whose hash and text are computed once.
+
+    Specs are keys of caches, and compiled code passes specs to operators as text.
+    """
+
+    _text: ClassVar[str]
+    """JSON of the fields that differ from their defaults; an attribute, since compiled code cannot read a property."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(self.__getstate__().values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without cached properties: strings have other hashes in another process.
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._keep_text()
+
+    def _keep_text(self) -> None:
+        """Sets `_text` from the fields."""
+        defaults = {each.name: each.default for each in dataclasses.fields(self)}  # type: ignore[arg-type]
+        values = self.__getstate__().items()
+        vars(self)["_text"] = json.dumps({name: value for name, value in values if value != defaults[name]})

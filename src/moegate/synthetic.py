@@ -56,7 +56,8 @@ def random_tensors(
         elif name == "tid2eid":
             made[name] = _hash_table(spec, numbers).to(device)
         else:
-            numbers_of = torch.randn(wanted.shape, generator=numbers) * stds.get(name, 0.1) + means.get(name, 0.0)
+            numbers_of = torch.randn(wanted.shape, generator=numbers)  # type: ignore[arg-type]
+            numbers_of = numbers_of * stds.get(name, 0.1) + means.get(name, 0.0)
             made[name] = numbers_of.to(dtype if dtype in wanted.dtypes else torch.float32).to(device)
     weight = made.pop("weight")
     assert weight is not None

@@ -1,8 +1,8 @@
 """`Gate` against Transformers' own routers on the CPU, eager, in one run: `python benchmarks/cpu.py`.
 
-Blocks of calls of each candidate take turns, so that a busy machine slows all of them; a time is the
-median over the blocks. A candidate is timed only after its routing has been held against float64.
-Prints a Markdown table; `--csv FILE` writes the numbers, which git keeps in benchmarks/results/cpu.csv.
+Blocks of calls of each contestant take turns, so that a busy machine slows all of them equally. A time is the median
+over the blocks. A contestant is timed only after its routing has been compared with float64. Prints a Markdown table;
+`--csv FILE` writes the numbers, which git keeps in benchmarks/results/cpu.csv.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from moegate.measure.record import describe_run
 from moegate.routing import RouterTensors
 from moegate.synthetic import random_hidden, random_tensors
 
-# The name in the catalog, the router class of Transformers, and the config that gives it the model's size.
+# By catalog name: Transformers' module, its router class, and what its default config lacks of the model.
 PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "deepseek-v3": ("deepseek_v3", "DeepseekV3TopkRouter", {}),
     "qwen3-30b-a3b": ("qwen3_moe", "Qwen3MoeTopKRouter", {"norm_topk_prob": True}),
@@ -54,7 +54,7 @@ class Row:
 
 
 def peer(name: str, weight: Tensor, tensors: RouterTensors) -> torch.nn.Module:
-    """Transformers' router of a model, with our weight and biases."""
+    """Transformers' router of a model, with the given weight and biases."""
     module, class_name, changed = PEERS[name]
     modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
     config = transformers.AutoConfig.for_model(module, **changed)
@@ -68,7 +68,7 @@ def peer(name: str, weight: Tensor, tensors: RouterTensors) -> torch.nn.Module:
 
 
 def hold_against_float64(gate: Gate, hidden: Tensor) -> None:
-    """No time for a wrong result."""
+    """Ends the benchmark if the gate's result is wrong."""
     routing = gate(hidden, return_logits=True)
     weight, tensors = check_gate(gate._given(), gate.spec)
     problems = verify_call(routing, hidden, weight, gate.spec, tensors).problems
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def write(file: Path, results: list[Row], machine: dict[str, Any]) -> None:
-    """A line a row, each with what it was measured on."""
+    """Writes one line a row, each with the machine, the versions, the commit and the date."""
     with file.open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([*(field.name for field in fields(Row)), *machine])

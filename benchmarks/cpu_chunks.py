@@ -1,9 +1,9 @@
 """What bounded memory on a CPU costs and saves: `python benchmarks/cpu_chunks.py`, two minutes on one thread.
 
-The first table is the time of a frozen gate with its rows as they are taken (products of few sizes, more than 512
-tokens some at a time), divided by that with all rows at once. Calls of both take turns, and a time is the median. The
-second is the memory by which the process of a frozen gate of 2048 x 128 grows over calls with every number of tokens
-from 1 to 2000.
+The first table compares a frozen gate with chunks (GEMMs of few sizes; more than 512 tokens in chunks) and the same
+gate without: the time with chunks divided by the time without. Calls of both take turns, and a time is the median. The
+second table is the memory by which the process of a frozen gate of 2048 x 128 grows over calls with every number of
+tokens from 1 to 2000.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEAST_TURNS, SECONDS = 7, 0.7
 
 
 def all_at_once() -> AbstractContextManager[object]:
-    """Without any of it, for the time of a `with`."""
+    """Switches chunks off inside a `with`: one GEMM of all rows, whatever their number."""
     from moegate import chunks
 
     stack = ExitStack()
@@ -31,7 +31,7 @@ def all_at_once() -> AbstractContextManager[object]:
 
 
 def ratio(call: Callable[[], object]) -> float:
-    """The time with chunks divided by that without."""
+    """The time with chunks divided by the time without."""
     times: dict[Callable[[], AbstractContextManager[object]], list[float]] = {nullcontext: [], all_at_once: []}
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end or len(times[nullcontext]) < LEAST_TURNS:
@@ -44,13 +44,14 @@ def ratio(call: Callable[[], object]) -> float:
     return in_chunks / whole
 
 
-def growth(dtype: str, *, whole: bool) -> float:
-    """By how many MB this process grows over 2000 numbers of tokens."""
+def growth(logits_dtype: str, *, whole: bool) -> float:
+    """By how many MB this process grows over calls with every number of tokens from 1 to 2000."""
     import torch
 
     from moegate import Gate, RouterSpec
 
-    gate = Gate(RouterSpec(2048, 128, 8, logits_dtype=dtype), torch.randn(128, 2048).bfloat16(), frozen=True)  # type: ignore[arg-type]
+    spec = RouterSpec(2048, 128, 8, logits_dtype=logits_dtype)  # type: ignore[arg-type]
+    gate = Gate(spec, torch.randn(128, 2048).bfloat16(), frozen=True)
     hidden = torch.randn(2000, 2048).bfloat16()
     with all_at_once() if whole else nullcontext():
         gate(hidden[:1])
@@ -85,13 +86,13 @@ def main() -> None:
             found.append(ratio(lambda: gate(hidden)))  # noqa: B023 # called in this turn of the loop
         print(f"| {model} |" + "".join(f" {one:.2f} |" for one in found), flush=True)
     print("\n| logits | chunks, MB | all at once, MB |\n|---|---|---|")
-    for dtype in ("bfloat16", "float32"):
-        grown = [run_alone("growth", dtype, how) for how in ("chunks", "whole")]
-        print(f"| {dtype} | {grown[0]} | {grown[1]} |", flush=True)
+    for logits_dtype in ("bfloat16", "float32"):
+        grown = [run_alone("growth", logits_dtype, how) for how in ("chunks", "whole")]
+        print(f"| {logits_dtype} | {grown[0]} | {grown[1]} |", flush=True)
 
 
 def run_alone(*arguments: str) -> str:
-    """What this file prints in a process of its own, whose memory nothing else has filled."""
+    """Runs this file in a new process, whose memory holds nothing else; returns the process's output."""
     return subprocess.run(
         [sys.executable, __file__, *arguments], capture_output=True, text=True, check=True
     ).stdout.strip()

@@ -1,8 +1,8 @@
-"""What it costs a gate to notice changed tensors: `python benchmarks/noticing.py`, on the CPU and any GPU.
+"""The cost of noticing changed tensors: `python benchmarks/noticing.py`, on the CPU and any GPU.
 
-Short blocks of calls as they are, and of calls whose look always says that nothing changed, take turns, so that a busy
-machine slows both. A time is the least over the blocks: what is measured is Python, to which anything else only adds.
-Prints a Markdown table; `--json FILE` writes the numbers.
+Short blocks of ordinary calls, and of calls whose look always answers "unchanged", take turns, so that a busy machine
+slows both. A time is the minimum over the blocks, since host time only grows by interference. Prints a Markdown table;
+`--json FILE` writes the numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BLOCKS, CALLS = 400, 20
 
 
 def nanoseconds(call: Callable[[], object]) -> float:
-    """Of one call, over a block of them."""
+    """The mean time of a call over a block of calls."""
     start = time.perf_counter_ns()
     for _ in range(CALLS):
         call()
@@ -58,7 +58,7 @@ def row(device: str, *, frozen: bool) -> dict[str, Any]:
             if device != "cpu":
                 torch.cuda.synchronize()
     least = {name: min(found) for name, found in times.items()}
-    least["look"] -= least.pop("nothing")  # the loop's own part
+    least["look"] -= least.pop("nothing")  # the overhead of the loop
     return {"device": device, "frozen": frozen, **least, "share": least["look"] / least["call"]}
 
 

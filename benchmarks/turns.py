@@ -1,4 +1,4 @@
-"""An eager call of two versions of moegate on one GPU: `python benchmarks/turns.py OLD/src NEW/src`.
+"""Eager calls of two versions of moegate on one GPU: `python benchmarks/turns.py OLD/src NEW/src`.
 
 Processes of the two versions take turns, each pinned to one core. In each, blocks of calls take turns with blocks of
 `F.linear`, and a time is the median over the blocks. Prints a Markdown table of the times divided by those of
@@ -31,13 +31,13 @@ def measure() -> dict[str, float]:
         spec = moegate.get_spec(model)
         weight, tensors = random_tensors(spec, device="cuda")
         hidden = random_hidden(spec, tokens, device="cuda")
-        given = {name: part for name, part in tensors._asdict().items() if part is not None}
-        frozen, unfrozen = (moegate.Gate(spec, weight, **given, frozen=frozen) for frozen in (True, False))
+        given = {name: tensor for name, tensor in tensors._asdict().items() if tensor is not None}
+        frozen, not_frozen = (moegate.Gate(spec, weight, **given, frozen=frozen) for frozen in (True, False))
         with torch.no_grad():
             out = frozen(hidden, return_logits=True)
             calls = {
                 "frozen": lambda: frozen(hidden),  # noqa: B023 # called in this turn of the loop
-                "not frozen": lambda: unfrozen(hidden),  # noqa: B023
+                "not frozen": lambda: not_frozen(hidden),  # noqa: B023
                 "frozen, out=": lambda: frozen(hidden, out=out),  # noqa: B023
                 "F.linear": lambda: F.linear(hidden, weight),  # noqa: B023
             }
@@ -49,14 +49,14 @@ def measure() -> dict[str, float]:
                     for _ in range(CALLS):
                         call()  # type: ignore[no-untyped-call]
                     times[name].append(time.perf_counter() - start)
-        medians = {name: statistics.median(found[2:]) for name, found in times.items()}  # less two to warm up
+        medians = {name: statistics.median(found[2:]) for name, found in times.items()}  # the first two warm up
         for name in ("frozen", "not frozen", "frozen, out="):
             ratios[f"{model}, {tokens}, {name}"] = medians[name] / medians["F.linear"]
     return ratios
 
 
 def main(old: str, new: str) -> None:
-    """Runs both in turns."""
+    """Runs both versions in turns, and prints the table."""
     found: dict[str, list[dict[str, float]]] = {old: [], new: []}
     for _ in range(TURNS):
         for source, ratios in found.items():

@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures and options of all tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moegate.warn import warn_once
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
-# The same examples in every run, so that a red run is red again; `--hypothesis-profile explore` draws new ones.
+# Every run draws the same examples, so that failures are reproducible; `--hypothesis-profile explore` draws new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile("repeatable")
@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sets the device; and one thread for each worker of pytest-xdist: more would wait for each other."""
+    """Sets the device, and one thread for each worker of pytest-xdist, so that threads do not compete for cores."""
     device = config.getoption("--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: PyTorch finds no CUDA device on this machine; allowed here: cpu")
@@ -53,7 +53,7 @@ def _asked_for(config: pytest.Config) -> list[Path]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what is about the CPU alone in a run on another device; the run's summary counts it, with the reason."""
+    """Skips tests of the CPU alone in a run on another device; the run's summary counts them, with the reason."""
     if on_device.DEVICE.type == "cpu":
         return
     skip = pytest.mark.skip(reason=f"about the CPU alone, and this run is on {on_device.DEVICE.type}")
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """True for tests/gpu where there is no CUDA device; the run's summary says so, and when these tests ran last."""
+    """True for tests/gpu without a CUDA device; the run's summary says so, and has the date of their last run."""
     return True if collection_path == GPU_TESTS and not torch.cuda.is_available() else None
 
 
@@ -88,7 +88,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def _tell_registers(terminalreporter: Any) -> None:
-    """The registers of the kernels that test_cuda_compile.py compiled: the fewest and the most of each."""
+    """Prints the least and the largest number of registers of each kernel that test_cuda_compile.py compiled."""
     found: dict[str, dict[str, list[int]]] = {}
     for report in terminalreporter.stats.get("passed", []):
         for arch, kernel, count in re.findall(r"^(sm_\w+) (\w+): (\d+) registers", report.capstdout, re.MULTILINE):
@@ -102,13 +102,13 @@ def _tell_registers(terminalreporter: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_warnings() -> None:
-    """What warns once a process does so in each test."""
+    """Lets warnings that are given once a process appear in each test."""
     warn_once.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """What nobody writes is found: fresh tensors hold NaN, or ids far out of range, not what chance left there."""
+    """Makes unwritten memory visible: new tensors hold NaN, or ids far out of range, instead of old contents."""
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
             (torch, "empty"),
@@ -118,7 +118,7 @@ def poisoned_memory() -> Iterator[None]:
             (Tensor, "new_empty_strided"),
             (gpu, "_empty_strided_cuda"),
         ):
-            if getattr(owner, name) is None:  # not in every PyTorch
+            if getattr(owner, name) is None:  # some versions of PyTorch lack one
                 continue
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))
         yield
@@ -128,7 +128,7 @@ def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(make)
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
         fresh = make(*args, **kwargs)
-        with torch.no_grad():  # a fresh parameter may ask for a gradient
+        with torch.no_grad():  # a new parameter may require a gradient
             if fresh.is_floating_point():
                 fresh.fill_(torch.nan)
             elif fresh.dtype in (torch.int32, torch.int64):
@@ -140,7 +140,7 @@ def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @pytest.fixture
 def shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """The tables of the package, and no others; the user's folder is an empty one."""
+    """Replaces the package's cost tables by those of the test; the user's folder is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def ship(*given: tables.Table) -> None:

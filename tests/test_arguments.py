@@ -1,4 +1,4 @@
-"""docs/contract.md, part 5: what users pass wrongly, and what they get told."""
+"""docs/contract.md, section 5: wrong arguments, and the errors that users get."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def gate(**changed: Any) -> moegate.Gate:
 
 def gate_by_hash(**changed: Any) -> object:
     made = gate(**{"spec": HASH, "e_score_correction_bias": None, "tid2eid": TABLE, **changed})
-    made.refresh()  # a table may be a placeholder until then
+    made.refresh()  # checks the table, which may be a placeholder before
     return made
 
 
@@ -116,7 +116,7 @@ CASES: list[Case] = [
     (call_gate, {"hidden": HIDDEN[0]}, ValueError, r"hidden: got shape \[16\]; allowed: \[M, 16\]"),
     (call_gate, {"input_ids": IDS}, ValueError, "input_ids: got a tensor; allowed: None"),
 ]
-# What stands in a tensor, which a GPU cannot be asked without waiting for it.
+# Errors about values, which are checked on a CPU only: on a GPU, the check would need a synchronization.
 CASES_OF_VALUES: list[Case] = [
     (select_by_hash, {"input_ids": IDS - 1}, ValueError, "input_ids: got -1; allowed: 0 to 1"),
     (select_by_hash, {"input_ids": IDS + 1}, ValueError, "input_ids: got 2; allowed: 0 to 1"),

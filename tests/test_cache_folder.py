@@ -1,4 +1,4 @@
-"""No cache folder, whatever is wrong with it, stops a gate: a warning, once, and on."""
+"""A bad cache folder never stops a gate: there is one warning, and the gate works."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def _denied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A home of mode 700 that is another user's: root, who runs these tests, may enter all."""
+    """Imitates the home of another user with mode 700, since root, who may run these tests, can enter every folder."""
 
     def refuse(self: Path, *arguments: object, **named: object) -> NoReturn:
         raise PermissionError(13, "Permission denied", str(self))
@@ -49,7 +49,7 @@ def _cache_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def _cache_is_relative(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As older releases of platformdirs return what XDG_CACHE_HOME says; newer ones ignore it."""
+    """Older releases of platformdirs return a relative XDG_CACHE_HOME; newer releases ignore it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("moegate.cache_folder.user_cache_path", lambda name: Path("here") / name)
 
@@ -59,7 +59,7 @@ def _links_in_a_ring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def _no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No HOME, and a user id without an entry in the list of users: "~" stays what it is."""
+    """No HOME, and a user id without an entry in the list of users: "~" is not expanded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.delenv("HOME")
@@ -103,7 +103,7 @@ def test_no_folder_stops_a_kernel(
         with pytest.warns(RuntimeWarning, match="cannot keep compiled kernels") as seen:
             keep_two()
     assert len(seen) == 1
-    assert not list(tmp_path.rglob("*kernels*"))  # no folder named "~", nor one in the working folder
+    assert not list(tmp_path.rglob("*kernels*"))  # neither in a folder named "~" nor in the working folder
 
 
 def test_a_dangling_link_is_a_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_full_disk_warns_once_and_leaves_nothing(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_read_only_folder_warns_once_for_all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The new files' names differ, and are in what the system says."""
+    """The system's messages have the names of the new files, which differ, and still count as one warning."""
 
     def read_only(path: object, *arguments: object, **named: object) -> NoReturn:
         raise OSError(30, "Read-only file system", str(path))

@@ -1,4 +1,4 @@
-"""The catalog's rows: each builds, has a source and a name of its own; some are written out here again."""
+"""The catalog's rows: each builds a spec, has a source and a unique name; some specs are written out here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moegate import RouterSpec
 from moegate.catalog import Model, get_model, models, names
 from moegate.configs.model_types import ModelType, model_types
 
-# Written out in full, without the tables that the catalog builds its specs from.
+# Written out in full, independently of the tables of model types.
 WRITTEN_OUT = {
     "deepseek-v2": RouterSpec(
         5120, 160, 6, "softmax", n_group=8, topk_group=3, group_score="max", routed_scaling_factor=16.0

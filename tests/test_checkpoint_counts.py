@@ -1,4 +1,4 @@
-"""Which layers are all: those with a router that config.json counts."""
+"""The layers of `all`: those with a router, up to the number of layers in config.json."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_count_that_is_none(count: object, key: str, tmp_path: Path) -> None:
         Gate.all_from_checkpoint(tmp_path)
     assert words in str(caught.value)
     assert words in refused("route", tmp_path, "--layer", "all")
-    assert Gate.from_checkpoint(tmp_path, 2).weight.equal(weight(2))  # one layer needs no count
+    assert Gate.from_checkpoint(tmp_path, 2).weight.equal(weight(2))  # a single layer needs no number of layers
 
 
 def test_the_first_key_that_says_something(tmp_path: Path) -> None:

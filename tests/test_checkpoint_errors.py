@@ -68,7 +68,7 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
 
 
 def test_whole(checkpoint: Path, sharded: Path) -> None:
-    """What the tests below break is read without complaint while it is whole."""
+    """The checkpoint that the tests below break is read without an error while it is whole."""
     assert Gate.from_checkpoint(checkpoint, 1).weight.equal(load_file(checkpoint / "model.safetensors")[WEIGHT])
     assert Gate.from_checkpoint(sharded, 1).weight.equal(load_file(shard_of(sharded, WEIGHT))[WEIGHT])
 
@@ -211,7 +211,7 @@ def test_two_tensors_of_one_name(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("part", ["mtp.", "model.mtp.", "talker.model."])
 def test_parts_that_count_from_zero_again(checkpoint: Path, part: str) -> None:
-    """The layers of heads that predict further tokens, and of a speaking model, are not the model's."""
+    """Layers of multi-token-prediction heads and of a speech model are not the model's."""
     expected = Gate.from_checkpoint(checkpoint, 1).weight
     inner = WEIGHT.removeprefix("model.")
     other = {part + inner: torch.zeros_like(expected), part + inner.replace("1", "7"): torch.zeros_like(expected)}
@@ -221,7 +221,7 @@ def test_parts_that_count_from_zero_again(checkpoint: Path, part: str) -> None:
 
 
 def test_a_config_without_dtype(tmp_path: Path) -> None:
-    """gpt-oss's says none: the stored weight's dtype decides whether its logits are rounded."""
+    """gpt-oss's config states none: the stored weight's dtype decides whether the logits are rounded."""
     for dtype, logits_dtype in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
         folder = tmp_path / logits_dtype
         tiny_model("gpt_oss").to(dtype).save_pretrained(folder)

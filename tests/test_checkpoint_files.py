@@ -1,4 +1,4 @@
-"""Which files of a folder are the checkpoint, and what may be given as its path."""
+"""The files of a folder that count as the checkpoint, and the paths that may be given."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_a_whole_model_wins(other: str, folder: Path) -> None:
-    """Over files before and behind it in the alphabet."""
+    """model.safetensors wins over files before and behind it in the alphabet."""
     save_file({NAME: weight(1)}, folder / other)
     assert Gate.from_checkpoint(folder, 1).weight.equal(weight())
 
@@ -61,7 +61,7 @@ def test_files_of_any_name_that_share_nothing(folder: Path) -> None:
 
 
 def test_a_whole_model_beside_the_index_of_another(folder: Path) -> None:
-    """Transformers would read the one and vLLM the other."""
+    """Refused, since Transformers reads one of the two and vLLM the other."""
     save_file({NAME: weight(1)}, folder / "model-00001-of-00001.safetensors")
     write_index(folder, {NAME: "model-00001-of-00001.safetensors"})
     refused(folder, "two checkpoints in one folder")
@@ -85,7 +85,7 @@ def test_no_model_in_safetensors(name: str, words: tuple[str, ...], folder: Path
 @pytest.mark.parametrize("what", ["../model.safetensors", "../../x.safetensors", "sub/../../x.safetensors", "absolute"])
 @pytest.mark.parametrize("of", [NAME, "model.layers.0.mlp.up_proj.weight"])
 def test_an_index_entry_that_leaves_the_folder(what: str, of: str, folder: Path, tmp_path: Path) -> None:
-    """Refused before anything is read, also where it is no gate's."""
+    """Refused before anything is read, also for a file without a gate."""
     outside = tmp_path / "x.safetensors"
     save_file({NAME: weight(1)}, outside)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
@@ -96,7 +96,7 @@ def test_an_index_entry_that_leaves_the_folder(what: str, of: str, folder: Path,
 
 @pytest.mark.parametrize("entry", ["..\\x.safetensors", "C:\\x.safetensors", "\\\\host\\x", "", ".", "..", "x\0y"])
 def test_an_index_entry_that_would_leave_elsewhere(entry: str, folder: Path) -> None:
-    """Also on Windows; and what is no file name at all."""
+    """Refused: paths that leave the folder on Windows, and texts that are no file names."""
     (folder / "model.safetensors").unlink()
     write_index(folder, {NAME: entry})
     refused(folder, "model.safetensors.index.json", "its own folder")
@@ -125,7 +125,7 @@ def test_an_index_nested_without_end(folder: Path) -> None:
 
 
 def test_an_index_of_absurd_layers(folder: Path) -> None:
-    """Numbers that Python would not read, and digits that are none of ours."""
+    """Numbers too long for Python's int, and digits other than 0 to 9."""
     (folder / "model.safetensors").unlink()
     names = [f"model.layers.{number}.mlp.gate.weight" for number in ("9" * 5000, "²", "٣", "-1", "")]
     write_index(folder, dict.fromkeys(names, "x.safetensors"))
@@ -150,7 +150,7 @@ def test_no_paths(path: object) -> None:
 
 
 def test_a_hub_cache(folder: Path, tmp_path: Path) -> None:
-    """The folder of a model there holds snapshots, of which one is meant."""
+    """A model's folder in the hub cache is refused; the error names the snapshot in it."""
     snapshot = tmp_path / "models--a--b" / "snapshots" / "123"
     snapshot.parent.mkdir(parents=True)
     folder.rename(snapshot)
@@ -159,7 +159,7 @@ def test_a_hub_cache(folder: Path, tmp_path: Path) -> None:
 
 
 def test_one_file(folder: Path) -> None:
-    """With the config beside it; no other file is read."""
+    """The file is read with the config beside it, and no other file."""
     save_file({NAME: weight(1)}, folder / "model_ema.safetensors")
     (folder / "model.safetensors").write_bytes(b"broken")
     assert Gate.from_checkpoint(folder / "model_ema.safetensors", 1).weight.equal(weight(1))
@@ -172,7 +172,7 @@ def test_a_layer_that_is_no_int(layer: object, folder: Path) -> None:
 
 
 def test_a_gate_does_not_change_with_the_file(folder: Path) -> None:
-    """What was read is no view of the mapped file."""
+    """A gate's tensors are no views of the mapped file."""
     gate = Gate.from_checkpoint(folder, 1)
     file = folder / "model.safetensors"
     with file.open("r+b") as opened:
@@ -183,7 +183,7 @@ def test_a_gate_does_not_change_with_the_file(folder: Path) -> None:
 
 
 def test_an_index_is_parsed_in_linear_time(folder: Path) -> None:
-    """A name of a million characters, all of them almost a layer."""
+    """A name of a million characters that nearly matches a layer's pattern everywhere."""
     (folder / "model.safetensors").unlink()
     write_index(
         folder, {"layers." * 150_000 + "x": "x.safetensors", json.dumps("layers.1." * 100_000): "x.safetensors"}

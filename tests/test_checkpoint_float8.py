@@ -16,7 +16,7 @@ FLOAT8 = torch.float8_e4m3fn
 
 
 def by_element(scale: Tensor, rows: int, columns: int) -> Tensor:
-    """The scale of every element of a weight of blocks, the oracle of the tests below."""
+    """The scale of every element of a weight with blocks: the oracle of the tests below."""
     result = torch.empty(EXPERTS, HIDDEN, dtype=torch.float64)
     for row in range(EXPERTS):
         for column in range(HIDDEN):
@@ -33,18 +33,18 @@ def float8_checkpoint(folder: Path, scale: Tensor, name: str = "weight_scale_inv
 
 @pytest.mark.parametrize(("block", "stated"), [((8, 16), True), ((8, 16), False), ((3, 7), True), ((16, 64), False)])
 def test_float8_by_blocks(block: tuple[int, int], stated: bool, tmp_path: Path) -> None:
-    """Blocks of the size that the config states, cut at the edges (3 x 7), or of the only size that divides."""
+    """Blocks of the size in the config, incomplete at the edges (3 x 7), or of the only size without a remainder."""
     shape = (-(-EXPERTS // block[0]), -(-HIDDEN // block[1]))
     scale = torch.rand(shape, generator=torch.Generator().manual_seed(3)) + 0.5
     quantised = {"quant_method": "fp8", **({"weight_block_size": list(block)} if stated else {})}
     stored = float8_checkpoint(tmp_path, scale, quantization_config=quantised)
-    # A product in float32 and a rounding to bfloat16 are a rounding of the exact product, but for double roundings.
+    # A product in float32, rounded to bfloat16, is the exact product rounded once, except for double roundings.
     expected = (stored * by_element(scale.double(), *block)).float().bfloat16()
     assert Gate.from_checkpoint(tmp_path, 1).weight.equal(expected)
 
 
 def test_float8_blocks_of_128_are_meant_where_they_fit(tmp_path: Path) -> None:
-    """160 experts in 2 rows of blocks: 128 and 32 of them, as DeepSeek-V3's format cuts, not twice 80."""
+    """160 experts in 2 rows of blocks are 128 and 32 experts, as in DeepSeek-V3's format, not 80 and 80."""
     stored = torch.randn(160, HIDDEN, generator=torch.Generator().manual_seed(0)).to(FLOAT8)
     scale = torch.tensor([[1.0], [4.0]])
     write(tmp_path, {GATE + "weight": stored, GATE + "weight_scale_inv": scale}, num_experts=160)
@@ -63,7 +63,7 @@ def test_float8_by_tensor_and_by_row(name: str, shape: tuple[int, ...], dtype: t
 
 
 def test_float8_scales_of_powers_of_two(tmp_path: Path) -> None:
-    """DeepSeek-V3.1's scales are powers of two, and may be stored as such."""
+    """DeepSeek-V3.1's scales are powers of two, which float8_e8m0fnu can store."""
     scale = torch.tensor([[0.5, 2.0], [1.0, 0.25]])
     stored = float8_checkpoint(tmp_path, scale.to(torch.float8_e8m0fnu))
     assert Gate.from_checkpoint(tmp_path, 1).weight.equal((stored * by_element(scale.double(), 8, 32)).bfloat16())
@@ -117,7 +117,7 @@ def test_a_scale_beside_a_plain_weight(tmp_path: Path) -> None:
 
 def test_a_transposed_gate_in_float8(tmp_path: Path) -> None:
     stored = weight(1, torch.float32).T.contiguous().to(FLOAT8)
-    scale = torch.rand(HIDDEN, 1, generator=torch.Generator().manual_seed(3)) + 0.5  # a row of what is stored
+    scale = torch.rand(HIDDEN, 1, generator=torch.Generator().manual_seed(3)) + 0.5  # one scale for each stored row
     tensors = {"weight": stored, "weight_scale": scale, "moe_statics.e_score_correction_bias": bias()}
     write(tmp_path, {GATE + name: tensor for name, tensor in tensors.items()}, "ernie4_5_moe")
     assert Gate.from_checkpoint(tmp_path, 1).weight.equal((stored.float() * scale).T)

@@ -168,7 +168,7 @@ STRAY = (
 @pytest.mark.parametrize("part", STRAY)
 @pytest.mark.parametrize("own", ["model.language_model.layers.", "language_model.model.layers.", "layers."])
 def test_gates_of_other_parts(part: str, own: str, tmp_path: Path) -> None:
-    """Layers of towers, draft heads and the like count from 0 again; the gates of the text are meant."""
+    """Layers of encoders and draft heads are counted from 0 again; the text model's gates are read."""
     stray = {part + "mlp.gate.weight": weight(7), part.replace("1", "5") + "mlp.gate.weight": weight(8)}
     write(tmp_path, {own + "1.mlp.gate.weight": weight(), **stray})
     assert Gate.from_checkpoint(tmp_path, 1).weight.equal(weight())
@@ -183,7 +183,7 @@ def test_only_gates_of_other_parts(tmp_path: Path) -> None:
 
 
 def test_a_named_gate_takes_nothing_of_other_parts(tmp_path: Path) -> None:
-    """A draft head's gate does not get the bias of the model's layer of the same number."""
+    """A draft head's gate does not get the bias of the model's layer with the same number."""
     draft = "mtp.layers.1.mlp.gate."
     tensors = {GATE + "weight": weight(), GATE + "e_score_correction_bias": bias(), draft + "weight": weight(1)}
     write(tmp_path, tensors, "deepseek_v3")

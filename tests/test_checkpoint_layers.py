@@ -53,7 +53,7 @@ def test_none(tmp_path: Path) -> None:
 
 
 def test_heads_that_predict_further_tokens_are_asked_for_by_number(tmp_path: Path) -> None:
-    """DeepSeek-V3 keeps its one as layer 61 of 61."""
+    """DeepSeek-V3's multi-token-prediction head is layer 61 of a model with 61 layers."""
     tensors = {f"model.layers.{layer}.mlp.gate.weight": weight(layer) for layer in range(3)}
     write(tmp_path, tensors, num_hidden_layers=2)
     assert list(Gate.all_from_checkpoint(tmp_path)) == [0, 1]
@@ -77,7 +77,7 @@ def test_options_and_names_of_all(tmp_path: Path) -> None:
 
 
 def test_names_that_only_some_layers_take(tmp_path: Path) -> None:
-    """DeepSeek-V4's first layers have a table of token ids, and the others a bias."""
+    """DeepSeek-V4's first layers have a hash table, and the others a bias."""
     table = torch.arange(EXPERTS).expand(8, EXPERTS)[:, :4].contiguous()
     tensors: dict[str, Tensor] = {"model.layers.0.x.table": table, "model.layers.4.x.bias": bias()}
     tensors |= {f"model.layers.{layer}.mlp.gate.weight": weight(layer) for layer in (0, 4)}
@@ -94,7 +94,7 @@ PARTS = ("gate_proj", "up_proj", "down_proj")
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many names as DeepSeek-V3's index has, in one file a layer, with small gates and nothing else in them."""
+    """A checkpoint with as many names as DeepSeek-V3's index; one file a layer, which holds a small gate only."""
     folder = tmp_path_factory.mktemp("large")
     weight_map: dict[str, str] = {}
     for layer in range(LAYERS):
@@ -114,9 +114,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_gates_of_a_large_checkpoint_in_two_seconds(large: Path) -> None:
-    Gate.from_checkpoint(large, DENSE)  # the catalog and the backend are there
+    Gate.from_checkpoint(large, DENSE)  # loads the catalog and the backend
     gc.collect()
-    start = time.process_time()  # of this process: other work on the machine does not count
+    start = time.process_time()  # of this process, without other load on the machine
     gates = Gate.all_from_checkpoint(large)
     seconds = time.process_time() - start
     assert list(gates) == list(range(DENSE, LAYERS))

@@ -1,4 +1,4 @@
-"""Gates that PEFT wrapped: trained whole (`modules_to_save`), beside what was there before, or with adapters."""
+"""Gates that PEFT wrapped: trained as a whole (`modules_to_save`), beside the untrained copy, or with adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BIAS = "e_score_correction_bias"
 
 
 def trained(adapter: str = "default", outer: str = "model.layers.1.mlp.gate.", inner: str = "") -> tuple[str, str]:
-    """What stands before the tensors of the trained copy, and of the untrained one."""
+    """The prefixes of the tensors of the trained copy and of the untrained copy."""
     return f"{outer}modules_to_save.{adapter}.{inner}", f"{outer}original_module.{inner}"
 
 
@@ -68,7 +68,7 @@ def test_two_adapters_beside_the_untrained_copy(leaf: str, tmp_path: Path) -> No
 
 
 def test_the_untrained_copy_by_its_name(tmp_path: Path) -> None:
-    """Who asks for a tensor by its full name gets it."""
+    """A tensor given by its full name is read, even from the untrained copy."""
     new, old = trained()
     write(tmp_path, {new + "weight": weight(1), old + "weight": weight(2)})
     gate = Gate.from_checkpoint(tmp_path, 1, tensors={"weight": GATE + "original_module.weight"})
@@ -90,7 +90,7 @@ PEFT = {
 
 @pytest.mark.parametrize("names", PEFT.values(), ids=PEFT)
 def test_names_of_peft(names: tuple[str, ...], tmp_path: Path) -> None:
-    """The tensor that counts is read, with a word."""
+    """The trained tensor is read, with a warning."""
     write(tmp_path, {name: weight(seed) for seed, name in enumerate(names)})
     with pytest.warns(RuntimeWarning, match="PEFT"):
         assert Gate.from_checkpoint(tmp_path, 1).weight.equal(weight(0))
@@ -113,11 +113,11 @@ def test_two_adapters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("base", ["base_layer.weight", "weight"])
 @pytest.mark.parametrize("adapter", ["lora_A.default.weight", "lora_B.weight", "lora_magnitude_vector.default.weight"])
 def test_an_adapter_that_is_not_merged(base: str, adapter: str, tmp_path: Path) -> None:
-    """The weight alone would route otherwise than the model: only who asks for that gets it."""
+    """The weight alone routes unlike the model, and is read only if the user names it."""
     write(tmp_path, {GATE + base: weight(), GATE + adapter: torch.ones(4, 64)})
     refused(tmp_path, "has an adapter, mlp.gate.lora_", "merged", "tensors=")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT's names: above
+        warnings.simplefilter("ignore")  # the warning of PEFT's names, tested above
         gate = Gate.from_checkpoint(tmp_path, 1, tensors={"weight": GATE + base})
     assert gate.weight.equal(weight())
 

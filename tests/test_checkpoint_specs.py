@@ -1,4 +1,4 @@
-"""Gates of checkpoints by a spec and by names of the user's, and biases that nobody takes."""
+"""Gates of checkpoints with a spec or names of the user, and biases that the spec ignores."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_change_of_the_spec_that_is_found(change: Callable[[RouterSpec], Route
 
 
 def test_another_number_of_experts_in_a_layer(tmp_path: Path) -> None:
-    """As after pruning, where the config still says what it was."""
+    """As after pruning, when the config still states the old number."""
     write(tmp_path, {NAME: weight()[:12]})
     refused(tmp_path, NAME, "[12, 64]", "[16, 64]")
     gate = Gate.from_checkpoint(tmp_path, 1, spec=lambda found: replace(found, num_experts=12))
@@ -62,7 +62,7 @@ BROKEN_CONFIGS = {
 
 @pytest.mark.parametrize("change", BROKEN_CONFIGS.values(), ids=BROKEN_CONFIGS)
 def test_a_whole_spec(change: Callable[[Path], object], tmp_path: Path) -> None:
-    """With it no config is asked; the names of all types are looked for."""
+    """With a whole spec, no config is read, and the names of all types are tried."""
     write(tmp_path, {NAME: weight(), BIAS: bias()}, "deepseek_v3")
     change(tmp_path / "config.json")
     spec = RouterSpec(HIDDEN, EXPERTS, 3, scoring_func="sigmoid", correction_bias="score")
@@ -72,7 +72,7 @@ def test_a_whole_spec(change: Callable[[Path], object], tmp_path: Path) -> None:
 
 
 def test_a_spec_that_takes_what_no_gate_of_the_type_has(tmp_path: Path) -> None:
-    """A linear bias beside the weight, and a correction bias under the name that another type has for it."""
+    """A linear bias beside the weight, and a correction bias under the name of another type."""
     write(tmp_path, {NAME: weight(), GATE + "bias": bias(1), "model.layers.1.mlp.expert_bias": bias(2)})
     gate = Gate.from_checkpoint(
         tmp_path, 1, spec=lambda found: replace(found, linear_bias=True, correction_bias="score")
@@ -118,11 +118,11 @@ def test_a_name_chooses_among_several(tmp_path: Path) -> None:
     refused(tmp_path, "more than one tensor", NAME, "ema." + NAME)
     gate = Gate.from_checkpoint(tmp_path, 1, tensors={"weight": "ema." + NAME})
     assert gate.weight.equal(weight(1))
-    assert gate.get_buffer("e_score_correction_bias").equal(bias(1))  # of the same part
+    assert gate.get_buffer("e_score_correction_bias").equal(bias(1))  # of the same part of the model
 
 
 def test_two_names_of_one_type(tmp_path: Path) -> None:
-    """A type's alternatives are of different checkpoints; in one, nothing says which counts."""
+    """A type's alternative names are for different checkpoints; two in one checkpoint are ambiguous."""
     block = "model.layers.1.block_sparse_moe.gate.weight"
     write(tmp_path, {NAME: weight(), block: weight(1)}, "mixtral")
     refused(tmp_path, "more than one tensor", NAME, block)
@@ -150,7 +150,7 @@ def test_names_that_are_none(tensors: Any, words: tuple[str, ...], error: type[E
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What nobody takes
+# Tensors that the spec ignores
 # ---------------------------------------------------------------------------------------------------------------------
 
 STRAY = (
@@ -160,8 +160,8 @@ STRAY = (
     "mlp.e_score_correction_bias",
     "block_sparse_moe.e_score_correction_bias",
     "mlp.router.bias",
-    "mlp.router.expert_bias",  # a known word at a place that no type has
-    "mlp.gate.router_bias_fp32",  # the gate's own, under a name that nobody knows
+    "mlp.router.expert_bias",  # a known name at a place that no type has
+    "mlp.gate.router_bias_fp32",  # the gate's own bias, under an unknown name
     "mlp.gate.tid2eid",
     "mlp.gate.global_scale",
     "router.per_expert_scale",
@@ -179,7 +179,7 @@ def test_what_the_spec_does_not_take(stray: str, spec: Any, tmp_path: Path) -> N
 
 
 def test_a_bias_of_a_type_that_has_none(tmp_path: Path) -> None:
-    """As in early files of MiniMax-M2, whose config.json says minimax, which is Mixtral's router."""
+    """As in early files of MiniMax-M2, whose config.json states minimax, a type with Mixtral's router."""
     block = "model.layers.1.block_sparse_moe."
     tensors = {block + "gate.weight": weight(), block + "e_score_correction_bias": bias()}
     write(tmp_path, tensors, "mixtral")
@@ -191,7 +191,7 @@ def test_a_bias_of_a_type_that_has_none(tmp_path: Path) -> None:
 
 
 def test_biases_that_the_type_ignores(tmp_path: Path) -> None:
-    """DeepSeek-V4 with a vision encoder: image tokens have a bias of their own; layers with a table have both, too."""
+    """DeepSeek-V4 with a vision encoder: image tokens have their own bias, also in layers with a hash table."""
     table = torch.arange(EXPERTS).expand(8, EXPERTS)[:, :4].contiguous()
     tensors: dict[str, Tensor] = {}
     for layer in (0, 4):

@@ -1,4 +1,4 @@
-"""Whole models of Transformers, saved and read back: each gate routes as the model's own router did."""
+"""Whole models of Transformers, saved and read back: each gate routes like the model's own router."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BFLOAT16 = ("deepseek_v3", "hy_v3", "glm4_moe", "nemotron_h", "ernie4_5_moe", "m
 
 
 class Seen(NamedTuple):
-    """What went through a model's router."""
+    """The inputs and outputs of a model's router."""
 
     module: nn.Module
     hidden: Tensor
@@ -46,7 +46,7 @@ class Seen(NamedTuple):
 
 
 def run(model: PreTrainedModel, input_ids: Tensor) -> dict[int, Seen]:
-    """What the router of each layer of feed-forward experts for text saw and returned in a forward pass."""
+    """Runs a forward pass; returns inputs and outputs of the router of each layer of the text model."""
     seen: dict[int, Seen] = {}
     for name, module in model.named_modules():
         is_router = re.search(r"(Router|TopKGating|MoEV1Gate)$", type(module).__name__)
@@ -97,7 +97,7 @@ def test_bfloat16(model_type: str, tmp_path: Path, record_property: Callable[[st
 
 
 def hold(model: PreTrainedModel, folder: Path, excused: float) -> float:
-    """Holds every gate of the checkpoint against the model's router; returns the share of rows that differ."""
+    """Compares every gate of the checkpoint with the model's router; returns the share of rows that differ."""
     input_ids = draw_ids(model)
     seen = run(model, input_ids)
     assert Checkpoint(folder).layers == sorted(seen)
@@ -135,7 +135,7 @@ FIELDS = {
     "routed_scaling_factor": 2.5,
 }
 
-# What a config says where a type has a tensor only for those that ask for it, or takes no other number.
+# Config keys of types that have a tensor only if the config asks for it, or support only one number.
 ASKED: dict[str, dict[str, Any]] = {
     "PanguProMoE": {"num_experts_per_tok": 8},
     "deepseek": {"topk_method": "noaux_tc"},
@@ -149,7 +149,7 @@ ASKED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("place", range(2))
 @pytest.mark.parametrize("entry", model_types().values(), ids=lambda entry: entry.name)
 def test_every_name_of_a_tensor(entry: ModelType, place: int, tmp_path: Path) -> None:
-    """Each tensor is read under each of its names, also those that no tiny model of Transformers writes."""
+    """Each tensor is read under each of its names, including names that no tiny model of Transformers writes."""
     (tmp_path / "config.json").write_text(json.dumps(small_config(entry)), encoding="utf-8")
     layer = 0 if entry.hash_routing_layers is not None and place == 0 else 5
     wanted = draw_tensors(RouterSpec.from_config(tmp_path, layer=layer))
@@ -175,7 +175,7 @@ def small_config(entry: ModelType) -> dict[str, Any]:
 
 
 def draw_tensors(spec: RouterSpec) -> dict[str, Tensor]:
-    """All tensors that a gate of this spec has, by their names in `Gate`."""
+    """All tensors of a gate with this spec, by their names in `Gate`."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -195,7 +195,7 @@ def draw_tensors(spec: RouterSpec) -> dict[str, Tensor]:
 
 
 def as_stored(names: list[Any], place: int, tensor: Tensor) -> tuple[str, Tensor]:
-    """The tensor as a checkpoint holds it that uses one of its names, or the last where there are fewer."""
+    """The name and form of a tensor in a checkpoint that uses its n-th name, or its last name if it has fewer."""
     entry = names[min(place, len(names) - 1)]
     if isinstance(entry, str):
         return entry, tensor

@@ -1,4 +1,4 @@
-"""GPUs that are not here: known by name, and never said to be faster than they read."""
+"""GPUs by name: what is known of them, and expected times that are never below the time to read the inputs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_no_time_is_below_what_a_chip_reads(model: str, device: str) -> None:
             (entry["expected_us"], entry["evidence"]) for entry in row["rejected"]
         ]:
             if us is not None:
-                assert us >= floor - 1e-3  # printed to a nanosecond
+                assert us >= floor - 1e-3  # printed with a resolution of a nanosecond
                 assert "inferred from NVIDIA H100" in evidence
 
 

@@ -1,4 +1,4 @@
-"""Cost tables, the time that they let expect, and what becomes of a table that cannot be used."""
+"""Cost tables, the times that are expected by them, and tables that cannot be used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_table_of_the_package_can_be_read() -> None:
     assert found
     for table in found:
         assert table.rows
-        assert table.gpu.bandwidth  # by which another GPU finds its nearest relative
+        assert table.gpu.bandwidth  # other GPUs find the nearest table by the bandwidth
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_measured_and_between_and_beyond(shipped: Callable[..., None]) -> None:
     assert costs.expected(problem(), candidates.ROUTER_GEMM, 1) == (
         2.0,
         "taken from M = 4 on GPU X",
-    )  # few tokens are latency
+    )  # at few tokens a time is latency
     assert costs.expected(problem(), candidates.TORCH, 4) is None
     assert costs.expected(problem(), candidates.TORCH, 0) == (0.0, "nothing is launched")
 
@@ -104,11 +104,11 @@ MEASURED = Path(__file__).parent.parent / "benchmarks" / "results" / "h100.csv"
 
 
 def test_the_table_of_the_h100_tells_the_times_of_other_routers() -> None:
-    """Nearer in the geometric mean than at the same M, which is 13 % off; prints it, with the worst."""
+    """The error of inferred times is below the 13 % of times at the same M (geometric means); prints the errors."""
     (gpu,) = (table.gpu for table in map(read, tables._shipped()) if table.gpu.name == "NVIDIA H100 80GB HBM3")
     off: dict[tuple[str, int], float] = {}
     with MEASURED.open(newline="", encoding="utf-8") as text:
-        rows = [row for row in csv.DictReader(text) if (row["part"], row["candidate"]) == ("catalog", "moegate frozen")]
+        rows = [row for row in csv.DictReader(text) if (row["part"], row["contestant"]) == ("catalog", "moegate")]
     for row in rows:
         spec, tokens = get_spec(row["model"]), int(row["tokens"])
         cost = costs.expected(problem_of(gpu, spec, default_weight_dtype(spec)), candidates.ROUTER_GEMM, tokens)
@@ -123,7 +123,7 @@ def test_the_table_of_the_h100_tells_the_times_of_other_routers() -> None:
 
 
 def test_of_two_shapes_as_near_the_one_with_the_same_kind_of_router_counts_more(shipped: Callable[..., None]) -> None:
-    # trinity-mini is 2048 x 128 too, with sigmoid, bias and bfloat16 logits, as laguna-xs-2.1 is at 2048 x 256.
+    # trinity-mini is 2048 x 128, too; its sigmoid, bias and bfloat16 logits are those of laguna-xs-2.1 (2048 x 256).
     shipped(a_table(laguna_xs_2_1={1: {OPS: 2.0}}, qwen3_5_35b_a3b={1: {OPS: 8.0}}))
     cost = costs.expected(problem("trinity-mini"), candidates.TORCH, 1)
     assert cost is not None

@@ -1,4 +1,4 @@
-"""FlashInfer as a backend, with a stand-in for the package: what runs it, what stops it, and who says so."""
+"""FlashInfer as a backend, with a stand-in for the package: when it runs, when it does not, and the reasons."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ BIAS = TENSORS.e_score_correction_bias
 
 
 class Package:
-    """A FlashInfer of PyTorch operations, that counts its calls and fails as it is told."""
+    """A FlashInfer made of PyTorch operations, which counts its calls and fails on request."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
         self.failure: Exception | None = None
 
-    def product(self, hidden: Tensor, weight: Tensor, out: Tensor, launch_with_pdl: bool = True) -> None:
+    def gemm(self, hidden: Tensor, weight: Tensor, out: Tensor, launch_with_pdl: bool = True) -> None:
         self._called("mm", hidden)
         assert hidden.is_contiguous()
         assert weight.t().is_contiguous()
@@ -59,7 +59,7 @@ class Package:
 def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[Package]:
     fake = Package()
     modules = {name: ModuleType(name) for name in ("flashinfer", "flashinfer.gemm", "flashinfer.fused_moe")}
-    vars(modules["flashinfer.gemm"])["mm_M1_16_K7168_N256"] = fake.product
+    vars(modules["flashinfer.gemm"])["mm_M1_16_K7168_N256"] = fake.gemm
     vars(modules["flashinfer.fused_moe"])["fused_topk_deepseek"] = fake.top_k
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)

@@ -1,4 +1,4 @@
-"""What the measured policy chooses, by the times of a table."""
+"""The choices of the measured policy, by the times of a table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_fastest_that_keeps_the_contract_is_chosen(shipped: Callable[..., No
     plan = Plan(problem(machine=machine))
     assert [plan.choice(tokens).candidate.backend for tokens in (1, 64, 65, 256, 4096)] == [
         "cuda",
-        "cuda",  # whatever is faster up to 64 has other bits
+        "cuda",  # other candidates are faster up to 64, but break the promise of equal bits
         "cuda",
         "cuda",
         "torch",
@@ -53,12 +53,12 @@ def test_router_gemm_runs_as_far_as_it_takes_no_more(
     beyond = {CUBLAS: 9.0, OPS: 50.0}
     for times, most in (
         ({128: slow, 256: fast}, 64),
-        ({128: fast, 256: slow}, 192),  # there, interpolated, it takes 1.3 % more: no difference
+        ({128: fast, 256: slow}, 192),  # interpolated, it is 1.3 % slower there, which counts as equal
         ({128: {DECODE: 8.2, CUBLAS: 8.0}}, 64),
         ({128: {DECODE: 8.1, CUBLAS: 8.0}}, 128),
         ({128: fast, 512: fast, 1024: slow}, 768),
         ({128: fast, 1024: fast}, 1024),
-        ({64: {DECODE: 1.0}}, 64),  # nobody has measured how it goes on
+        ({64: {DECODE: 1.0}}, 64),  # no times beyond 64 were measured
         ({128: fast}, 128),
         ({128: {CUBLAS: 7.0}}, 64),
     ):
@@ -79,8 +79,8 @@ def test_router_gemm_runs_as_far_as_it_takes_no_more(
         assert halves[1] is not halves[2]
 
 
-def test_where_a_product_is_not_latency_a_shape_tells_of_another_by_its_work(shipped: Callable[..., None]) -> None:
-    """qwen3-30b-a3b (2048 x 128) at 256 tokens has the work of glm-4.5-air (4096 x 128) at 128."""
+def test_where_a_gemm_is_not_latency_a_shape_is_inferred_by_work(shipped: Callable[..., None]) -> None:
+    """qwen3-30b-a3b (2048 x 128) at 256 tokens has the same work as glm-4.5-air (4096 x 128) at 128."""
     times = {64: {DECODE: 4.0}, 128: {DECODE: 7.0, CUBLAS: 8.0}, 256: {DECODE: 11.0, CUBLAS: 9.0}}
     shipped(a_table(glm_4_5_air=times))
     small = problem("qwen3-30b-a3b")
@@ -102,8 +102,8 @@ def test_a_shape_that_was_not_measured_needs_both_its_neighbours(shipped: Callab
     assert policies.gemm_tokens(between) == 64
 
 
-def test_the_product_chosen_for_a_shape_that_the_table_lacks(shipped: Callable[..., None]) -> None:
-    """Each shape of the H100's table taken out, inferred from the others, held against its own times; prints misses."""
+def test_the_gemm_chosen_for_a_shape_that_the_table_lacks(shipped: Callable[..., None]) -> None:
+    """Leaves out each shape of the H100's table, infers its choice from the others, and compares; prints misses."""
     (table,) = (table for table in map(read, tables._shipped()) if table.gpu.name == "NVIDIA H100 80GB HBM3")
     lost: dict[tuple[str, int], float] = {}
     for model in {row.model for row in table.rows}:
@@ -118,12 +118,12 @@ def test_the_product_chosen_for_a_shape_that_the_table_lacks(shipped: Callable[.
     print(f"{len(wrong)} of {len(lost)} times:", *(f"{key}: {ratio:.2f};" for key, ratio in wrong.items()))
     mean = math.exp(sum(map(math.log, lost.values())) / len(lost))
     assert len(lost) > 60
-    assert mean < 1.02  # always cuBLAS would take 1.04 times the better one's time, at worst 1.93 times
+    assert mean < 1.02  # cuBLAS alone: 1.04 times the better one's time, at worst 1.93 times
     assert max(lost.values()) < 1.3
 
 
 def test_times_beyond_those_measured_do_not_change_the_choice(shipped: Callable[..., None]) -> None:
-    """From 62 to 180 and from 124 to 200 us: drawn on, the lines cross at some 6000 tokens."""
+    """62 to 180 us and 124 to 200 us: extrapolated, the lines would cross at about 6000 tokens."""
     shipped(a_table(deepseek_v3={1024: {CUBLAS: 62.0, OPS: 124.0}, 4096: {CUBLAS: 180.0, OPS: 200.0}}))
     plan = Plan(problem())
     assert {candidate.backend for candidate in plan.candidates} == {"cuda"}
@@ -135,14 +135,14 @@ def test_times_beyond_those_measured_do_not_change_the_choice(shipped: Callable[
     assert torch_ops.reason == "slower at the most tokens that were measured"
 
 
-@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_on_a_gpu_with_a_table_every_router_runs_on_the_kernels(weight: torch.dtype) -> None:
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_on_a_gpu_with_a_table_every_router_runs_on_the_kernels(weight_dtype: torch.dtype) -> None:
     gpus = [read(file).gpu for file in tables._shipped()]
     specs = {**SPECS, **{model.name: model.spec for model in catalog.models()}}
     for gpu in gpus:
         for name, spec in specs.items():
-            if spec.weight_dtype in (None, str(weight).removeprefix("torch.")):
-                plan = Plan(problem_of(gpu, spec, weight))
+            if spec.weight_dtype in (None, str(weight_dtype).removeprefix("torch.")):
+                plan = Plan(problem_of(gpu, spec, weight_dtype))
                 assert {candidate.backend for candidate in plan.candidates} == {"cuda"}, (gpu.name, name)
 
 

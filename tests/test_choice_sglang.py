@@ -21,7 +21,7 @@ FIRST = {100: Version("0.5.3"), 103: Version("0.6.8")}
 
 
 def wanted(sm: int, tokens: int, k: int, n: int, dtype: torch.dtype, flashinfer: str | None) -> tuple[str, str]:
-    """The table of docs/choice.md, written down a second time, from its last row up."""
+    """The table of docs/choice.md as code, independent of the package's."""
     backend, kernel = "torch", "mm+ops"
     if sm >= 90 and (k, n) in ((7168, 256), (7168, 384)) and tokens in range(1, 17) and dtype == torch.bfloat16:
         backend, kernel = "cuda", "router_gemm+select"

@@ -1,4 +1,4 @@
-"""The command line: `models`, `check`, a broken backend, and how it starts."""
+"""The command line: `models`, `check`, a broken backend, and the start of the program."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ from moegate.selection.torch_ops import TORCH_OPS, BoundOps, TorchOps
 def test_models_lists_every_name() -> None:
     result = run("models")
     assert result.exit_code == 0
-    listed = "".join(line[:26].strip() for line in result.stdout.splitlines())  # long names go over two lines
+    listed = "".join(line[:26].strip() for line in result.stdout.splitlines())  # long names are folded
     assert [name for name in catalog.names() if name not in listed] == []
     assert "…" not in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -56,7 +56,7 @@ def test_models_json_holds_the_whole_catalog() -> None:
         ("LongCat", ["longcat-flash"]),
         ("deepseek-r1", ["deepseek-v3"]),  # another name of the row
         ("gpt-oss-*", ["gpt-oss-20b", "gpt-oss-120b"]),
-        ("oss-*", None),  # a glob is of the whole name
+        ("oss-*", None),  # a glob must match the whole name
         ("no-such-model", None),
     ],
 )
@@ -94,7 +94,7 @@ UseWays = Callable[..., None]
 
 
 class Reversed(TorchOps):
-    """Returns the right experts, the worst first."""
+    """A selection that returns the right experts, worst first."""
 
     def bind(self, problem: Problem, device: torch.device, gemm: BoundGemm | None) -> BoundOps:
         class Bound(BoundOps):
@@ -106,7 +106,7 @@ class Reversed(TorchOps):
 
 
 class Rough(TorchMm):
-    """Its logits are a little too large."""
+    """A GEMM whose logits are slightly too large."""
 
     def bind(self, problem: Problem, device: torch.device) -> BoundMm:
         class Bound(BoundMm):
@@ -117,14 +117,14 @@ class Rough(TorchMm):
 
 
 class Raising(TorchMm):
-    """Does not return at all."""
+    """A GEMM that raises."""
 
     def bind(self, problem: Problem, device: torch.device) -> BoundMm:
         raise RuntimeError("no kernel image\nis available")
 
 
 class Picky(TorchMm):
-    """Runs nowhere."""
+    """A GEMM that supports nothing."""
 
     def unsupported(self, problem: Problem, num_tokens: int) -> str | None:
         return "needs an abacus"
@@ -228,7 +228,7 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_module_runs_and_a_closed_pipe_is_quiet() -> None:
-    # `models --json` is more than a pipe holds, so that the process does write into the closed one.
+    # `models --json` prints more than a pipe's buffer holds, so that the process does write into the closed pipe.
     command = [sys.executable, "-m", "moegate", "models", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""`moegate explain`, on a machine that has nothing of what it tells about."""
+"""`moegate explain`, on a machine without any of the GPUs and packages that it explains."""
 
 from __future__ import annotations
 
@@ -167,12 +167,12 @@ def test_a_folder_with_a_config(tmp_path: Path) -> None:
         assert told("explain", source, "--device", "sm_90") == expected
 
 
-def test_where_the_two_products_are_told_apart_is_said() -> None:
+def test_where_the_two_gemms_change_is_said() -> None:
     (row,) = told("explain", "deepseek-v3", "--device", "sm_90", "--tokens", "65")
     assert "router_gemm up to 64 tokens and cuBLAS beyond" in row["why"]
 
 
-# A gate's own word, the log and the warnings.
+# `Gate.explain`, the log and the warnings.
 
 
 def test_a_gate_explains_itself_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

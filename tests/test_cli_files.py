@@ -1,4 +1,4 @@
-"""What the command line writes, where it writes it, and what it says when that cannot be."""
+"""The files that the command line writes, and its errors where it cannot write."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _socket(path: Path) -> None:
         opened.bind(str(path))
 
 
-# Node 1, 7 is /dev/full, whose name is not put at risk here.
+# Device 1, 7 is the same as /dev/full; the tests must not risk replacing /dev/full itself.
 NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "device": (lambda path: os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 7)), "a device"),
     "FIFO": (os.mkfifo, "a pipe"),
@@ -150,7 +150,7 @@ def test_a_cost_table_is_written_through_a_link(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nan_tokens_are_counted_and_left_out_of_the_load(value: float, tmp_path: Path) -> None:
-    """Two of five; infinities of both signs in a row make NaN logits, too."""
+    """Two of five tokens; infinities of both signs in a row give NaN logits, too."""
     hidden = torch.randn(5, 4096, generator=torch.Generator().manual_seed(0))
     hidden[1], hidden[3] = value, value
     file = tmp_path / "hidden"

@@ -1,4 +1,4 @@
-"""`moegate route --out` writes over nothing that the run reads, nor over what lies beside it in the checkpoint."""
+"""`moegate route --out` never overwrites a file that the run reads, or another file of the checkpoint's folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OTHERS = ("ema.safetensors", "tokenizer.json", "sub/deeper/consolidated.00.pth")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Layers 1 and 2, in two files of an index, one of which has no suffix of safetensors; others beside them."""
+    """Layers 1 and 2, in two files of an index, one without the safetensors suffix; other files beside them."""
     made = tmp_path / "ckpt"
     (made / "sub" / "deeper").mkdir(parents=True)
     (made / "config.json").write_text(json.dumps(config_of("qwen3_moe")), encoding="utf-8")
@@ -98,7 +98,7 @@ def test_a_new_file_that_would_be_a_shard(folder: Path) -> None:
 
 
 def test_new_files_are_written(folder: Path) -> None:
-    """Nobody can tell what was there in the folder from what an earlier run wrote there."""
+    """A second run is refused: outputs of an earlier run look like other files of the folder."""
     before = contents(folder)
     for out in (folder / "routing", folder / "sub" / "new.safetensors"):
         assert run(*route(folder, "1", out)).exit_code == 0
@@ -108,7 +108,7 @@ def test_new_files_are_written(folder: Path) -> None:
 
 
 def test_files_elsewhere_are_replaced(folder: Path) -> None:
-    """... of a folder whose name begins like the checkpoint's, too."""
+    """Also in a folder whose name begins like the checkpoint's."""
     before = contents(folder)
     (folder.parent / "ckpt2").mkdir()
     for out in (folder.parent / "new.safetensors", folder.parent / "ckpt2" / "tokenizer.json"):

@@ -1,4 +1,4 @@
-"""`moegate route`: what it prints and writes is what the gate returns; what it refuses, it names."""
+"""`moegate route`: prints and writes what the gate returns, and names wrong arguments."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from moegate.synthetic import random_gate, random_hidden, random_input_ids
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DeepSeek-V3 in small: layer 0 is dense, layer 1 has a router."""
+    """A tiny DeepSeek-V3: layer 0 is dense, layer 1 has a router."""
     folder = tmp_path_factory.mktemp("deepseek_v3")
     tiny_model("deepseek_v3").save_pretrained(folder)
     return folder
@@ -92,7 +92,7 @@ def test_route_takes_no_tokens_and_nan(tmp_path: Path) -> None:
         save_file({"x": hidden}, file)
         result = run("route", "mixtral-8x7b", "--hidden", file, "--device", "cpu", "--json")
         assert result.exit_code == 0
-        assert json.loads(result.stdout)["tokens"] == len(hidden)  # and no bare NaN, which is not JSON
+        assert json.loads(result.stdout)["tokens"] == len(hidden)  # parses: JSON has no NaN
         assert "NaN" not in result.stdout
         assert run("route", "mixtral-8x7b", "--hidden", file, "--device", "cpu").exit_code == 0
 

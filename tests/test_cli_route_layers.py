@@ -1,4 +1,4 @@
-"""`moegate route` with several layers, and with another spec than the one that is found."""
+"""`moegate route` with several layers, and with options that change the spec."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ LAYERS = (1, 2, 4, 5)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gates in layers 1, 2, 4 and 5; layer 6 is a head for further tokens."""
+    """Gates in layers 1, 2, 4 and 5; layer 6 is a multi-token-prediction head."""
     made = {"weight": weight, "e_score_correction_bias": bias}
     tensors = {
         f"model.layers.{layer}.mlp.gate.{name}": make(layer) for layer in (*LAYERS, 6) for name, make in made.items()
@@ -98,7 +98,7 @@ def test_hidden_states_of_a_file_for_all(checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_layers_that_route_by_token_id_among_others(tmp_path: Path) -> None:
-    """As DeepSeek-V4's first ones do: their specs and inputs differ from those of the others."""
+    """As in DeepSeek-V4's first layers, whose specs and inputs differ from those of the others."""
     table = torch.arange(4).expand(8, 4).contiguous()
     tensors = {f"model.layers.{layer}.mlp.gate.weight": weight(layer) for layer in (0, 3)}
     tensors |= {"model.layers.0.mlp.gate.tid2eid": table, "model.layers.3.mlp.gate.e_score_correction_bias": bias()}

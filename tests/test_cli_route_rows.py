@@ -36,7 +36,7 @@ def route(checkpoint: Path, *more: object, columns: int = 80) -> tuple[str, str]
 
 
 def rows(shown: str) -> list[dict[str, str]]:
-    """The table's rows by the names of their columns."""
+    """The table's rows, each by column name."""
     lines = shown.splitlines()
     head = next(line for line in lines if "contract" in line and "least" in line)
     names = head.replace("of bound", "bound").replace("µs a call", "µs").split()
@@ -55,7 +55,7 @@ def test_nan_hidden_states(nan: tuple[int, ...], checkpoint: Path, tmp_path: Pat
 
 
 def test_a_layer_whose_weight_is_nan(checkpoint: Path) -> None:
-    """Of several, one: its row counts every token, the others none."""
+    """One layer of several: its row counts all tokens as NaN, the other rows none."""
     tensors = {f"model.layers.{layer}.mlp.gate.weight": weight(layer) for layer in LAYERS}
     tensors["model.layers.3.mlp.gate.weight"].fill_(torch.nan)
     write(checkpoint, tensors)
@@ -76,7 +76,7 @@ def test_no_column_without_nan(checkpoint: Path) -> None:
 @pytest.mark.parametrize("columns", [20, 40, 60, 70, 80, 120])
 @pytest.mark.parametrize("nan", [(), (2,)])
 def test_narrow_consoles(columns: int, nan: tuple[int, ...], checkpoint: Path, tmp_path: Path) -> None:
-    """Every number of the JSON is there, whole, on lines that fit."""
+    """Every number of the JSON is printed in full, on lines that fit the console."""
     asked = ("--hidden", hidden_states(tmp_path, nan))
     shown, _ = route(checkpoint, *asked, columns=columns)
     assert "…" not in shown
@@ -92,7 +92,7 @@ def test_narrow_consoles(columns: int, nan: tuple[int, ...], checkpoint: Path, t
 
 
 def test_large_numbers_that_a_table_of_80_columns_has_no_room_for(tmp_path: Path) -> None:
-    """What fits depends on the numbers, not on the console alone."""
+    """Whether the table fits depends on the numbers as well as on the console."""
     made = {"weight": weight, "e_score_correction_bias": bias}
     tensors = {f"model.layers.{layer}.mlp.gate.{name}": make() for layer in (1, 2) for name, make in made.items()}
     folder = write(tmp_path / "c", tensors, "deepseek_v3")

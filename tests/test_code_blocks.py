@@ -1,13 +1,13 @@
-"""Every code block of the documents and docstrings: Python runs, command lines are read, and run where that is quick.
+"""Every code block of documents and docstrings: Python runs, command lines are parsed, and run where that is quick.
 
 A block is marked by the words behind its fence.
 
 | words | meaning |
 |---|---|
 | `python` | runs here, after the blocks before it on the page |
-| `sh` | each line is a command of moegate's, make's or Python's, and is read; those of moegate run here |
+| `sh` | each line is a command of moegate, make or Python, and is parsed; commands of moegate run here |
 | `text` | output, a tree of files, a diagram: nothing runs |
-| `python gpu`, `sh gpu` | needs a GPU; is read here, and counted as skipped |
+| `python gpu`, `sh gpu` | needs a GPU; is parsed here, and counted as skipped |
 
 Blocks run in a folder that has `path/to/checkpoint`, `path/to/DeepSeek-V3` (layers 3 to 8 of DeepSeek-V3's router),
 `path/to/config.json` and `hidden.safetensors`. Python finds two names: `path`, the folder of that checkpoint, and
@@ -38,7 +38,6 @@ COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # n
 MENTIONED = [
     pytest.param(span.target, id=f"{shown(page)}:{span.line} {span.target}")
     for page in PAGES
-    if page.name != "performance.md"  # where `moegate frozen` is the head of a column
     for span in spans_of(page.read_text(encoding="utf-8"))
     if span.target.startswith("moegate ")
 ]
@@ -50,7 +49,7 @@ def of_language(language: str) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the blocks run."""
+    """The folder in which the blocks run."""
     folder = tmp_path_factory.mktemp("blocks")
     spec = moegate.get_spec("deepseek-v3")
     weight = torch.randn(spec.num_experts, spec.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -71,13 +70,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def names(folder: Path) -> dict[str, Any]:
-    """What a Python block finds."""
+    """The names that a Python block can use."""
     hidden = torch.randn(4, moegate.get_spec("deepseek-v3").hidden_size, generator=torch.Generator().manual_seed(1))
     return {"path": folder / "path" / "to" / "DeepSeek-V3", "hidden": hidden.bfloat16()}
 
 
 def execute(block: Block, namespace: dict[str, Any]) -> None:
-    """Runs a block; a traceback has the line of its file."""
+    """Runs a block; tracebacks have the line numbers of the block's file."""
     exec(compile("\n" * (block.line - 1) + block.code, str(block.file), "exec"), namespace)
 
 
@@ -88,7 +87,7 @@ def commands_of(block: Block) -> list[list[str]]:
 
 
 def check_command(words: list[str]) -> None:
-    """Reads a command line without running it."""
+    """Parses a command line without running it."""
     program, arguments = words[0], words[1:]
     if program == "moegate":
         check_moegate(arguments)
@@ -104,7 +103,7 @@ def check_command(words: list[str]) -> None:
 
 
 def check_moegate(arguments: list[str]) -> None:
-    """Has the command line parse its words; what it does not take raises a `UsageError`."""
+    """Parses the words of a command of moegate; wrong words raise a `UsageError`."""
     name, *rest = arguments
     assert name in COMMANDS, f"no such command: {name}"
     COMMANDS[name].make_context(name, rest).close()
@@ -150,7 +149,7 @@ def test_command_lines_of_moegate_run(block: Block, folder: Path, monkeypatch: p
 
 @pytest.mark.parametrize("text", MENTIONED)
 def test_commands_amid_the_text_exist(text: str) -> None:
-    """The command and its options; such a mention need not be whole."""
+    """The command and its options exist; a mention need not be a complete command line."""
     name, *rest = shlex.split(text)[1:]
     if name == "COMMAND":
         return

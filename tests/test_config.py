@@ -1,4 +1,4 @@
-"""From a config.json to a spec: in every form that a config has, for every model type."""
+"""From a config.json to a spec: for every form of a config, and for every model type."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moegate import RouterSpec
 
-# What the config classes themselves leave open.
+# Config classes that leave values open.
 OPEN = {
     "deepseek_ocr2_text": {"num_experts_per_tok": 6},
     "deepseek_v2": {"num_experts_per_tok": 6},
@@ -25,13 +25,13 @@ OPEN = {
     "gemma4_text": {"num_experts": 8, "top_k_experts": 2},
     "hunyuan_v1_moe": {"num_experts": 8},
 }
-# What a config class says that has no experts by default.
+# Settings for config classes that have no experts by default.
 WITH_EXPERTS = {"gemma4_text": {"enable_moe_block": True}}
 
 
 @pytest.mark.parametrize("model_type", transformers_routers.model_types())
 def test_defaults_are_those_of_the_config_class(model_type: str) -> None:
-    """All but the number of experts, which published files state, and which has none."""
+    """All defaults except the number of experts, which has none, since published files state it."""
     needed = OPEN.get(model_type, {})
     for left_out in needed:
         rest = WITH_EXPERTS.get(model_type, {}) | {key: value for key, value in needed.items() if key != left_out}
@@ -50,7 +50,7 @@ def test_defaults_are_those_of_the_config_class(model_type: str) -> None:
 
 @pytest.mark.parametrize("case", [c for c in tiny_cases() if c.dtype == "float32"], ids=lambda c: c.name)
 def test_part_of_a_config(case: Case, tmp_path: Path) -> None:
-    """A config of some keys says what the config class, which fills in the others, makes of them; so does its file."""
+    """A partial config gives the same spec as the config class, which fills in the other keys, and as a file."""
     config = CONFIG_MAPPING[case.model_type](**case.overrides)
     spec = RouterSpec.from_config({"model_type": case.model_type, **case.overrides}, layer=case.layer)
     assert spec == RouterSpec.from_config(config, layer=case.layer)
@@ -145,14 +145,16 @@ def test_the_nearest_dtype_counts() -> None:
         assert RouterSpec.from_config(config).logits_dtype == logits_dtype
 
 
-@pytest.mark.parametrize(("dtype", "logits"), [("fp32", "float32"), ("bf16", "bfloat16"), (None, "float32")])
-def test_the_dtype_of_a_router(dtype: str | None, logits: str) -> None:
-    ring = {**RING, "model_type": "bailing_moe_v2", "dtype": "bfloat16", "router_dtype": dtype}
-    assert RouterSpec.from_config(ring).logits_dtype == logits
-    if dtype is not None:
+@pytest.mark.parametrize(
+    ("router_dtype", "logits_dtype"), [("fp32", "float32"), ("bf16", "bfloat16"), (None, "float32")]
+)
+def test_the_dtype_of_a_router(router_dtype: str | None, logits_dtype: str) -> None:
+    ring = {**RING, "model_type": "bailing_moe_v2", "dtype": "bfloat16", "router_dtype": router_dtype}
+    assert RouterSpec.from_config(ring).logits_dtype == logits_dtype
+    if router_dtype is not None:
         lite = {"model_type": "bailing_moe", "hidden_size": 64, "num_experts": 16, "num_experts_per_tok": 4}
-        spec = RouterSpec.from_config({**lite, "dtype": "bfloat16", "norm_topk_prob": True, "router_dtype": dtype})
-        assert spec.logits_dtype == logits
+        lite |= {"dtype": "bfloat16", "norm_topk_prob": True, "router_dtype": router_dtype}
+        assert RouterSpec.from_config(lite).logits_dtype == logits_dtype
     with pytest.raises(ValueError, match="router_dtype = 'fp8'; allowed for logits_dtype: fp32, bf16"):
         RouterSpec.from_config({**ring, "router_dtype": "fp8"})
     with pytest.warns(RuntimeWarning, match="moe_router_dtype = bf16 is not followed"):
@@ -169,7 +171,7 @@ def test_gemma_has_experts_only_if_it_says_so() -> None:
 
 @pytest.mark.parametrize("left_out", ["score_function", "moe_router_enable_expert_bias", None])
 def test_ring_under_the_name_of_its_ancestor(left_out: str | None) -> None:
-    """Some Ling / Ring 2.0 configs say bailing_moe, the type of Ling-lite, whose router is another."""
+    """Some Ling / Ring 2.0 configs state bailing_moe, the type of Ling-lite, which has another router."""
     config = {key: value for key, value in RING.items() if key != left_out}
     expected = replace(V3_SPEC, hidden_size=2048, num_experts=256, top_k=8, n_group=8)
     assert RouterSpec.from_config(config) == replace(expected, topk_group=4)

@@ -1,4 +1,4 @@
-"""Routers that take the best of each group of experts (router_n_groups, Pangu Pro MoE)."""
+"""Routers that choose the best experts of each group (router_n_groups, Pangu Pro MoE)."""
 
 from __future__ import annotations
 
@@ -47,9 +47,6 @@ def test_every_type_that_may_have_such_groups_says_who_follows_the_key() -> None
     read = {name for name, entry in model_types().items() if "router_n_groups" in entry.read_keys}
     assert read == set(QWEN)
     assert all("router_n_groups" in model_types()[name].differs for name in read)
-
-
-# These two need RouterSpec.select_per_group; they are red in a tree that has no such field yet.
 
 
 def test_pangu_pro() -> None:

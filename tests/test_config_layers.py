@@ -43,7 +43,7 @@ def test_lists_by_layer() -> None:
 
 
 def test_a_pair_is_no_list_of_layers() -> None:
-    """ERNIE-4.5-VL counts its experts for text and for images."""
+    """ERNIE-4.5-VL states two numbers of experts, for text and for images."""
     for moe_num_experts in ([64, 32], 64):
         config = {"model_type": "ernie4_5_moe_vl", "hidden_size": 2560, "moe_num_experts": moe_num_experts, "moe_k": 6}
         for layer in (None, 1, 5):
@@ -51,7 +51,7 @@ def test_a_pair_is_no_list_of_layers() -> None:
 
 
 def test_layers_by_a_table_or_a_list_of_theirs() -> None:
-    """Transformers takes numbers for keys, a file has texts; what some layers say is not the rule of the others."""
+    """Keys may be ints, as in Transformers, or texts, as in files; entries hold for their own layers alone."""
     own = {"num_experts_per_tok": 1}
     for layers in ({3: own}, {"3": own}, [{}, {}, {}, own]):
         config = {**QWEN, "per_layer_config": layers}

@@ -1,4 +1,4 @@
-"""Configs that are refused, and what the error names."""
+"""Configs that are refused, and the names in the errors."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_values_that_make_no_sense(field: str, value: object) -> None:
 
 
 def test_a_score_that_the_model_does_not_have_is_refused() -> None:
-    """Configs of the original code state scoring_func; an engine that reads another from it routes otherwise."""
+    """Configs of the original code state scoring_func; a class that ignored another score would route wrongly."""
     deepseek = {"model_type": "deepseek_v3", "n_routed_experts": 256}
     assert RouterSpec.from_config({**deepseek, "scoring_func": "sigmoid"}) == RouterSpec.from_config(deepseek)
     with pytest.raises(ValueError, match="scoring_func = 'softmax'; allowed for scoring_func: sigmoid"):

@@ -1,4 +1,4 @@
-"""Configs of the types whose scores are sigmoids: what a config states is honoured, refused, or warned of."""
+"""Configs of types with sigmoid scores: each stated key is followed, refused, or warned of."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def _every_warning_anew() -> None:
 
 
 def silent_spec(config: Config, layer: int | None = None) -> RouterSpec:
-    """The spec of a config of which nothing is warned."""
+    """The spec of a config, which must cause no warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return RouterSpec.from_config(config, layer=layer)
 
 
-# What each config says in full, and then one key at a time that says something else.
+# The spec of each config, then of the config with one key changed at a time.
 HONOURED: dict[str, tuple[Config, RouterSpec]] = {
     "V3": (DEEPSEEK_V3, V3),
     "V3, greedy": (
@@ -211,7 +211,7 @@ def test_what_nobody_follows_is_warned_of(name: str) -> None:
 
 
 def test_minimax_text_01_stays_softmax() -> None:
-    """The type is older than MiniMax-M2."""
+    """The type is older than MiniMax-M2, and has another router."""
     text_01: Config = {
         "architectures": ["MiniMaxForCausalLM"],
         "model_type": "minimax",

@@ -70,7 +70,7 @@ def test_layers_of_a_puzzle_differ() -> None:
 
 
 def test_a_puzzle_without_blocks_has_no_top_k() -> None:
-    """Where the class of Nemotron-H has one."""
+    """The class of Nemotron-H has a default, which does not apply."""
     config = {key: value for key, value in PUZZLE.items() if key != "block_configs"}
     with pytest.raises(ValueError, match="no num_experts_per_tok, and no default for top_k"):
         RouterSpec.from_config(config)

@@ -1,4 +1,4 @@
-"""Softmax types: what a config states of the routing is followed, refused or warned of; each case written out."""
+"""Configs of softmax types: each stated key is followed, refused or warned of; every case is written out."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ FOLLOWED: dict[str, tuple[dict[str, Any], RouterSpec]] = {
 
 @pytest.mark.parametrize("case", FOLLOWED)
 def test_what_is_stated_is_followed(case: str) -> None:
-    """... without a warning."""
+    """Followed, without a warning."""
     config, expected = FOLLOWED[case]
     warn_once.cache_clear()
     with warnings.catch_warnings():
@@ -255,7 +255,7 @@ def test_what_is_not_followed_is_warned_of(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        # granite-4.0-1b, gemma-4-31B-it and Jamba-Reasoning-3B: dense members of types with experts
+        # granite-4.0-1b, gemma-4-31B-it and Jamba-Reasoning-3B: dense models of types with experts
         ({"model_type": "granitemoehybrid", "hidden_size": 2048, "num_local_experts": 0}, "num_local_experts = 0"),
         ({"model_type": "gemma4_text", "enable_moe_block": False, "num_experts": None}, "enable_moe_block = false"),
         ({"model_type": "gemma4", "text_config": {"enable_moe_block": False}}, "enable_moe_block = false"),

@@ -1,4 +1,4 @@
-"""What a config states: nothing invented, nothing dropped, whatever level or name states the type."""
+"""What a config states: nothing is invented or dropped, at whatever level and under whatever name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _warnings_come_again() -> Iterator[None]:
 
 
 def quietly(config: object, layer: int | None = None) -> RouterSpec:
-    """The spec of a config that gives no cause for a warning."""
+    """The spec of a config, which must cause no warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return RouterSpec.from_config(config, layer=layer)
@@ -63,7 +63,7 @@ def test_no_type_has_a_number_of_experts_by_default() -> None:
 
 @pytest.mark.parametrize("name", model_types())
 def test_a_type_and_a_size_are_no_router(name: str) -> None:
-    """Draft heads and dense members carry the type of the model that they belong to."""
+    """Draft heads and dense models state the type of their family."""
     bare = {"model_type": name, "hidden_size": 7168, "num_hidden_layers": 1}
     nulls = dict.fromkeys(key.partition(".")[0] for key in model_types()[name].keys["num_experts"])
     for config in (bare, {**bare, **nulls}, {"architectures": ["Eagle3DeepseekV2ForCausalLM"], **bare}):
@@ -79,7 +79,7 @@ def test_a_wrapper_is_entered_before_a_table_of_its_own_type() -> None:
         assert quietly({"model_type": outer, **stale, "text_config": KIMI}) == inner
     nameless = {key: value for key, value in KIMI.items() if key != "model_type"}
     assert quietly({"model_type": "kimi_linear", "text_config": nameless}) == inner
-    # A config of another part beside the experts' own is no wrapper.
+    # A config with another part's config inside is no wrapper if it has the experts itself.
     assert quietly({**KIMI, "text_config": {"model_type": "llama", "hidden_size": 8}}) == inner
 
 
@@ -94,7 +94,7 @@ def test_tables_speak_of_fields_that_a_spec_has() -> None:
 
 
 def test_every_key_with_which_engines_differ_is_settled() -> None:
-    """A difference that is written down concerns a key that the table reads, or that it says is ignored."""
+    """Each key in `differs` is read by the table, or listed as ignored."""
     followed = {"transformers", "vllm", "sglang", "published", "others"}
     for entry in model_types().values():
         for key, readers in entry.differs.items():
@@ -111,7 +111,7 @@ def test_what_transformers_writes_is_read_in_silence(case: Case) -> None:
     quietly(config, layer=case.layer)
 
 
-# What the config classes of Transformers leave open, or make dense, unless they are told more.
+# Settings for config classes of Transformers that leave values open, or are dense by default.
 LEFT_OPEN = {
     **dict.fromkeys(("deepseek_ocr2", "deepseek_ocr2_text", "deepseek_v2"), "no num_experts_per_tok"),
     **dict.fromkeys(("diffusion_gemma", "diffusion_gemma_text", "dots1", "nomic_bert"), "its config is not whole"),
@@ -121,13 +121,13 @@ LEFT_OPEN = {
 }
 
 
-# The class of one takes not even its own defaults.
+# One of the classes refuses its own defaults.
 SAVED = [name for name in (*model_types(), *wrappers()) if name in CONFIG_MAPPING and name != "gemma4_assistant"]
 
 
 @pytest.mark.parametrize("name", SAVED)
 def test_configs_that_transformers_saves_anew(name: str) -> None:
-    """Under the names that its class gives to the keys, with all of its defaults written out."""
+    """Saved configs have the class's names of the keys, and all of the class's defaults."""
     config = CONFIG_MAPPING[name]()
     if name in LEFT_OPEN:
         with pytest.raises(ValueError, match=LEFT_OPEN[name]):
@@ -162,22 +162,22 @@ def test_a_key_that_states_another_router_is_warned_of_once(config: dict[str, An
     (warning,) = caught
     assert f"config of model_type 'gpt_oss': {key} is not followed" in str(warning.message)
     assert spec_has in str(warning.message)
-    quietly(config)  # the second time
+    quietly(config)  # a second time: no further warning
 
 
 def test_keys_that_state_what_the_router_does_anyway() -> None:
-    """gpt-oss's softmax over the selected logits sums to 1: configs call that softmax, normed."""
+    """gpt-oss's softmax over the selected logits sums to 1: in configs, a softmax with normed weights."""
     stale = {"n_group": 1, "topk_group": 4, "routed_scaling_factor": 1, "norm_topk_prob": True}
     more = {"scoring_func": "softmax", "topk_method": "greedy", "use_routing_bias": False, "num_experts": 16}
     assert quietly({**GPT_OSS, **stale, **more, "moe_router_logit_softcapping": 0.0}) == quietly(GPT_OSS)
 
 
-# Whatever states the type.
+# The places that state a type.
 
 
 @pytest.mark.parametrize("name", wrappers())
 def test_a_wrapper_gives_its_type_to_a_config_without_one(name: str) -> None:
-    """Hub files leave the inner type out, as Transformers does where the wrapper's class implies it."""
+    """Hub files may lack the inner type, which the wrapper's class implies in Transformers."""
     for key, inner in wrappers()[name].items():
         if inner not in model_types():  # a wrapper inside a wrapper
             assert inner in wrappers(), (name, inner)
@@ -189,7 +189,7 @@ def test_a_wrapper_gives_its_type_to_a_config_without_one(name: str) -> None:
 
 
 def filled(name: str) -> dict[str, Any]:
-    """A config of a type that states its sizes, without the type."""
+    """A config of a type, with all sizes and without model_type."""
     entry = model_types()[name]
     sizes = {"hidden_size": 64, "num_experts": 16, "top_k": 4, "n_group": 1, "topk_group": 1, "input_norm_eps": 1e-6}
     asked = [(entry.keys_of(field), size) for field, size in sizes.items()]
@@ -224,7 +224,7 @@ def test_an_unknown_type_with_a_known_class() -> None:
     assert quietly({**QWEN, "architectures": ["SomethingElse", 3]}) == quietly(QWEN)
 
 
-# What has no router, in one line.
+# Configs without a router: the error is one line.
 
 
 @pytest.mark.parametrize("name", refused())

@@ -23,7 +23,7 @@ LEADING = [
 
 @pytest.mark.parametrize(("wrapper", "key", "inner"), LEADING)
 def test_the_type_of_the_config_inside(wrapper: str, key: str, inner: str) -> None:
-    """It comes from the wrapper where the inner config states none, and is the inner config's own where it does."""
+    """An inner config without a type has the wrapper's type; otherwise its own type counts."""
     text = counting_experts(inner, 16)
     assert routing_config({"model_type": wrapper, key: text})[1].name == inner
     stated = {"model_type": "mixtral", "num_local_experts": 16}
@@ -41,7 +41,7 @@ def test_the_type_of_the_config_inside(wrapper: str, key: str, inner: str) -> No
         ({"model_type": "step3_vl", "text_config": {"moe_num_experts": 48}}, "step3_text"),
         ({"model_type": "moondream3", "config": {"text": {"moe": {"n_experts": 64}}}}, "moondream3_text"),
         ({"model_type": "NemotronH_Nano_VL_V2", "llm_config": {"n_routed_experts": 128}}, "nemotron_h"),
-        # Its language model is named by its class (SGLang 0.5.23 configs/internvl.py: InternVLChatConfig).
+        # The language model is given by its class (SGLang 0.5.23 configs/internvl.py: InternVLChatConfig).
         (
             {
                 "model_type": "internvl_chat",
@@ -60,7 +60,7 @@ def test_composite_models(config: dict[str, Any], expected: str) -> None:
 
 
 def test_a_gate_of_a_composite_model(tmp_path: Path) -> None:
-    """... whose language model states no type, as MiniMax-M3's and Kimi-K2.5's do not."""
+    """The language models of MiniMax-M3 and Kimi-K2.5 state no type."""
     text = {"hidden_size": 64, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text}), encoding="utf-8")
     gate = {"weight": torch.randn(16, 64), "e_score_correction_bias": torch.randn(16)}
@@ -71,8 +71,8 @@ def test_a_gate_of_a_composite_model(tmp_path: Path) -> None:
     assert torch.equal(read.weight, gate["weight"])
 
 
-# The names of classes that route by softmax in the registries of vLLM 0.33.0 (models/registry.py) and SGLang 0.5.23
-# (EntryClass of models/*.py) and in published configs, and the type that each means.
+# Class names with softmax routers in the registries of vLLM 0.33.0 (models/registry.py) and SGLang 0.5.23
+# (EntryClass of models/*.py) and in published configs, with the model type of each.
 ARCHITECTURES = {
     "AriaForConditionalGeneration": "aria",
     "BailingMoEForCausalLM": "bailing_moe",
@@ -152,7 +152,7 @@ def test_class_names_of_the_engines(architecture: str) -> None:
     assert expected in {**model_types(), **wrappers(), **refused()}
 
 
-# Named unlike their composite type. A config of theirs that has lost its model_type is refused, not misread.
+# Classes named unlike their composite type. A config of such a class without model_type is refused, not misread.
 NAMED_OTHERWISE = {
     "MiniMaxM3SparseForConditionalGeneration",
     "Nemotron3_5TranscribeForConditionalGeneration",
@@ -164,7 +164,7 @@ LOADED_AS_ANOTHER = {"sarvam_moe", "sarvam_mla"}
 
 
 def test_class_names_of_transformers() -> None:
-    """Each class that Transformers makes for a type that we know means this type, or a part of it or its other name."""
+    """The class that Transformers makes for a known type means this type, its inner type, or its other name."""
     tables = (
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,

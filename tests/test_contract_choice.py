@@ -1,4 +1,4 @@
-"""docs/contract.md, part 3: the choice."""
+"""docs/contract.md, section 3: the choice."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from moegate.contract.verify import verify_routing
 from moegate.routing import RouterTensors, Routing
 
 LOGIT_KEYED = [name for name, spec in SPECS.items() if spec.selects_on_logits and not spec.hash_routing]
-MANY = 40  # rows: more than the backend's path for few of them
+MANY = 40  # more rows than the torch backend's path for few rows takes
 GROUPED = RouterSpec(64, 8, 2, "sigmoid", "score", n_group=4, topk_group=2)
 
 
 def ids_of(logits: Tensor, spec: RouterSpec, bias: Tensor | None = None, rows: int = 1) -> list[int]:
-    """The ids of one row of logits, which must be the same alone, among many, and before a NaN row."""
+    """The ids of one row of logits; asserts that they are the same alone, among many rows, and beside a NaN row."""
     alone = select(logits[None], spec, e_score_correction_bias=bias).topk_ids
     many = select(logits.expand(MANY, -1), spec, e_score_correction_bias=bias).topk_ids
     with_nan = torch.cat([logits[None], torch.full_like(logits[None], torch.nan)])
@@ -38,7 +38,7 @@ def by_hand(keys: list[float], k: int) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LOGIT_KEYED)
 def test_choice_on_logits_is_exact(name: str, dtype: torch.dtype, rows: int) -> None:
-    """Order and all, on logits coarse enough to tie in most rows."""
+    """Ids and order are exact, on logits so coarse that most rows have ties."""
     spec = SPECS[name]
     logits = (random_logits(spec, rows) * 8).round().to(dtype) / 8
     got = select(logits, spec, **select_arguments(spec, tensors_of(spec), rows)).topk_ids.tolist()
@@ -49,7 +49,7 @@ def test_choice_on_logits_is_exact(name: str, dtype: torch.dtype, rows: int) -> 
 
 
 def test_saturated_scores_do_not_tie() -> None:
-    """Both sigmoids are 1.0 in float32, both softmax entries 0.0; the logits still tell them apart."""
+    """Both sigmoids are 1.0 in float32, both softmax entries 0.0, but the logits differ."""
     assert ids_of(torch.tensor([20.0, 30.0, 25.0]), RouterSpec(8, 3, 2, "sigmoid")) == [1, 2]
     assert ids_of(torch.tensor([-900.0, -800.0, 0.0]), RouterSpec(8, 3, 2, "softmax")) == [2, 1]
 
@@ -115,7 +115,7 @@ def test_keys_exact_by_construction_agree_exactly(groups: tuple[int, int]) -> No
 
 
 def test_the_margin_excuses_ulps_and_no_more() -> None:
-    """The verdict on a swap of two experts whose keys differ by a little, by nothing, and by too much."""
+    """The verdict on two swapped experts whose keys are equal, differ within the margin, and beyond."""
     spec = RouterSpec(8, 3, 1, "sigmoid", "score")
     logits = torch.zeros(3, 3)
     bias = torch.tensor([0.5, 0.5 - 2**-22, 0.5 - 2**-18])

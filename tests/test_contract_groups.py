@@ -1,4 +1,4 @@
-"""docs/contract.md, 3.2: groups ranked by the sum of j keys, and the best of each group; written-out oracles."""
+"""docs/contract.md, 3.2: groups ranked by the sum of j keys, and the best of each group, against plain oracles."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from moegate.contract.verify import verify_routing
 from moegate.routing import RouterTensors
 
 INF, NAN, MAX = torch.inf, torch.nan, torch.finfo(torch.float32).max
-ROWS = (1, 5, 16, 17, 300)  # both of the torch backend's ways; blocks of the cuda backend that are not full
-# E, n_group, k: groups that are whole lanes of a warp and others, of one expert, and sizes that fill no lane.
+ROWS = (1, 5, 16, 17, 300)  # both paths of the torch backend; incomplete blocks of the cuda backend
+# E, n_group, k: groups of whole lanes of a warp and others, groups of one expert, and sizes that fill no lane.
 PER_GROUP = [(64, 8, 8), (512, 8, 8), (96, 4, 12), (64, 32, 32), (7, 7, 7), (45, 5, 10), (40, 2, 32), (1024, 2, 32)]
 # E, n_group, topk_group, j, k
 BY_SUM = [
@@ -34,7 +34,7 @@ BY_SUM = [
 
 
 def key_on_bias(spec: RouterSpec) -> RouterSpec:
-    """The same with keys l + b, whose float32 addition is all that is rounded."""
+    """The same spec with keys l + b, in which only the addition is rounded."""
     return replace(spec, scoring_func="identity", correction_bias="logit", weights_from="sigmoid_of_selected")
 
 
@@ -43,7 +43,7 @@ def best_first(ids: list[int], keys: list[float]) -> list[int]:
 
 
 def per_group_by_hand(keys: list[float], n_group: int, k: int) -> list[int]:
-    """The best k / n_group ids of each group, all of them in the order of their keys."""
+    """The best k / n_group ids of each group, ordered by key over all groups."""
     size, chosen = len(keys) // n_group, []
     for first in range(0, len(keys), size):
         chosen += best_first(list(range(first, first + size)), keys)[: k // n_group]
@@ -64,7 +64,7 @@ def by_sum_by_hand(keys: Tensor, n_group: int, topk_group: int, j: int, k: int) 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("experts", "n_group", "k"), PER_GROUP)
 def test_the_best_of_each_group(experts: int, n_group: int, k: int, rows: int, dtype: torch.dtype) -> None:
-    """On logits so coarse that most groups tie at their border, some of them infinite."""
+    """On logits so coarse that most groups have ties at the border; some logits are infinite."""
     spec = RouterSpec(8, experts, k, n_group=n_group, topk_group=n_group, select_per_group=True)
     logits = (2 * torch.randn(rows, experts, generator=generator(rows))).round().to(dtype)
     logits[-1, ::3] = -INF
@@ -72,7 +72,7 @@ def test_the_best_of_each_group(experts: int, n_group: int, k: int, rows: int, d
     routing = select(logits, spec)
     expected = [per_group_by_hand(row, n_group, k) for row in logits.float().tolist()]
     assert routing.topk_ids.tolist() == expected
-    # A softmax over all experts, wherever the others of its group are.
+    # The weights are a softmax over all experts of all groups.
     finite = logits.double().nan_to_num(posinf=MAX, neginf=-MAX)
     weights = torch.softmax(finite, dim=-1).gather(1, torch.tensor(expected))
     torch.testing.assert_close(routing.topk_weights.double(), weights, rtol=1e-5, atol=1e-30)  # 8 ulp, exponents of 10
@@ -100,13 +100,13 @@ def test_ties_within_a_group_go_to_the_lowest_id(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 40])
 def test_experts_switched_off_are_the_last_of_their_group(rows: int) -> None:
-    """Each group gives its share even so: by a bias of -Inf or NaN, which counts as -MAX, and in NaN rows."""
+    """Every group gives k / n_group ids even with biases of -Inf or NaN, which count as -MAX, and in NaN rows."""
     spec = RouterSpec(8, 8, 4, "sigmoid", "score", 2, 2, select_per_group=True)
     bias = torch.tensor([-INF, -INF, NAN, 0.25, -INF, INF, 0.5, -0.5])
     logits = torch.zeros(rows, 8)
     routing = select(logits, spec, e_score_correction_bias=bias)
     assert routing.topk_ids.tolist() == [[5, 6, 3, 0]] * rows
-    assert routing.topk_weights.eq(0.5).all()  # never of the biased key
+    assert routing.topk_weights.eq(0.5).all()  # scores, never biased keys
     on_logits = RouterSpec(8, 8, 4, n_group=2, topk_group=2, select_per_group=True)
     logits[-1] = torch.tensor([NAN, 1, -INF, NAN, 2, 2, INF, 2])
     routing = select(logits, on_logits)
@@ -116,14 +116,14 @@ def test_experts_switched_off_are_the_last_of_their_group(rows: int) -> None:
 
 
 def cancelling(rows: int, experts: int, seed: int) -> Tensor:
-    """Float32 keys of both signs and sizes from 2^-8 to 2^26: what is rounded depends on the order of additions."""
+    """Float32 keys of both signs, from 2^-8 to 2^26 in size: the rounding depends on the order of additions."""
     g = generator(seed)
     exponents = torch.randint(-8, 27, (rows, experts), generator=g)
     return torch.randn(rows, experts, generator=g) * torch.exp2(exponents)
 
 
 def losing(rows: int, experts: int, n_group: int, seed: int) -> Tensor:
-    """Float32 keys, 2^24 once in each group: best first, what is below 1 is lost, and what is above counts as 2."""
+    """Float32 keys with 2^24 once a group: added best first, keys below 1 are lost and keys above 1 count as 2."""
     keys = 0.5 + torch.rand(rows, n_group, experts // n_group, generator=generator(seed))
     keys[:, :, -1] = 2.0**24
     return keys.flatten(1)
@@ -152,7 +152,7 @@ SUMS = key_on_bias(
 
 
 def best_group(keys: list[list[float]], spec: RouterSpec = SUMS) -> int:
-    """The group that one row of keys chooses, which must be the same alone and among many."""
+    """The best group of one row of keys; asserts that the group is the same alone and among many rows."""
     logits = torch.tensor(keys).flatten()
     nothing = torch.zeros(len(logits))
     found = [select(logits.expand(rows, -1), spec, e_score_correction_bias=nothing).topk_ids for rows in (1, 40)]
@@ -162,7 +162,7 @@ def best_group(keys: list[list[float]], spec: RouterSpec = SUMS) -> int:
 
 
 def test_sums_are_added_best_first() -> None:
-    """2^24 + 1 is 2^24 in float32, twice, where 1 + 1 + 2^24 is more: which group is first says how it was added."""
+    """In float32, 2^24 + 1 + 1 is 2^24 and 1 + 1 + 2^24 is more: the best group shows the order of additions."""
     large = 2.0**24
     assert best_group([[large, 0, 0], [1, large, 1], [1, 1, large]]) == 0
     assert best_group([[large, 0, 0], [1, large, 2], [2, 1, large]]) == 1
@@ -174,13 +174,13 @@ def test_sums_are_added_best_first() -> None:
 
 
 def test_a_sum_stays_infinite() -> None:
-    """One that passes MAX, whatever is added then; one beyond -MAX is last, and infinite sums tie."""
+    """A sum that passes MAX stays infinite whatever is added; a sum beyond -MAX comes last; infinite sums tie."""
     assert best_group([[MAX, 0, 0], [MAX, -MAX, MAX], [MAX, MAX, MAX]]) == 1
     assert best_group([[-MAX, -MAX, 0], [-MAX, -MAX, -1], [-MAX, 0, -1]]) == 2
     assert best_group([[-MAX, -MAX, -MAX], [-MAX, -MAX, -1], [-INF, -MAX, NAN]]) == 0
     assert best_group([[MAX, -MAX, -1], [0, 0, -1], [0, 1, -2]]) == 0  # -1, of which three keys have equal sums
     assert best_group([[-INF, 0, 0], [INF, -INF, INF], [MAX, MAX, 0]]) == 1
-    # As the reference has it, too: one that passes MAX, and would come down to beyond -MAX.
+    # The reference too: a sum that passes MAX, and would then fall below -MAX.
     falling = [[0.0, 1, 2, 3, 4], [MAX, MAX, -MAX, -MAX, -MAX], [MAX, 0, 0, 0, 0]]
     spec = replace(SUMS, num_experts=15, group_score_top_j=5)
     assert best_group(falling, spec) == 1
@@ -204,7 +204,7 @@ def test_two_keys_are_top2_sum_to_the_bit(scoring_func: str, experts: int, rows:
 @pytest.mark.cpu
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
 def test_separated_inputs_are_so_within_each_group(scoring_func: str) -> None:
-    """No rounding of their logits to bfloat16 changes a choice; of random ones it changes some."""
+    """Rounding their logits to bfloat16 changes no choice; for random inputs it changes some."""
     spec = RouterSpec(128, 64, 8, scoring_func, n_group=8, topk_group=8, select_per_group=True)  # type: ignore[arg-type]
     weight = torch.randn(64, 128, generator=generator(4)) / 128**0.5
     separated = separated_hidden(spec, weight, RouterTensors(), 200, seed=1)
@@ -218,7 +218,7 @@ def test_separated_inputs_are_so_within_each_group(scoring_func: str) -> None:
 
 
 def problems_of(ids: list[int], keys: list[float], spec: RouterSpec) -> list[str]:
-    """What the verdict says of a choice by keys l + 0."""
+    """The verdict's problems with a choice by keys l + 0."""
     logits = torch.tensor([keys])
     weights = torch.sigmoid(logits[0, ids])[None]
     routing = Routing(torch.tensor([ids], dtype=torch.int32), weights)
@@ -227,14 +227,14 @@ def problems_of(ids: list[int], keys: list[float], spec: RouterSpec) -> list[str
 
 @pytest.mark.cpu
 def test_the_margin_of_a_sum_is_that_of_its_additions() -> None:
-    """Where MAX and -MAX cancel, which have no error as keys, float32 has lost what was added between them."""
+    """MAX and -MAX are exact keys, but where they cancel, float32 has lost what was added in between."""
     spec = replace(SUMS, renormalize=False)
     some, nothing = [2.0**101, 0.0, 0.0], [-MAX, -MAX, -MAX]
     lost = [MAX, 2.0**102, -MAX]  # exactly 2^102; 0 in float32
     assert best_group([some, lost, nothing], spec) == 0
     assert problems_of([0, 1, 2], [*some, *lost, *nothing], spec) == []
     assert problems_of([3, 4, 5], [*some, *lost, *nothing], spec) == []
-    # 2u of MAX is 2^105: what is further apart is no rounding.
+    # 2u of MAX is 2^105: larger differences are no rounding.
     apart = [MAX, -(2.0**107), -MAX]
     assert any("cannot be among the best" in what for what in problems_of([3, 4, 5], [*some, *apart, *nothing], spec))
     # A sum of two keys is rounded once, by 2u of itself.
@@ -245,7 +245,7 @@ def test_the_margin_of_a_sum_is_that_of_its_additions() -> None:
 
 @pytest.mark.cpu
 def test_a_choice_per_group_is_held_against_its_own_group() -> None:
-    """A larger key of another group is no reproach, one of the same group is; so are shares that are not equal."""
+    """A larger key is a breach in the same group only; unequal numbers of experts a group are a breach too."""
     spec = key_on_bias(RouterSpec(8, 8, 2, n_group=2, topk_group=2, select_per_group=True))
     keys = [4.0, 3.0, 2.0, 1.0, 0.5, 0.25, 0.5 - 2**-24, 0.0]
     assert problems_of([0, 4], keys, spec) == []

@@ -1,4 +1,4 @@
-"""docs/contract.md, part 1: logits."""
+"""docs/contract.md, section 1: logits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def draw(shape: tuple[int, int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
 def gemm_case(
     shape: tuple[int, int, int], hidden_dtype: torch.dtype, weight_dtype: torch.dtype, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, RouterSpec, list[Tensor | None]]:
-    """Hidden states, a weight, the spec that they are held against, and the biases to try."""
+    """Hidden states, a weight, their spec, and the biases to try."""
     hidden, weight = (part.to(dtype) for part, dtype in zip(draw(shape), (hidden_dtype, weight_dtype), strict=True))
     bias = torch.randn(shape[2], generator=generator(1))
     spec = RouterSpec(shape[1], shape[2], 1)
@@ -95,13 +95,13 @@ def test_logits_are_within_the_bound(
 def test_float32_factors_at_the_ends_of_their_range(
     of_hidden: float, of_weight: float, hidden_dtype: torch.dtype
 ) -> None:
-    """Where three bfloat16 numbers are no longer the whole of a float32, the bound has a term for what is lost."""
+    """Where three bfloat16 terms no longer add up to the float32 number, the bound has a summand for the loss."""
     hidden, weight = draw((9, 640, 33), seed=3)
     hidden, weight = (hidden * of_hidden).to(hidden_dtype), weight * of_weight
     logits = router_gemm(hidden, weight)
     assert verify_logits(logits, hidden, weight, RouterSpec(640, 33, 1), RouterTensors()).problems == []
     bound = bounds.logit_bound(hidden, weight, logits.double(), RouterSpec(640, 33, 1), RouterTensors())
-    assert bool(bound.isfinite().all())  # so that a result can be out of it
+    assert bool(bound.isfinite().all())  # otherwise nothing could break the bound
 
 
 @pytest.mark.cpu
@@ -120,7 +120,7 @@ def test_logits_of_a_prepared_weight_are_within_the_bound(
 
 
 def test_the_bound_is_that_of_float32() -> None:
-    """Rounding the input to bfloat16, or the product to TF32, breaks the bound."""
+    """Rounding the operands to bfloat16 or to TF32 breaks the bound."""
     hidden, weight = draw((8, 7168, 256))
     spec = RouterSpec(7168, 256, 8)
     exact = router_logits(hidden, weight, spec, RouterTensors())
@@ -136,7 +136,7 @@ def test_the_bound_is_that_of_float32() -> None:
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_float32_logits_keep_the_bound_at_any_precision(precision: str) -> None:
-    """Where the device has a faster, coarser product, the user's leave to take it changes nothing here."""
+    """PyTorch's settings that permit a faster, coarser GEMM change nothing."""
     hidden, weight = draw((8, 7168, 256))
     torch.set_float32_matmul_precision(precision)
     try:
@@ -175,7 +175,7 @@ def test_input_norm(dtype: torch.dtype) -> None:
     tensors = tensors_of(spec)
     hidden, weight = (part.to(dtype) for part in draw((9, spec.hidden_size, spec.num_gate_rows)))
     hidden[3] *= 1000
-    hidden[4] = 0  # its norm is that of eps alone
+    hidden[4] = 0  # the norm depends on eps alone
     arguments = {name: value for name, value in tensors._asdict().items() if value is not None}
     for candidate in (spec, with_bfloat16_logits(spec)):
         routing = route(hidden, weight, candidate, **arguments, return_logits=True)
@@ -191,14 +191,14 @@ def test_a_scaled_weight_beyond_the_range_of_its_parts_has_no_bound() -> None:
     hidden, weight = draw((9, spec.hidden_size, spec.num_gate_rows))
     exact, tensors = torch.zeros(9, spec.num_gate_rows, dtype=torch.float64), tensors_of(spec)
     assert tensors.input_scale is not None
-    weight[3, 5], tensors.input_scale[5], hidden[:, 5] = 2.0**100, 2.0**28, 0.0  # so that nothing else is large
+    weight[3, 5], tensors.input_scale[5], hidden[:, 5] = 2.0**100, 2.0**28, 0.0  # nothing else is large
     bound = bounds.logit_bound(hidden, weight, exact, spec, tensors)
     assert bound.isinf().all(dim=0).nonzero().flatten().tolist() == [3]
     assert bound[:, :3].isfinite().all()
 
 
 def test_bfloat16_logits_are_rounded_once() -> None:
-    """With the bias: a product rounded first and the sum again would miss by up to an ulp."""
+    """Rounded once with the bias: rounding before and after adding the bias would be off by up to an ulp."""
     hidden, weight = (part.bfloat16() for part in draw((64, 2880, 128)))
     bias = (100 * torch.randn(128, generator=generator(2))).bfloat16()
     spec = RouterSpec(2880, 128, 4, logits_dtype="bfloat16", linear_bias=True)
@@ -206,6 +206,6 @@ def test_bfloat16_logits_are_rounded_once() -> None:
     logits = router_gemm(hidden, weight, bias, out_dtype=torch.bfloat16)
     assert verify_logits(logits, hidden, weight, spec, tensors).problems == []
     exact = router_logits(hidden, weight, replace(spec, logits_dtype="float32"), tensors)
-    assert (logits != exact.bfloat16()).float().mean() < 0.01  # only next to a tie of the rounding
+    assert (logits != exact.bfloat16()).float().mean() < 0.01  # only where rounding is nearly a tie
     twice = router_gemm(hidden, weight, out_dtype=torch.bfloat16) + bias
     assert verify_logits(twice, hidden, weight, spec, tensors).problems

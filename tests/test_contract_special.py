@@ -1,4 +1,4 @@
-"""docs/contract.md, what comes out of NaN, infinities, special biases and bad token ids."""
+"""docs/contract.md: NaN, infinities, special biases and bad token ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def nan_rows(part: Tensor | None) -> list[bool]:
 @pytest.mark.parametrize("rows", [4, 40])
 @pytest.mark.parametrize("name", SPECS)
 def test_nan_rows(name: str, rows: int) -> None:
-    """One NaN anywhere makes the row's weights NaN, no other's; the ids are those of a logit of -MAX."""
+    """A NaN anywhere makes the weights of its row NaN, and of no other row; the ids are those of a logit of -MAX."""
     spec = SPECS[name]
     tensors = tensors_of(spec)
     arguments = select_arguments(spec, tensors, rows)
@@ -75,7 +75,7 @@ def test_an_infinite_logit_takes_all_of_a_softmax() -> None:
 
 
 def test_special_biases() -> None:
-    """A bias of -Inf or NaN switches an expert off until nothing else is left; +Inf makes it first."""
+    """A bias of -Inf or NaN puts an expert last; +Inf puts an expert first."""
     logits = torch.zeros(1, 5)
     for score in ("score", "logit"):
         spec = RouterSpec(8, 5, 3, "sigmoid", score)
@@ -93,7 +93,7 @@ def test_special_biases() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])
 def test_experts_switched_off_leave_their_group(rows: int) -> None:
-    """-Inf is -MAX wherever it comes from and however few rows there are."""
+    """-Inf counts as -MAX, from logits and from biases, for few and for many rows."""
     spec = RouterSpec(4, 6, 1, "sigmoid", "score", n_group=3, topk_group=2)
     bias = torch.tensor([-INF, -INF, 0, -INF, 0, -INF])
     logits = torch.tensor([0, 0, -2.0, 0, 2.0, 0]).expand(rows, -1)
@@ -106,7 +106,7 @@ def test_experts_switched_off_leave_their_group(rows: int) -> None:
 @pytest.mark.parametrize("bias", [-INF, -1e30, 1e30, NAN])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_excluded_groups_stay_excluded(bias: float, rows: int) -> None:
-    """Even where every key that stays is as low as can be, and the excluded ones are not."""
+    """Even where all keys of the remaining groups are the lowest possible, and the excluded keys are not."""
     spec = RouterSpec(8, 8, 3, "sigmoid", "score", n_group=2, topk_group=1)
     kept = torch.tensor([3.4e38, bias, bias, bias])
     other = torch.tensor([1.0, 1.0, 1.0, 1.0])
@@ -132,7 +132,7 @@ def test_hash_routing() -> None:
 @pytest.mark.cpu
 @pytest.mark.parametrize("bad", [-1, VOCABULARY])
 def test_token_ids_outside_the_table_are_refused(bad: int) -> None:
-    """On a CPU, which can tell without waiting."""
+    """On a CPU, where the check needs no synchronization."""
     spec = SPECS["hash"]
     arguments = select_arguments(spec, tensors_of(spec), 3)
     arguments["input_ids"] = torch.tensor([0, bad, 1])
@@ -142,12 +142,12 @@ def test_token_ids_outside_the_table_are_refused(bad: int) -> None:
 
 @pytest.mark.parametrize("bad", [-1, VOCABULARY])
 def test_token_ids_outside_the_table(bad: int, device: torch.device) -> None:
-    """Where a backend cannot ask, the nearest row of the table, and NaN."""
+    """Where a backend cannot check, such an id reads the nearest row of the table, and its weights are NaN."""
     spec = SPECS["hash"]
     tensors = tensors_of(spec)
     assert tensors.tid2eid is not None
     input_ids = torch.tensor([0, bad, 1])
-    # The backend itself: on a CPU, the function in front of it refuses such ids.
+    # Calls the backend itself, since on a CPU the public function refuses such ids.
     moved = RouterTensors(tid2eid=there(tensors.tid2eid))
     logits = there(random_logits(spec, 3))
     dispatch = for_selection(device, spec, logits.dtype, moved, Options())

@@ -1,4 +1,4 @@
-"""docs/contract.md, parts 2 and 4: scores and weights."""
+"""docs/contract.md, sections 2 and 4: scores and weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_weights_do_not_see_the_bias() -> None:
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "sqrtsoftplus"])
 def test_renormalisation_of_underflowing_scores(scoring_func: str, rows: int) -> None:
-    """0/0 is 0, and tiny sums fade to it instead of jumping."""
+    """0/0 gives 0, and the weights of tiny sums approach 0 continuously."""
     spec = RouterSpec(8, 4, 2, scoring_func, "score", renormalize=True)  # type: ignore[arg-type]
     bias = torch.zeros(4)
     for level, expected in ((-1000.0, 0.0), (-1.0, 0.5)):
@@ -61,7 +61,7 @@ def test_renormalisation_of_underflowing_scores(scoring_func: str, rows: int) ->
 
 @pytest.mark.parametrize("rows", [1, 40])
 def test_softmax_renormalised_is_softmax_of_selected(rows: int) -> None:
-    """Also where the chosen experts' share of the softmax underflows, because a bias chose them."""
+    """Also where the softmax of the chosen experts underflows, because a bias chose them."""
     chosen_by_bias = RouterSpec(8, 4, 2, correction_bias="score", renormalize=True)
     logits = torch.tensor([[500.0, 0.0, -1.0, -2.0]]).expand(rows, -1)
     bias = torch.tensor([0.0, 5.0, 5.0, 0.0])
@@ -95,7 +95,7 @@ def test_factors() -> None:
 
 
 def test_shared_gates() -> None:
-    """They join the sum and come back, and are never chosen."""
+    """Shared gates join the sum and are returned, and are never chosen."""
     spec = RouterSpec(8, 3, 1, "sigmoid", "score", renormalize=True, num_shared_gates=2, routed_scaling_factor=8.0)
     logits = torch.tensor([[0.0, -200.0, -200.0, 200.0, 0.0]])
     routing = select(logits, spec, e_score_correction_bias=torch.zeros(3))
@@ -106,7 +106,7 @@ def test_shared_gates() -> None:
 
 
 def test_zero_experts() -> None:
-    """Their ids follow the experts'; the identity's weight is the sum of theirs."""
+    """Zero experts have the ids behind the experts; identity_weight is the sum of their weights."""
     spec = RouterSpec(8, 2, 3, "sigmoid", num_zero_experts=2, routed_scaling_factor=2.0)
     routing = select(torch.tensor([[0.0, -200.0, 200.0, 1e-9], [3.0, 2.0, -200.0, -201.0]]), spec)
     assert routing.topk_ids.tolist() == [[2, 3, 0], [0, 1, 2]]
@@ -115,7 +115,7 @@ def test_zero_experts() -> None:
 
 
 def test_the_reference_runs_in_float32_too() -> None:
-    """The contract as a program is the same program in both dtypes."""
+    """The reference gives the same routing in float32, except for rounding."""
     for spec in SPECS.values():
         tensors = tensors_of(spec)
         logits = random_logits(spec, 20)

@@ -1,4 +1,4 @@
-"""What a CPU's routing needs beside its result: bounded, however many tokens come and however their number changes."""
+"""Temporary memory on a CPU is bounded, whatever the number of tokens, and however often the number changes."""
 
 from __future__ import annotations
 
@@ -46,25 +46,25 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memo
 
 
 def megabytes(code: str) -> float:
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # which neighbours on the machine slow down least
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # least sensitive to other load on the machine
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=one_thread)
     return float(done.stdout)
 
 
 @linux
 @pytest.mark.parametrize(
-    ("columns", "rows", "dtype", "frozen"),
+    ("columns", "rows", "logits_dtype", "frozen"),
     [
         (1024, 64, "float32", True),
         (1024, 64, "bfloat16", True),
         (512, 32, "float32", True),
         (512, 32, "bfloat16", True),
-        (512, 32, "bfloat16", False),  # PyTorch's own product goes through oneDNN, too
+        (512, 32, "bfloat16", False),  # PyTorch's own GEMM uses oneDNN, too
     ],
 )
-def test_every_number_of_tokens_leaves_little_behind(columns: int, rows: int, dtype: str, frozen: bool) -> None:
-    """oneDNN keeps code for each number of rows that it has met, without bounds 774 to 2978 MB (docs/cpu.md)."""
-    code = _GROWTH.format(size=f"{columns}, {rows}", columns=columns, rows=rows, dtype=dtype, frozen=frozen)
+def test_every_number_of_tokens_leaves_little_behind(columns: int, rows: int, logits_dtype: str, frozen: bool) -> None:
+    """Without chunks, the code that oneDNN caches for each number of rows is 774 to 2978 MB (docs/cpu.md)."""
+    code = _GROWTH.format(size=f"{columns}, {rows}", columns=columns, rows=rows, dtype=logits_dtype, frozen=frozen)
     assert megabytes(code) < 50
 
 
@@ -78,22 +78,22 @@ def test_every_number_of_tokens_leaves_little_behind(columns: int, rows: int, dt
     ],
 )
 def test_many_hidden_states_are_routed_in_half_their_size(columns: int, rows: int, more: str) -> None:
-    """Hidden states of 400 MB; 64 MB beside the half of them, for the chunks' temporaries, which do not grow."""
+    """Hidden states of 400 MB; the process may grow by half of that and 64 MB for the temporaries of a chunk."""
     tokens = 400 * 2**20 // (2 * columns)
     grown = megabytes(_PEAK.format(size=f"{columns}, {rows}", columns=columns, tokens=tokens, more=more))
     assert grown < 200 + 64
 
 
 @pytest.mark.parametrize("num_rows", [*range(1, 600), 1999, 2000, 4097, 100_001])
-def test_products_meet_few_numbers_of_rows(num_rows: int) -> None:
+def test_gemms_meet_few_numbers_of_rows(num_rows: int) -> None:
     met: list[int] = []
 
-    def product(part: torch.Tensor) -> torch.Tensor:
-        met.append(len(part))
-        return part * 2
+    def gemm(chunk: torch.Tensor) -> torch.Tensor:
+        met.append(len(chunk))
+        return chunk * 2
 
     rows = torch.arange(float(num_rows)).unsqueeze(1)
-    assert chunks.in_sizes(rows, product).equal(rows * 2)
+    assert chunks.in_sizes(rows, gemm).equal(rows * 2)
     assert set(met) <= set(chunks._SIZES)
     assert len(chunks._SIZES) <= 40
 
@@ -113,10 +113,10 @@ def routed(gate: Gate, hidden: torch.Tensor, input_ids: torch.Tensor | None) -> 
     ],
     ids=["zero experts", "shared gates", "hash"],
 )
-def test_pieces_are_what_one_piece_is(
+def test_chunks_give_the_routing_of_all_rows_at_once(
     spec: RouterSpec, num_tokens: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every part of a routing, in its place: against the logits, which decide all of it, routed at once."""
+    """All tensors of a routing in chunks equal those of a selection of the same logits at once."""
     seeded = random_gate(spec)
     given = {name: value for name, value in seeded.named_parameters() if name != "weight"} | dict(
         seeded.named_buffers()
@@ -126,7 +126,7 @@ def test_pieces_are_what_one_piece_is(
     hidden[[0, 511, 512, num_tokens - 1]] = torch.nan
     ids = random_input_ids(num_tokens, 0, vocabulary=len(gate.get_buffer("tid2eid"))) if spec.hash_routing else None
     whole = routed(gate, hidden, ids)
-    monkeypatch.setattr(chunks, "_NUMBERS", 1)  # 512 rows at a time
+    monkeypatch.setattr(chunks, "_NUMBERS", 1)  # chunks of 512 rows
     cut = routed(gate, hidden, ids)
     out = Routing(*(None if part is None else torch.empty_like(part) for part in cut))  # type: ignore[arg-type]
     for routing in (cut, gate(hidden, input_ids=ids, out=out, return_logits=True)):
@@ -134,7 +134,7 @@ def test_pieces_are_what_one_piece_is(
             assert (mine is None) == (theirs is None)
             if mine is not None and theirs is not None:
                 assert mine.dtype == theirs.dtype
-                # oneDNN's products of other numbers of rows add up in another order: 4 ulp at these sizes.
+                # oneDNN's GEMMs of other numbers of rows add up in another order: 4 ulp at these sizes.
                 rounding = 2**-7 if mine.dtype == torch.bfloat16 else 2**-20
                 assert torch.allclose(mine.float(), theirs.float(), rtol=rounding, atol=2**-20, equal_nan=True)
 

@@ -1,4 +1,4 @@
-"""The compiler and its disk cache: whatever is wrong with the cache costs a compilation, never a run."""
+"""The compiler and its disk cache: a bad cache costs a compilation, and never stops a run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from moegate.cuda.jit import cache, compiler, module
 pytestmark = pytest.mark.cpu
 needs_nvrtc = pytest.mark.skipif(jit.missing_compiler() is not None, reason=str(jit.missing_compiler()))
 
-MANY_BYTES = 100 * 1024  # more shared memory than a block has without asking
+MANY_BYTES = 100 * 1024  # more shared memory than a kernel may use without an attribute
 TEXT = 'extern "C" __global__ void nothing() {}\n'
 ARCH = "sm_90a"
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own."""
+    """An empty cache folder for the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert tmp_path in cache.folder().parents
     return cache.folder()
@@ -97,7 +97,7 @@ def test_a_folder_without_the_right_to_write_warns_once(folder: Path, monkeypatc
     def denied(*arguments: object, **named: object) -> NoReturn:
         raise PermissionError(13, "Permission denied")
 
-    # root may write anywhere, so that the mode of a folder alone would not do
+    # patched, since root may write into a folder of any mode
     monkeypatch.setattr("tempfile.NamedTemporaryFile", denied)
     with pytest.warns(RuntimeWarning, match="Permission denied"):
         first = jit.compile_binary(TEXT, ARCH)
@@ -179,7 +179,7 @@ def test_importing_moegate_imports_no_bindings() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
-@needs_nvrtc  # comes with the driver's binding
+@needs_nvrtc  # the extra with NVRTC also has the driver's binding
 def test_a_kernel_asks_its_own_gpu_for_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = import_module("cuda.bindings.driver")
     asked: list[tuple[str, int, int]] = []
@@ -198,7 +198,7 @@ def test_a_kernel_asks_its_own_gpu_for_shared_memory(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "_driver", lambda: takes_all)
     of_second = module.Module(b"", ARCH, 1)
     of_second.kernel("many", "P", 32, shared_bytes=MANY_BYTES)
-    of_second.kernel("many", "P", 32, shared_bytes=MANY_BYTES - 1024)  # takes nothing away from the first
+    of_second.kernel("many", "P", 32, shared_bytes=MANY_BYTES - 1024)  # does not lower the first kernel's limit
     of_second.kernel("few", "P", 32, shared_bytes=512, least_shared=True)
     assert asked == [
         ("CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", MANY_BYTES, 1),

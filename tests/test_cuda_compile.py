@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture, without a spill: NVRTC needs no GPU for that."""
+"""Every kernel compiles for every architecture without register spills; NVRTC needs no GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def known(*archs: str) -> list[ParameterSet]:
-    """The architectures as parameters; those of which an older NVRTC knows nothing are left out."""
+    """The architectures as test parameters, without those that an older NVRTC does not know."""
 
     def is_known(arch: str) -> bool:
         return int("".join(filter(str.isdigit, arch))) in jit.known_archs()
@@ -43,19 +43,19 @@ OTHER_ARCHS = known("sm_86", "sm_87", "sm_89", "sm_100a", "sm_103a", "sm_110a", 
 class GemmCase(NamedTuple):
     hidden_size: int
     rows: int
-    hidden: torch.dtype = BF16
-    weight: torch.dtype = BF16
-    logits: torch.dtype = FP32
+    hidden_dtype: torch.dtype = BF16
+    weight_dtype: torch.dtype = BF16
+    logits_dtype: torch.dtype = FP32
     has_bias: bool = False
     norm_eps: float | None = None
 
 
-# One of each shape, for every architecture.
+# GEMMs of every shape of tile, for every architecture.
 SHAPES = [
     GemmCase(7168, 256),
     GemmCase(2048, 128, FP16, FP16),
-    GemmCase(2880, 32, logits=BF16, has_bias=True),
-    GemmCase(3072, 256, weight=FP32),
+    GemmCase(2880, 32, logits_dtype=BF16, has_bias=True),
+    GemmCase(3072, 256, weight_dtype=FP32),
     GemmCase(1000, 258),
     GemmCase(7168, 896),
     GemmCase(2816, 128, norm_eps=1e-6),
@@ -72,9 +72,9 @@ ALL_GEMMS = [
 
 
 def problems_of(text: str, arch: str, what: object) -> list[str]:
-    """Compiles; prints the registers, and returns what ptxas put into memory."""
+    """Compiles; prints the registers, and returns the spills that ptxas reports."""
     if arch.startswith("compute"):
-        assert b".entry" in compiler._compile(text, arch).code  # PTX has no registers yet
+        assert b".entry" in compiler._compile(text, arch).code  # PTX has no register allocation
         return []
     uses = jit.kernel_uses(text, arch)
     assert uses
@@ -90,10 +90,12 @@ def problem_of(case: GemmCase, *, frozen: bool = False) -> Problem:
         1,
         linear_bias=case.has_bias,
         input_norm_eps=case.norm_eps,
-        logits_dtype="float32" if case.logits == FP32 else "bfloat16",
+        logits_dtype="float32" if case.logits_dtype == FP32 else "bfloat16",
     )
-    bias, scale = case.weight if case.has_bias else None, None if case.norm_eps is None else case.weight
-    return a_problem(spec, Dtypes(case.hidden, case.weight, bias, scale), frozen=frozen)
+    bias_dtype = case.weight_dtype if case.has_bias else None
+    scale_dtype = None if case.norm_eps is None else case.weight_dtype
+    dtypes = Dtypes(case.hidden_dtype, case.weight_dtype, bias_dtype, scale_dtype)
+    return a_problem(spec, dtypes, frozen=frozen)
 
 
 def gemm_problems(arch: str, case: GemmCase, *, frozen: bool) -> list[str]:
@@ -116,14 +118,14 @@ def test_gemms_do_not_spill_on_other_chips(arch: str) -> None:
 
 # Each number of rows to a block, of vectors to a thread and of warps; and the most registers.
 DOT_PRODUCTS = [
-    GemmCase(8192, 256, weight=FP32),
-    GemmCase(3072, 256, weight=FP32, logits=BF16, has_bias=True),
+    GemmCase(8192, 256, weight_dtype=FP32),
+    GemmCase(3072, 256, weight_dtype=FP32, logits_dtype=BF16, has_bias=True),
     GemmCase(6144, 128, FP32, FP32),
     GemmCase(16384, 258, FP32, FP32),
     GemmCase(8192, 1024, FP32, FP32),
     GemmCase(4096, 1022, FP16, FP32, has_bias=True),
     GemmCase(1000, 1022, FP32, FP32, has_bias=True),
-    GemmCase(8, 1, weight=FP32),
+    GemmCase(8, 1, weight_dtype=FP32),
 ]
 
 
@@ -140,13 +142,13 @@ def test_dot_products_do_not_spill(arch: str, frozen: bool) -> None:
 
 
 AROUND_CUBLAS = [
-    GemmCase(3072, 256, weight=FP32),
-    GemmCase(1000, 33, weight=FP32),
+    GemmCase(3072, 256, weight_dtype=FP32),
+    GemmCase(1000, 33, weight_dtype=FP32),
     GemmCase(2048, 60, FP16, FP16),
     GemmCase(6144, 258),
     GemmCase(2816, 128, norm_eps=1e-6),
-    GemmCase(1000, 33, weight=FP32, norm_eps=1e-6),
-    GemmCase(2880, 33, logits=BF16, has_bias=True),
+    GemmCase(1000, 33, weight_dtype=FP32, norm_eps=1e-6),
+    GemmCase(2880, 33, logits_dtype=BF16, has_bias=True),
 ]
 
 
@@ -166,11 +168,11 @@ def test_selections_do_not_spill(arch: str) -> None:
 @pytest.mark.parametrize("num_terms", [1, 2, 3])
 @pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])
 def test_selections_that_make_the_logits_do_not_spill(arch: str, num_terms: int) -> None:
-    """By fours and by ones in turn, except for the largest, which has the most registers."""
+    """Alternates between loads of four and of one, except for the largest selection, which has the most registers."""
     problems = [
         problem
         for at, (name, spec) in enumerate(SPECS.items())
-        if num_terms != 2 or spec.input_norm_eps is not None  # two terms are a scaled weight's
+        if num_terms != 2 or spec.input_norm_eps is not None  # two terms occur for scaled weights only
         for aligned in ((True, False) if name == "largest" else (at % 2 == 0,))
         for problem in problems_of(select_text(spec, aligned=aligned, num_terms=num_terms), arch, name)
     ]
@@ -194,7 +196,7 @@ def test_selections_that_read_one_logit_at_a_time_do_not_spill(arch: str) -> Non
         ((9, 0), {80, 90, 100}, "sm_90a"),
         ((10, 3), {90, 100, 103}, "sm_103a"),
         ((10, 3), {90, 100, 101, 120}, "compute_90"),  # as of NVRTC 12.8
-        ((13, 0), {90, 100, 130}, "compute_90"),  # of which this package knows nothing
+        ((13, 0), {90, 100, 130}, "compute_90"),  # an architecture that this package does not know
     ],
 )
 def test_a_chip_gets_its_own_code_or_what_every_later_one_runs(
@@ -219,12 +221,12 @@ def test_arguments_are_packed_as_the_kernel_has_them(arguments: tuple[text.Argum
     assert compiler._compile(unit, "sm_90a").code
 
 
-# E, n_group, k: as few experts as a choice of so many can have, in groups of lanes and others.
+# E, n_group, k: the fewest experts for such a k, in groups of whole lanes and others.
 SMALL_PER_GROUP = [(32, 32, 32), (64, 2, 32), (31, 31, 31), (30, 2, 30), (9, 3, 9), (2, 2, 2)]
 
 
 def test_a_warp_has_just_the_shared_memory_that_its_selection_uses() -> None:
-    """select.cuh asserts that it is enough; and it is no more than rounding to a multiple of 4 makes of it."""
+    """select.cuh asserts that the shared memory suffices; this test, that it is no more, rounded up to 4 bytes."""
     small = [RouterSpec(8, e, k, n_group=n, topk_group=n, select_per_group=True) for e, n, k in SMALL_PER_GROUP]
     for spec in (*SPECS.values(), *small):
         unit = f"{select_text(spec)}static_assert(Select<With<0>>::kEnd + 4 > {of_selection.shared_words(spec)});\n"

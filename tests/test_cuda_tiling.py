@@ -1,4 +1,4 @@
-"""How GEMMs are tiled and split, for every chip, without one."""
+"""The tiling and the split-K of GEMMs for every chip; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 @given(
     steps_of_lane=st.integers(1, 4096),
     rows=st.integers(1, 1024),
-    hidden=DTYPES,
-    weight=DTYPES,
+    hidden_dtype=DTYPES,
+    weight_dtype=DTYPES,
     norm=st.booleans(),
     chip=st.builds(Chip, st.integers(1, 200), st.booleans(), st.sampled_from([99 * 1024, 163 * 1024, 227 * 1024])),
 )
 def test_tilings(
-    steps_of_lane: int, rows: int, hidden: torch.dtype, weight: torch.dtype, norm: bool, chip: Chip
+    steps_of_lane: int, rows: int, hidden_dtype: torch.dtype, weight_dtype: torch.dtype, norm: bool, chip: Chip
 ) -> None:
-    """Every column has an owner, in blocks and clusters that a chip can hold."""
-    tiling = tiling_of(8 * steps_of_lane, rows, terms_of(hidden, weight, has_norm=norm)[:2], chip)
+    """Every row of the weight belongs to a block, and blocks and clusters fit the chip."""
+    tiling = tiling_of(8 * steps_of_lane, rows, terms_of(hidden_dtype, weight_dtype, has_norm=norm)[:2], chip)
     assert tiling.num_splits * tiling.warps * tiling.steps * COLUMNS_OF_STEP >= 8 * steps_of_lane
     assert tiling.num_splits in (1, 2, 4, 8)
     assert chip.has_clusters or tiling.num_splits == 1
@@ -52,13 +52,15 @@ def test_tilings(
 @given(
     hidden_size=st.integers(1, 2048).map(lambda vecs: 8 * vecs),
     rows=st.integers(1, 1024),
-    weight=DTYPES,
+    weight_dtype=DTYPES,
     chip=st.builds(Chip, st.integers(1, 200), st.booleans(), st.sampled_from([99 * 1024, 163 * 1024, 227 * 1024])),
     tokens=st.integers(1, MAX_GEMM_TOKENS),
 )
-def test_every_token_has_a_block(hidden_size: int, rows: int, weight: torch.dtype, chip: Chip, tokens: int) -> None:
-    """Each once, in blocks that there are kernels for and that a chip can hold; all in one as long as one tile does."""
-    tiling = tiling_of(hidden_size, rows, terms_of(torch.bfloat16, weight, has_norm=False)[:2], chip)
+def test_every_token_has_a_block(
+    hidden_size: int, rows: int, weight_dtype: torch.dtype, chip: Chip, tokens: int
+) -> None:
+    """Each token is in one block, blocks fit the chip and have kernels; few tokens are in one block."""
+    tiling = tiling_of(hidden_size, rows, terms_of(torch.bfloat16, weight_dtype, has_norm=False)[:2], chip)
     cut = cut_tokens(tokens, tiling, chip)
     assert cut.tiles in tiling.ahead
     of_block = TOKENS_OF_TILE * cut.tiles
@@ -75,10 +77,10 @@ H100 = Chip(132, True, 227 << 10)
     [
         (7168, 256, 16, Cut(2, 1, True)),
         (7168, 256, 64, Cut(8, 1, True)),
-        (4096, 8, 64, Cut(2, 4, True)),  # few rows: 32 blocks of 16 tokens instead of 8 of 64
+        (4096, 8, 64, Cut(2, 4, True)),  # few rows: 32 blocks of 16 tokens instead of 8 blocks of 64
         (5376, 64, 64, Cut(4, 2, True)),
         (2048, 512, 64, Cut(4, 2, True)),  # clusters of two
-        (2880, 128, 128, Cut(2, 8, False)),  # light blocks side by side
+        (2880, 128, 128, Cut(2, 8, False)),  # several small blocks a multiprocessor
         (7168, 256, 128, Cut(8, 2, True)),
     ],
 )
@@ -93,9 +95,9 @@ def test_tokens_are_cut_as_was_fastest_on_an_h100(hidden_size: int, rows: int, t
         (512, 256, 7168, 4),
         (1024, 256, 7168, 2),
         (4096, 256, 7168, 1),
-        (512, 128, 2880, 5),  # 6, 7 and 8 would cut steps of 64 apart
+        (512, 128, 2880, 5),  # 6, 7 and 8 splits would not be multiples of 64
         (256, 768, 3072, 4),
-        (65, 8, 448, 1),  # two would be shorter than 256
+        (65, 8, 448, 1),  # two splits would be shorter than 256
         (65, 8, 1000, 1),
     ],
 )

@@ -1,4 +1,4 @@
-"""The API reference shows every public name, with what its docstring says; links between documents lead somewhere."""
+"""The API reference shows every public name with its docstring; links between documents lead somewhere."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ COMMANDS: Any = typer.main.get_command(app)
 
 
 class Reference(HTMLParser):
-    """A page of the reference: its ids, the links within it, and the text that follows each id."""
+    """A page of the reference: its ids, its internal links, and the text behind each id."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Reference(HTMLParser):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
-    """The pages, by their path, as `make docs` writes them; a warning is an error."""
+    """The pages of `make docs`, by path; warnings are errors."""
     folder = tmp_path_factory.mktemp("reference")
     done = subprocess.run([sys.executable, "-W", "error", WRITER, folder], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -123,7 +123,7 @@ def test_links_within_the_reference_lead_somewhere(reference: dict[str, Referenc
 
 
 def test_public_names() -> None:
-    """What the tests above are about: every name that `moegate` exports, and the members of its classes."""
+    """The names that the tests above check: all that `moegate` exports, and the members of its classes."""
     assert set(moegate.__all__) - {"__version__", "catalog"} <= set(PUBLIC)
     assert {"Gate.forward", "Gate.from_checkpoint", "Routing.topk_ids", "RouterSpec.from_config"} <= set(PUBLIC)
     assert {"catalog.get_model", "catalog.Model.spec"} <= set(PUBLIC)
@@ -140,7 +140,7 @@ sections: Callable[[str], dict[str, dict[str, str]]] = runpy.run_path(str(WRITER
 
 
 def missing(value: Any) -> list[str]:
-    """What the docstring of a function or class does not say: arguments, what comes back, errors that it raises."""
+    """What a docstring of a function or class lacks: arguments, the result, or errors."""
     function = inspect.unwrap(getattr(value, "__func__", value))
     if isinstance(value, (property, cached_property)) or not callable(function):
         return []
@@ -152,7 +152,7 @@ def missing(value: Any) -> list[str]:
     if inspect.isclass(value):
         return lacks
     returns = signature.return_annotation not in (None, "None", inspect.Signature.empty)
-    if arguments and returns and "Returns" not in found:  # without arguments, the first line says what it is
+    if arguments and returns and "Returns" not in found:  # without arguments, the first line describes the result
         lacks.append("Returns")
     if raised_by(function) - set(found.get("Raises", {})):
         lacks.append("Raises")
@@ -160,14 +160,14 @@ def missing(value: Any) -> list[str]:
 
 
 def raised_by(function: Any) -> set[str]:
-    """The errors that a function's own text raises."""
+    """The errors in the raise statements of a function's source."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)]
     return {call.func.id for call in raised if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}
 
 
 def plain(text: str) -> str:
-    """Text without the marks of Markdown, and with single blanks."""
+    """Text without Markdown's marks, with single blanks."""
     return " ".join(re.sub(r"[`*\\]", "", text).split())
 
 
@@ -219,7 +219,7 @@ def test_a_docstring_that_leaves_something_out_is_found() -> None:
 
 
 def dead_links(page: Path, text: str) -> list[str]:
-    """The links of a page that lead nowhere, with their lines; what is outside the repository is not asked."""
+    """The links of a page that lead nowhere, with their lines; links outside of the repository are not checked."""
     dead = []
     for line, target in links_of(text):
         if re.match(r"[a-z]+:", target):
@@ -234,13 +234,13 @@ def dead_links(page: Path, text: str) -> list[str]:
 
 
 def missing_files(page: Path, text: str, folders: str) -> list[str]:
-    """The files below these folders that a page names in inline code, and that are not there."""
+    """The missing files below these folders that a page names in inline code."""
     named = [(span.line, span.target) for span in spans_of(text) if re.match(rf"({folders})/[\w./-]+\w$", span.target)]
     return [f"{shown(page)}:{line}: {file}" for line, file in named if not (ROOT / file).exists()]
 
 
 def unknown_names(page: Path, text: str) -> list[str]:
-    """The names of source files, in inline code and in blocks of text, that no file of the repository has."""
+    """The names of source files, in inline code and text blocks, that are no files of the repository."""
     known = {file.name for folder in ("src", "tests", "benchmarks", "tools") for file in (ROOT / folder).rglob("*.*")}
     places = [(span.line, span.target) for span in spans_of(text)]
     places += [(block.line, block.code) for block in blocks_of(text, page) if block.language == "text"]

@@ -1,4 +1,4 @@
-"""What `make` installs beside a torch that the host has: what that torch needs is the host's, the rest is pinned."""
+"""The packages that `make` installs beside the host's torch: torch's requirements are the host's, others are pinned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NPP = "nvidia-npp==13.0.1.2.*; sys_platform == 'linux' and extra == 'npp'"
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Makes a torch in a folder of its own that names these requirements, and returns it."""
+    """Makes a folder with a torch that has these requirements."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def metadata(name: str, version: str, *requirements: str) -> None:

@@ -35,7 +35,7 @@ HIDDEN = there(torch.randn(40, 64, generator=generator(2)).bfloat16())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_gate_and_route_keep_the_contract(name: str, dtype: torch.dtype, rows: int) -> None:
-    """The function and both kinds of gate, each held against its own logits, and those against float64."""
+    """The function and both kinds of gate: each choice against its own logits, and the logits against float64."""
     spec = SPECS[name]
     if spec.weight_dtype == "float32":
         dtype = torch.float32
@@ -101,7 +101,7 @@ def test_logits_come_only_when_asked_for() -> None:
 
 
 def test_updates_in_place_take_effect() -> None:
-    """At once for a gate that shares its weight; after refresh() for a frozen one."""
+    """At once for a gate that is not frozen; after refresh() for a frozen gate."""
     for frozen in (False, True):
         gate = a_gate(frozen=frozen)
         before = gate(HIDDEN).topk_ids
@@ -124,7 +124,7 @@ def test_the_gate_shares_its_weight() -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_load_state_dict_takes_effect(frozen: bool) -> None:
-    """A frozen gate must not go on with what it had prepared."""
+    """A frozen gate must not use the old prepared weight."""
     gate, other = a_gate(frozen=frozen), a_gate(frozen=False)
     other.weight.data.neg_()
     assert other.e_score_correction_bias is not None
@@ -149,13 +149,13 @@ def test_casts_keep_the_bias_in_float32(frozen: bool) -> None:
 
 
 def test_what_load_state_dict_assigns_is_checked() -> None:
-    """assign=True puts other tensors in the place of ours, with dtypes of their own."""
+    """assign=True replaces the gate's tensors by others, which may have other dtypes."""
     gate = a_gate(frozen=False)
     bias = there(torch.randn(256).bfloat16())
     gate.load_state_dict({"weight": gate.weight, "e_score_correction_bias": bias}, assign=True)
     assert gate.e_score_correction_bias is not None
     assert gate.e_score_correction_bias.equal(bias.float())
-    gate.double()  # with the whole model around it, of which an error here would leave half cast
+    gate.double()  # no error here, since a cast of a whole model must not stop half way
     with pytest.raises(TypeError, match="weight: got dtype float64"):
         gate(HIDDEN)
 
@@ -163,7 +163,7 @@ def test_what_load_state_dict_assigns_is_checked() -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_compiled(frozen: bool, backend: str) -> None:
-    """A compiled gate routes as it does eager, at a few tokens and at many."""
+    """A compiled gate routes like an eager one, at few and at many tokens."""
     for name in ("sigmoid with bias in groups", "softmax renormalised"):
         spec = SPECS[name]
         arguments = route_arguments(spec, tensors_of(spec), 0)
@@ -176,12 +176,12 @@ def test_compiled(frozen: bool, backend: str) -> None:
             assert verify_routing(routing, routing.logits, spec, tensors_of(spec)).problems == []
 
 
-# PyTorch says so in each new thread whose first CUDA call is a product, and makes the context itself.
+# PyTorch's warning in each new thread whose first CUDA call is a GEMM.
 @pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context:UserWarning")
 @pytest.mark.parametrize("precision", ["highest", pytest.param("medium", marks=pytest.mark.cpu)])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_threads(frozen: bool, precision: str) -> None:
-    """Many threads through one gate get what one gets, also while the process allows a CPU reduced precision."""
+    """Many threads get the same results as one, also while the process allows reduced precision on the CPU."""
     gate = a_gate(frozen=frozen)
     expected = [gate(HIDDEN[:rows]) for rows in range(41)]
     torch.set_float32_matmul_precision(precision)
@@ -222,7 +222,7 @@ def test_copies(frozen: bool) -> None:
 
 
 def test_import_is_light() -> None:
-    """`import moegate` brings in nothing that takes long, and no CUDA context."""
+    """`import moegate` imports nothing slow, and makes no CUDA context."""
     code = (
         "import sys, torch; before = set(sys.modules); import moegate; moegate.Gate, moegate.route; "
         "heavy = {'transformers', 'safetensors', 'rich', 'typer', 'numpy', 'tomllib'} & (set(sys.modules) - before); "

@@ -1,4 +1,4 @@
-"""What is recorded of runs on a GPU, and when it no longer speaks for the kernels as they are."""
+"""The record of runs on a GPU, and when a run is stale for the current kernels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PYTHON_CODE = 'def f(x):\n    return f"# {x}"\n'
 
 @pytest.fixture(autouse=True)
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty file of runs, and these kernels."""
+    """An empty file of runs, and fixed kernels."""
     monkeypatch.setattr(gpu_runs, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_runs, "RUNS", tmp_path / "gpu_runs.csv")
     monkeypatch.setattr(gpu_runs, "kernels_now", lambda: KERNELS)
@@ -81,7 +81,7 @@ def test_every_kernel_is_in_the_folders_that_decide(monkeypatch: pytest.MonkeyPa
         assert any(name.startswith(f"{folder}/") for name in gpu_runs.kernels_now())
 
 
-NOT_YET = {"test_noticing_loaders.py", "test_wrappers.py"}  # written for any device, but not run on a GPU so far
+NOT_YET = {"test_noticing_loaders.py", "test_wrappers.py"}  # written for any device, but not yet part of make test-gpu
 
 
 def test_what_is_written_for_any_device_runs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ Ran = Callable[[list[str]], int]
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Callable[[Ran], list[list[str]]]:
-    """Commands are given to a function in place of the system, on a machine that says that it has an H200."""
+    """Replaces the system's commands by a function, on a machine that pretends to have an H200."""
     found = {"gpu": "NVIDIA H200", "driver": "1", "torch": "2", "cuda": "3", "moegate": "4", "moegate_commit": "c"}
     monkeypatch.setattr(record, "describe_run", lambda command: {**found, "date": "2026-11-28"})
     monkeypatch.setattr("shutil.which", lambda name: name)
@@ -203,7 +203,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Callable[[Ran], list[list[str]]]:
 
 
 def reporting(*ends: tuple[int, int]) -> Ran:
-    """Runs of pytest that end with a status, the first with (status, failures) and so on; each of 10 tests."""
+    """Imitates runs of pytest with 10 tests each, which end with the given (status, failures) in turn."""
     left = list(ends)
 
     def run(command: list[str]) -> int:
@@ -284,7 +284,7 @@ def test_without_a_gpu_nothing_is_recorded(command: str, runs: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_run_without_a_gpu_says_which_tests_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    others = "--ignore-glob=tests/test_*"  # collecting them would take its time
+    others = "--ignore-glob=tests/test_*"  # collecting them would be slow
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "tests", others]
     printed = subprocess.run(command, cwd=gpu_runs.ROOT, capture_output=True, text=True).stdout
     assert printed.count("GPU tests: ") == 1

@@ -1,4 +1,4 @@
-"""The rules of the house that a program can hold."""
+"""The rules of CONTRIBUTING.md that a program can check."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_pre_commit_and_ci_use_the_same_tools(tool: str) -> None:
 
 
 def test_the_version_of_torch_is_said_once() -> None:
-    """tools/environment.py runs before anything is installed, so that it repeats the range of pyproject.toml."""
+    """tools/environment.py runs before anything is installed, and has its own copy of pyproject.toml's range."""
     range_start = re.search(r'"torch>=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text())
     oldest = re.search(r"OLDEST_TORCH = \((\d+), (\d+)\)", (ROOT / "tools" / "environment.py").read_text())
     assert range_start is not None
@@ -84,7 +84,7 @@ def test_files_and_functions_are_short() -> None:
 
 
 def too_long(file: Path) -> Iterator[str]:
-    """What of a file is too long, a function from its def to its end."""
+    """What is too long in a file: the file itself, and functions, counted from def to end."""
     text, where = file.read_text(encoding="utf-8"), file.relative_to(ROOT)
     lines = len(text.splitlines())
     if lines > MAX_LINES:

@@ -1,4 +1,4 @@
-"""JSON that others wrote: whatever is wrong with a file, one error names it."""
+"""JSON files of others: every fault of a file is one error that names the file."""
 
 from __future__ import annotations
 

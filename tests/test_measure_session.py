@@ -1,4 +1,4 @@
-"""What `tune` and `bench` measure, on a CPU: everything but the graphs and the clock is what a GPU runs."""
+"""The measurements of `tune` and `bench` on a CPU: all code that runs on a GPU except for graphs and clock."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from moegate.synthetic import random_hidden, random_tensors
 MACHINE = pretended((9, 0), None, name="NVIDIA H200")
 
 
-def without_a_clock(work: Workload, way: str, candidates: list[Contestant]) -> dict[str, dict[str, Any]]:
-    """Calls and checks every candidate as `timing.measure` does, and gives each the same time."""
+def without_a_clock(work: Workload, way: str, contestants: list[Contestant]) -> dict[str, dict[str, Any]]:
+    """Calls and checks every contestant as `timing.measure` does, and gives each the same time."""
     found: dict[str, dict[str, Any]] = {}
-    for candidate in candidates:
+    for contestant in contestants:
         try:
-            results = [candidate.call(layer, work.sources[source]) for source, layer in work.order(way)]
+            results = [contestant.call(layer, work.sources[source]) for source, layer in work.order(way)]
         except Exception as error:
-            found[candidate.name] = {"absent": timing.reason_of(error)}
+            found[contestant.name] = {"absent": timing.reason_of(error)}
             continue
-        verdict = candidate.check(results, work.order(way))
-        found[candidate.name] = {**({"us": 2.5} if verdict["ok"] else {}), **verdict}
+        verdict = contestant.check(results, work.order(way))
+        found[contestant.name] = {**({"us": 2.5} if verdict["ok"] else {}), **verdict}
     return found
 
 
@@ -71,8 +71,8 @@ def test_every_candidate_of_a_tuned_model_is_right_or_says_why_not(here: session
                 assert entry["absent"], (tokens, key)
 
 
-def test_both_products_of_the_cuda_backend_are_measured_each_by_itself(here: session.Session) -> None:
-    """Whichever of them the plan would run."""
+def test_both_gemms_of_the_cuda_backend_are_measured_each_by_itself(here: session.Session) -> None:
+    """Whichever of the two the plan would run."""
     plan = Plan(problem_of(MACHINE, get_spec("deepseek-v3"), torch.bfloat16))
     for candidate in (ROUTER_GEMM, CUBLAS):
         dispatch = Dispatch(plan, only=candidate)
@@ -84,7 +84,7 @@ def test_a_case_of_bench(here: session.Session) -> None:
     spec = get_spec("qwen3-30b-a3b")
     source = bench.Source("qwen3-30b-a3b", spec, catalog.get_model("qwen3-30b-a3b").config)
     row = bench.measure_case(here, source, 4, "cold")
-    found = row["candidates"]
+    found = row["contestants"]
     assert (row["plan"], row["gate_rows"]) == ("cuda:router_gemm+select", 128)
     assert row["plan_not_frozen"] == "cuda:router_gemm+select, not frozen"
     assert found[row["plan_not_frozen"]]["ok"] is True
@@ -96,7 +96,7 @@ def test_a_case_of_bench(here: session.Session) -> None:
     assert "FlashInfer is not installed" in found["flashinfer:cublas+fused_topk_deepseek"]["absent"] or (
         "not the router of" in found["flashinfer:cublas+fused_topk_deepseek"]["absent"]
     )
-    assert "absent" in found["floor"]  # the one kernel that a CPU does not have
+    assert "absent" in found["floor"]  # the only kernel without a replacement on a CPU
 
 
 @pytest.mark.parametrize(

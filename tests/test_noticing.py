@@ -1,4 +1,4 @@
-"""A gate notices tensors that changed behind its back."""
+"""A gate notices changed tensors."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 import moegate
 from moegate import Gate
 
-# What puts another weight [256, 64] into a gate without a word.
+# Ways to put another weight [256, 64] into a gate without a call of `refresh()`.
 
 
 def _put_at_the_same_address(gate: Gate, weight: Tensor) -> None:
-    """What an allocator does with memory that it got back."""
+    """As an allocator may do with memory that was freed."""
     place = gate.weight.data
     del gate.weight
     place.copy_(weight)
@@ -92,7 +92,7 @@ def test_another_weight_that_is_alike_costs_no_refresh(
     gate = a_gate()
     gate(HIDDEN)
     monkeypatch.setattr(Gate, "_take_note", lambda *_, **__: pytest.fail("a refresh"))
-    if change is not _load:  # which refreshes by a hook
+    if change is not _load:  # a hook after load_state_dict refreshes
         change(gate, there(weight_of(SPEC, 7)))
         gate(HIDDEN)
         weight, bias = (there(tensor) for tensor in (weight_of(SPEC, 8), torch.randn(256)))
@@ -113,7 +113,7 @@ def test_a_frozen_gate_prepares_again_only_for_a_change(prepared: list[Tensor]) 
 
 
 def test_what_counts_no_version_needs_refresh() -> None:
-    """The two writes that no call can see, as the documents say."""
+    """Writes that no call can notice, as docs/noticing.md says."""
     for inference in (False, True):
         with torch.inference_mode(inference):
             gate = a_gate(frozen=True)
@@ -150,7 +150,7 @@ def test_a_bias_in_half_precision_that_was_assigned_is_widened(frozen: bool) -> 
 
 @FROZEN
 def test_a_pruned_gate_with_the_spec_of_its_rest(frozen: bool) -> None:
-    """After spec, weight and bias were replaced one by one, as a pruner does."""
+    """As by a pruner, which replaces spec, weight and bias one by one."""
     gate = a_gate(frozen=frozen)
     gate.weight.data = gate.weight.data[:128]
     gate.e_score_correction_bias = gate.e_score_correction_bias[:128]  # type: ignore[index]
@@ -163,7 +163,7 @@ def test_a_pruned_gate_with_the_spec_of_its_rest(frozen: bool) -> None:
 
 @FROZEN
 def test_torch_prunes_and_parametrizes(frozen: bool) -> None:
-    """torch.nn.utils takes the Parameter away and puts a computed tensor in its place."""
+    """torch.nn.utils replaces the Parameter by a computed tensor."""
     from torch.nn.utils import parametrize, prune
 
     class Negated(nn.Module):
@@ -191,4 +191,4 @@ def test_explain_tells_of_the_tensors_that_are_there(frozen: bool) -> None:
     gate.e_score_correction_bias = None
     with pytest.raises(ValueError, match="e_score_correction_bias: got None"):
         gate.explain(1)
-    assert "num_experts=256" in repr(gate)  # which says what it can
+    assert "num_experts=256" in repr(gate)  # still works, without a plan

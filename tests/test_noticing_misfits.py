@@ -1,4 +1,4 @@
-"""What a gate says of tensors that changed behind its back and do not fit: the errors of the constructor."""
+"""Changed tensors that do not fit raise the constructor's errors."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_an_error(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In each call, before anything runs; a copy of the gate says the same, and fitting tensors end it."""
+    """Each call raises before anything runs, also of a copy of the gate; fitting tensors end the error."""
     gate = a_gate(frozen=frozen)
     gate(HIDDEN)
     change(gate)

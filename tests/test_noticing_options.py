@@ -1,4 +1,4 @@
-"""What a gate notices by assignment: FSDP2's unsharded weights, options, and tensors kept where models keep them."""
+"""Assignments that a gate notices: FSDP2's unsharded weights, options, and tensors stored as models store them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
 @pytest.mark.cpu
 @FROZEN
 def test_fsdp_that_writes_where_no_version_tells(frozen: bool, mesh: DeviceMesh) -> None:
-    """FSDP2 frees a weight and puts it back as the same Parameter with the same version, often at the same address."""
+    """FSDP2 frees a weight and assigns the same Parameter again, with the same version and often the same address."""
     spec = RouterSpec(256, 64, 4)
     hidden = torch.randn(8, 256)
     gate = Gate(spec, torch.randn(64, 256), frozen=frozen)
@@ -48,7 +48,7 @@ def test_fsdp_that_writes_where_no_version_tells(frozen: bool, mesh: DeviceMesh)
 
 @FROZEN
 def test_a_correction_bias_that_is_a_parameter(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As vLLM holds it: looked for where it is, and no change in every call."""
+    """As in vLLM: the Parameter is found, and does not count as changed in every call."""
     gate = a_gate(frozen=frozen)
     bias = nn.Parameter(there(torch.randn(SPEC.num_selectable)), requires_grad=False)
     gate.e_score_correction_bias = bias
@@ -77,7 +77,7 @@ def test_another_spec_in_compiled_code() -> None:
 
 
 def test_a_bias_in_half_precision_wherever_it_is_read() -> None:
-    """Widened in eager calls, and so in compiled ones and under transforms."""
+    """Widened in eager calls, in compiled calls and under transforms."""
     gate = a_gate()
     bias = torch.randn(SPEC.num_selectable).half()
     expected = a_gate()
@@ -97,7 +97,7 @@ def test_options_that_are_assigned() -> None:
     gate = a_gate(frozen=True)
     gate(HIDDEN)
     gate.frozen = False
-    gate.weight.data.copy_(there(weight_of(SPEC, 9)))  # which a gate that is not frozen reads in each call
+    gate.weight.data.copy_(there(weight_of(SPEC, 9)))  # a gate that is not frozen reads the weight in each call
     assert routed_as(gate)
     gate.policy = "no policy"
     with pytest.raises(ValueError, match="policy: got 'no policy'"):

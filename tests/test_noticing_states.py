@@ -1,4 +1,4 @@
-"""What a gate notices while a model is loaded, cast, copied, captured or trained."""
+"""Changes that a gate notices while a model is loaded, cast, copied, captured or trained."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ import moegate
 from moegate import Gate
 
 
-# On meta, to be loaded.
+# Gates made on meta, and loaded later.
 @FROZEN
 @pytest.mark.parametrize("name", ["sigmoid with bias in groups", "hash", "input norm and expert scale"])
 def test_meta_then_to_empty_then_loaded(name: str, frozen: bool) -> None:
@@ -48,7 +48,7 @@ def test_meta_then_to_empty_then_loaded(name: str, frozen: bool) -> None:
 
 @FROZEN
 def test_meta_then_assigned_one_by_one(frozen: bool) -> None:
-    """As Transformers and accelerate load: no method of the module is called."""
+    """As Transformers and accelerate load models: without calling a method of the module."""
     whole = a_gate(PINNED)
     gate = Gate(
         PINNED, weight_of(PINNED).to("meta"), e_score_correction_bias=torch.empty(64, device="meta"), frozen=frozen
@@ -60,7 +60,7 @@ def test_meta_then_assigned_one_by_one(frozen: bool) -> None:
 
 
 def test_a_backend_is_not_asked_for_on_meta() -> None:
-    """backend="cuda" runs where the tensors will be."""
+    """A forced backend applies once the tensors are on their device."""
     gate = Gate(
         SPEC, weight_of(SPEC).to("meta"), e_score_correction_bias=torch.empty(256, device="meta"), backend="cuda"
     )
@@ -70,7 +70,7 @@ def test_a_backend_is_not_asked_for_on_meta() -> None:
 
 
 def test_a_parameter_that_goes_to_meta_when_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under accelerate's init_empty_weights, which leaves buffers where they are."""
+    """As under accelerate's init_empty_weights, which does not move buffers."""
     register = Gate.register_parameter
 
     def on_meta(self: Gate, name: str, parameter: nn.Parameter | None) -> None:
@@ -85,7 +85,7 @@ def test_a_parameter_that_goes_to_meta_when_registered(monkeypatch: pytest.Monke
 
 
 def test_hooks_that_move_a_weight_for_each_call() -> None:
-    """As accelerate offloads: the weight is on meta between calls, of a frozen gate too."""
+    """As accelerate offloads weights: on meta between calls, also for a frozen gate."""
     for frozen in (False, True):
         gate, weight = a_gate(frozen=frozen), there(weight_of(SPEC, 9))
         expected = Gate(SPEC, weight, e_score_correction_bias=gate.e_score_correction_bias)(HIDDEN).topk_ids
@@ -102,7 +102,7 @@ def test_hooks_that_move_a_weight_for_each_call() -> None:
             assert gate(HIDDEN).topk_ids.equal(expected)
 
 
-# A hash table is checked when it is there.
+# The check of hash tables.
 def test_a_placeholder_table_is_checked_at_the_first_call() -> None:
     table = tensors_of(HASH).tid2eid
     assert table is not None
@@ -133,11 +133,11 @@ def test_a_table_that_was_written_is_checked_again(frozen: bool) -> None:
         torch.func.functional_call(gate, {"tid2eid": gate.tid2eid * 0}, (HIDDEN,), {"input_ids": IDS})
 
 
-# A weight that the spec pins to float32.
+# Weights that the spec pins to float32.
 @pytest.mark.parametrize("gate_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_a_cast_of_a_model_that_shares_the_weight(gate_first: bool, dtype: torch.dtype) -> None:
-    """All of the model is cast, in whatever order, and the gate names the way out at its next call."""
+    """The whole model is cast, in any order, and the gate's next call raises an error with a remedy."""
     gate, linear = a_gate(PINNED, frozen=True), nn.Linear(64, 64, bias=False, device=HIDDEN.device)
     linear.weight = gate.weight
     model = nn.ModuleList([gate, linear] if gate_first else [linear, gate])
@@ -149,7 +149,7 @@ def test_a_cast_of_a_model_that_shares_the_weight(gate_first: bool, dtype: torch
     message = r"pins it.*another module.*one of its own" if dtype == torch.bfloat16 else "allowed: float32"
     with pytest.raises(TypeError, match=message):
         gate(HIDDEN)
-    gate.weight = nn.Parameter(float32)  # the way out
+    gate.weight = nn.Parameter(float32)  # the remedy in the error
     assert routed_as(gate)
     model.to(torch.bfloat16)
     assert gate.weight.equal(float32)
@@ -182,7 +182,7 @@ def test_casts_under_the_settings_of_pytorch() -> None:
 
 @pytest.mark.cpu
 def test_a_refresh_during_a_capture_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a CPU in the place of the GPU; test_cuda_streams.py has the GPU."""
+    """On a CPU that pretends to capture; test_cuda_streams.py has the test on a GPU."""
     gate, capturing = a_gate(frozen=True), [True]
     bias = gate.e_score_correction_bias
     for module in ("takes_note", "noticing"):
@@ -203,7 +203,7 @@ def test_a_refresh_during_a_capture_is_an_error(monkeypatch: pytest.MonkeyPatch)
         gate(HIDDEN)
 
 
-# What a gradient would need.
+# Gradients.
 @FROZEN
 def test_no_gradient_is_told_once(frozen: bool) -> None:
     def told(gate: Callable[[Tensor], object], hidden: Tensor) -> int:

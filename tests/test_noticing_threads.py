@@ -1,4 +1,4 @@
-"""What a gate notices from several threads, and in the child of a process that was refreshing."""
+"""Noticing in several threads, and in the child of a process that was refreshing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moegate import Gate, noticing
 
 @FROZEN
 def test_threads_that_find_a_change(frozen: bool, prepared: list[Tensor]) -> None:
-    """One refresh for all of them, and none sees half of it."""
+    """All threads share one refresh, and none sees an incomplete one."""
     gate = a_gate(frozen=frozen)
     for turn in range(5):
         prepared.clear()
@@ -56,7 +56,7 @@ def test_threads_that_wait_for_a_refresh_make_none(prepared: list[Tensor], monke
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_child_of_a_process_that_was_refreshing() -> None:
-    """A lock that a thread holds at the fork has nobody to release it in the child."""
+    """A lock that a thread holds at the fork is not held in the child."""
     torch.set_num_threads(1)  # PyTorch's own threads do not live through a fork
     gate, held, done = a_gate(frozen=True), threading.Event(), threading.Event()
 

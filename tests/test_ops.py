@@ -40,7 +40,7 @@ def test_compiled_in_one_graph_for_any_number_of_tokens(name: str, frozen: bool)
         for mine, theirs in zip(got[1:], eager[1:], strict=True):
             assert (mine is None) == (theirs is None)
             if mine is not None and theirs is not None:
-                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)  # a CPU's frozen product differs
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)  # a packed weight rounds differently
 
 
 def test_compiled_into_given_outputs() -> None:
@@ -57,7 +57,7 @@ def test_compiled_into_given_outputs() -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_the_operator_is_what_it_says(name: str) -> None:
-    """PyTorch's own checks: the schema, the fake, and what autograd and the compiler make of them."""
+    """PyTorch's own checks of an operator: schema, fake implementation, autograd and compilation."""
     spec, gate = SPECS[name], a_gate(name, frozen=False)
     hidden = there(torch.randn(4, spec.hidden_size, generator=generator(2)))
     given = route_arguments(spec, tensors_of(spec), 4)

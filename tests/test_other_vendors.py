@@ -1,4 +1,4 @@
-"""What is said of GPUs that are not NVIDIA's, and what runs on AMD's; a stand-in, for no such GPU is here."""
+"""Messages about GPUs of other vendors, and the GEMM on AMD's, with a stand-in for an AMD GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that
 
 
 class OnGpu(Tensor):
-    """A CPU's tensor that says it is on a GPU, which PyTorch calls "cuda" on AMD's, too."""
+    """A tensor on the CPU that claims to be on a GPU; PyTorch calls AMD's GPUs "cuda", too."""
 
     is_cuda = True
     is_cpu = False
@@ -57,8 +57,8 @@ def test_other_devices_are_not_called_amd() -> None:
 @pytest.mark.usefixtures("amd")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_where_mm_cannot_widen(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in ROCm builds of torch 2.8: within a float32 product's error, and said once."""
+def test_gemms_where_mm_cannot_widen(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ROCm builds of torch 2.8: within the error of a float32 GEMM, with one warning."""
 
     def refuse(*arguments: object, **named: object) -> NoReturn:
         raise RuntimeError("out_dtype is only supported for CUDA")
@@ -89,7 +89,7 @@ def test_where_mm_can_widen_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = (torch.ones(rows, 64, dtype=torch.bfloat16).as_subclass(OnGpu) for rows in (2, 3))
     for _ in range(2):
         assert torch_mm.router_gemm(hidden, weight, None, torch.float32).tolist() == [[64.0] * 3] * 2
-    assert asked == [torch.float32] * 3  # a try, then each product
+    assert asked == [torch.float32] * 3  # one try, then each GEMM
     torch_mm._widens_on_amd.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""What a frozen gate keeps of its weight on a CPU: faster to read, and not a bit less exact."""
+"""The packed weight of a frozen gate on a CPU: logits keep the bound."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moegate.contract.verify import verify_logits
 from moegate.gemm.cpu_packed import PackedWeight, pack
 from moegate.routing import RouterTensors
 
-pytestmark = pytest.mark.cpu  # the CUDA backend prepares nothing of this kind
+pytestmark = pytest.mark.cpu  # the cuda backend packs no weight
 
 SPEC = RouterSpec(640, 32, 4)
 HAS_FLOAT16_PRODUCT = "fbgemm" in torch.backends.quantized.supported_engines
@@ -34,7 +34,7 @@ def weights() -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", weights())
 def test_logits_of_a_prepared_weight(name: str, dtype: torch.dtype) -> None:
-    """Within the bound of each logit, which a small row's own magnitude sets."""
+    """Logits are within the bound, also of rows with small elements, whose bound is small."""
     weight = weights()[name].to(dtype)
     gate = Gate(SPEC, weight, frozen=True)
     for rows in (1, 8, 9):
@@ -45,7 +45,7 @@ def test_logits_of_a_prepared_weight(name: str, dtype: torch.dtype) -> None:
             assert verify_logits(logits, hidden, weight, SPEC, RouterTensors()).problems == []
         else:
             assert name == "large"
-            assert dtype == torch.float16  # the weight itself is infinite in this dtype
+            assert dtype == torch.float16  # the weight overflows in float16
 
 
 @pytest.mark.parametrize(

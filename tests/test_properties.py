@@ -1,4 +1,4 @@
-"""Random specs, random and hostile logits: `select` against the reference, and what must always hold."""
+"""Random specs, random and hostile logits: `select` against the reference, and invariants."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moegate.contract.verify import verify_routing
 from moegate.routing import RouterTensors
 
 SEEDS = st.integers(0, 2**31 - 1)
-MAX_ROWS = 40  # enough for both of the torch backend's ways, for few rows and for many
+MAX_ROWS = 40  # covers the torch backend's paths for few and for many rows
 MAX = torch.finfo(torch.float32).max
 HOSTILE = (0.0, -0.0, 1.0, -1.0, 1e-38, -1e-42, 88.0, -88.0, 104.0, 3e38, -3e38, MAX, -MAX)
 HOSTILE_LAST = (torch.inf, -torch.inf, torch.nan)
@@ -27,7 +27,7 @@ HOSTILE_LAST = (torch.inf, -torch.inf, torch.nan)
 
 @st.composite
 def specs(draw: st.DrawFn) -> RouterSpec:
-    """Any spec that makes sense."""
+    """Any valid spec."""
     fields: dict[str, Any] = {}
     n_group = draw(st.sampled_from([1, 1, 2, 4, 8]))
     per_group = draw(st.sampled_from([1, 2, 3, 7, 15, 32]) if n_group > 1 else st.sampled_from([1, 2, 7, 60, 258, 288]))
@@ -78,7 +78,7 @@ def tie_full(spec: RouterSpec, rows: int, seed: int, dtype: torch.dtype) -> Tens
 
 
 def tie_free(spec: RouterSpec, rows: int, seed: int) -> Tensor:
-    """Distinct logits, far apart: a permutation of an even grid in each row."""
+    """Distinct logits, far apart: each row is a permutation of a grid."""
     g = generator(seed)
     size = spec.num_gate_rows
     grid = torch.linspace(-4, 4, size)
@@ -93,7 +93,7 @@ def run(spec: RouterSpec, logits: Tensor, tensors: RouterTensors) -> tuple[Routi
 @settings(max_examples=400, deadline=None)
 @given(specs(), SEEDS, st.integers(0, MAX_ROWS), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_select_equals_the_reference(spec: RouterSpec, seed: int, rows: int, dtype: torch.dtype) -> None:
-    """Tie-free input: the same sets, but for rows (1 % at most) that the margin excuses."""
+    """Input without ties gives the same sets, except for rows (1 % at most) that the margin excuses."""
     tensors = tensors_of(spec, seed % 1000)
     for logits, is_tie_free in ((tie_free(spec, rows, seed), True), (tie_full(spec, rows, seed, dtype), False)):
         routing, input_ids = run(spec, logits, tensors)
@@ -107,7 +107,7 @@ def test_select_equals_the_reference(spec: RouterSpec, seed: int, rows: int, dty
 
 
 def _ties(logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> bool:
-    """True if keys, or the scores of groups, come (almost) equal out of these distinct logits."""
+    """True if keys or group scores of these distinct logits are equal or nearly so."""
     if spec.hash_routing or spec.selects_on_logits or logits.numel() == 0:
         return False
     keys = choice_keys(finite_logits(logits, torch.float64), spec, tensors)
@@ -121,7 +121,7 @@ def _ties(logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> bool:
 def test_invariants_on_hostile_input(
     spec: RouterSpec, seed: int, rows: int, dtype: torch.dtype, hostile_bias: bool
 ) -> None:
-    """Ids distinct and in range, weights NaN just in NaN rows and never negative, sums right."""
+    """Ids are distinct and in range; weights are NaN in NaN rows only, and not negative; sums are right."""
     g = generator(seed)
     values = torch.tensor(HOSTILE + HOSTILE_LAST)
     shape = (rows, spec.num_gate_rows)
@@ -161,7 +161,7 @@ def test_invariants_on_hostile_input(
 @settings(max_examples=400, deadline=None)
 @given(specs(), SEEDS, st.integers(2, MAX_ROWS))
 def test_rows_are_independent(spec: RouterSpec, seed: int, rows: int) -> None:
-    """A row's bits do not change when another row gets ties, NaN or infinities, and not in a second call."""
+    """A row's bits are the same when other rows have ties, NaN or infinities, and in a second call."""
     tensors = tensors_of(spec, seed % 1000)
     logits = torch.randn(rows, spec.num_gate_rows, generator=generator(seed))
     routing, _ = run(spec, logits, tensors)
@@ -189,7 +189,7 @@ def test_k_equal_to_n_and_odd_sizes() -> None:
 
 
 def test_the_verdict_finds_wrong_routings() -> None:
-    """The oracle itself must be able to fail: each kind of damage is a problem."""
+    """The oracle must be able to fail: it finds each kind of damage."""
     spec = RouterSpec(
         16, 24, 4, "sigmoid", "score", 4, 2, renormalize=True, num_zero_experts=4, routed_scaling_factor=2.0
     )

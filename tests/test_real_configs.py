@@ -1,8 +1,8 @@
-"""Published config.json files, cut to what routing could depend on, each with the router that it means.
+"""Published config.json files, cut to the keys that routing could depend on, each with its router.
 
-data/configs/*.json hold them. `expected` has the RouterSpec fields that are not the defaults, worked out from the code
-of the models and of the engines, never from what the reader returns. `refused` has words of the error. `warns` has
-words of each warning; where it is missing there is none.
+They are in data/configs/*.json. `expected` has the RouterSpec fields other than the defaults, worked out from the code
+of the models and of the engines, never from the reader's results. `refused` has words of the error. `warns` has
+words of each warning; without `warns` there is no warning.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def test_a_published_config_gives_its_router(entry: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("entry", having("expected"))
-@pytest.mark.filterwarnings("ignore:moegate:RuntimeWarning")  # the test above has them
+@pytest.mark.filterwarnings("ignore:moegate:RuntimeWarning")  # tested above
 def test_a_folder_gives_what_the_dict_gives(entry: dict[str, Any], tmp_path: Path) -> None:
     spec = RouterSpec.from_config(save(entry["config"], tmp_path))
     assert spec == RouterSpec(**entry["expected"])
@@ -71,7 +71,7 @@ def test_every_entry_names_its_source_and_one_result() -> None:
 
 
 def test_what_is_expected_is_no_default() -> None:
-    """A field that is the default anyway would hide that the reader sets another one."""
+    """`expected` has no field with a default value: such a field would hide a reader that sets another one."""
     for entry in having("expected"):
         said = entry.values[0]["expected"]
         assert not {name for name, value in said.items() if value == DEFAULTS[name]}, entry.id

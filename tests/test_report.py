@@ -1,4 +1,4 @@
-"""The report of `moegate bench`, from committed measurements: numbers, page, and what it never shows."""
+"""The report of `moegate bench`, from committed measurements: numbers and page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def row_of(content: dict[str, Any], tokens: int, way: str = "trigger") -> dict[s
 
 def test_numbers_of_a_row(content: dict[str, Any]) -> None:
     row = row_of(content, 1)
-    times = {name: found["us"] for name, found in row["candidates"].items() if "us" in found}
+    times = {name: found["us"] for name, found in row["contestants"].items() if "us" in found}
     assert numbers.best_peer(row) == (PAIR, times[PAIR])
     assert numbers.speed_up(row) == (PAIR, times[PAIR] / times["moegate"])
     assert numbers.share_of_floor(row) == times["floor"] / times["moegate"]
@@ -45,10 +45,10 @@ def test_a_plan_is_held_against_other_kernels_and_the_gate_against_its_own(conte
     row = row_of(content, 64)
     chosen, other = row["plan"], "torch:mm+ops"
     row["keeps_contract"].append(other)
-    row["candidates"][chosen]["us"] = row["candidates"]["moegate"]["us"] / 1.5
+    row["contestants"][chosen]["us"] = row["contestants"]["moegate"]["us"] / 1.5
     assert numbers.plan_ratio(row) == 1.0
     assert numbers.timed_twice(row) == pytest.approx(1.5)
-    row["candidates"][other]["us"] = row["candidates"][chosen]["us"] / 1.08
+    row["contestants"][other]["us"] = row["contestants"][chosen]["us"] / 1.08
     assert numbers.plan_ratio(row) == pytest.approx(1.08)
     plan, twice, *_ = numbers.verdicts(content["rows"])
     assert "The default plan of a frozen gate MISSES the aim" in plan
@@ -56,16 +56,16 @@ def test_a_plan_is_held_against_other_kernels_and_the_gate_against_its_own(conte
     assert "of which 1 have more than one such candidate" in plan
     assert "at worst 50.0% (deepseek-v3, M = 64, trigger)" in twice
 
-    assert numbers.plan_ratio(row, frozen=False) is None  # as before gates that are not frozen had plans of their own
-    row["candidates"][other]["us"] = 70.0
+    assert numbers.plan_ratio(row, frozen=False) is None  # an old record, without this plan
+    row["contestants"][other]["us"] = 70.0
     row["plan_not_frozen"] = chosen + ", not frozen"
-    row["candidates"] |= {
+    row["contestants"] |= {
         name + ", not frozen": {"us": us, "ok": True} for name, us in ((chosen, 9.0), ("cuda:cublas+select", 10.0))
     }
     assert numbers.plan_ratio(row, frozen=False) == 1.0
     row["plan_not_frozen"] = "cuda:cublas+select, not frozen"
     assert numbers.plan_ratio(row, frozen=False) == pytest.approx(10 / 9)
-    row["candidates"][other]["us"] = 8.0  # one time for both kinds of gate: its kernels are the same
+    row["contestants"][other]["us"] = 8.0  # the torch backend has one time, frozen or not
     assert numbers.plan_ratio(row, frozen=False) == pytest.approx(10 / 8)
     assert "one that is not frozen MISSES the aim" in numbers.verdicts(content["rows"])[1]
 
@@ -74,7 +74,7 @@ def test_a_wrong_result_has_no_time_anywhere(content: dict[str, Any]) -> None:
     from moegate.report.page import page
 
     row = row_of(content, 1)
-    row["candidates"][PAIR].update(ok=False, us=0.1234)
+    row["contestants"][PAIR].update(ok=False, us=0.1234)
     assert numbers.time_of(row, PAIR) is None
     best = numbers.best_peer(row)
     assert best is not None
@@ -87,7 +87,7 @@ def test_a_wrong_result_has_no_time_anywhere(content: dict[str, Any]) -> None:
 
 
 class Outline(HTMLParser):
-    """The tags of a page that must be closed, and whatever it would fetch."""
+    """The open tags of a page, the URLs that the page would fetch, and the figures."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     assert len(outline.figures) == 1 + 3 + 3
     line = next(trace for trace in outline.figures[1]["data"] if trace["name"] == "moegate")
     assert line["x"] == [1, 4, 16, 64]
-    assert line["y"] == [row_of(CONTENT, tokens)["candidates"]["moegate"]["us"] for tokens in (1, 4, 16, 64)]
+    assert line["y"] == [row_of(CONTENT, tokens)["contestants"]["moegate"]["us"] for tokens in (1, 4, 16, 64)]
 
 
 def test_names_of_models_cannot_become_tags(content: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ def test_render_makes_the_page_without_a_gpu(tmp_path: Path) -> None:
     result = run("bench", "--render", tmp_path, columns=120)
     assert result.exit_code == 0
     assert (tmp_path / "bench.html").stat().st_size > 1_000_000
-    ours = row_of(CONTENT, 16)["candidates"]["moegate"]["us"]
+    ours = row_of(CONTENT, 16)["contestants"]["moegate"]["us"]
     assert re.search(rf"^moegate .*{ours:.2f}.*all", result.stdout, flags=re.MULTILINE)
     assert "2026-11-24: NVIDIA H200" in result.stdout
     assert "One that is not frozen, hot: faster than the best peer in" in result.stdout
@@ -157,11 +157,11 @@ def test_render_makes_the_page_without_a_gpu(tmp_path: Path) -> None:
 def test_no_time_is_cut_off_on_a_narrow_console(tmp_path: Path, content: dict[str, Any]) -> None:
     for row in [row for row in content["rows"] if row["tokens"] == 64]:
         for more, tokens in enumerate((128, 256, 1024, 4096, 16384)):
-            candidates = {
+            contestants = {
                 name: {**each, "us": 100.0 * (more + 1) + index} if "us" in each else each
-                for index, (name, each) in enumerate(row["candidates"].items())
+                for index, (name, each) in enumerate(row["contestants"].items())
             }
-            content["rows"].append({**row, "tokens": tokens, "candidates": candidates})
+            content["rows"].append({**row, "tokens": tokens, "contestants": contestants})
     (tmp_path / "bench.json").write_text(json.dumps(content))
     printed = run("bench", "--render", tmp_path, columns=80).stdout
     assert "…" not in printed
@@ -170,7 +170,7 @@ def test_no_time_is_cut_off_on_a_narrow_console(tmp_path: Path, content: dict[st
     assert max(map(len, printed.partition("The default plan")[0].splitlines()[1:])) <= 80
     for row in content["rows"]:
         assert f"M={row['tokens']}" in printed
-        for found in row["candidates"].values():
+        for found in row["contestants"].values():
             assert "us" not in found or f"{found['us']:.2f}" in printed
 
 

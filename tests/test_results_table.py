@@ -1,4 +1,4 @@
-"""The CSV files in which git keeps what a folder of records measured."""
+"""The CSV files with the medians of records, which git keeps."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def write_record(file: Path, run: str, *rows: dict[str, Any]) -> None:
     file.write_text(json.dumps({"runs": runs, "rows": [{"run": run, **row} for row in rows]}))
 
 
-def row(part: str, tokens: int, way: str = "cold", **candidates: dict[str, Any]) -> dict[str, Any]:
-    return {"part": part, "model": "deepseek-v3", "tokens": tokens, "way": way, "candidates": candidates}
+def row(part: str, tokens: int, way: str = "cold", **contestants: dict[str, Any]) -> dict[str, Any]:
+    return {"part": part, "model": "deepseek-v3", "tokens": tokens, "way": way, "contestants": contestants}
 
 
 def tabulate(folder: Path, file: Path) -> list[list[str]]:
@@ -80,7 +80,7 @@ def test_what_is_measured_anew_takes_the_place_of_the_same_case_alone(tmp_path: 
         ("route", "2", "hot", "ours", "26"),
         ("route", "10", "cold", "ours", "25"),
     ]
-    assert [run["run"] for run in runs_of(file)] == ["25", "26", "27"]  # nothing is left of 24
+    assert [run["run"] for run in runs_of(file)] == ["25", "26", "27"]  # run 24 has no rows left
 
 
 def test_git_keeps_small_tables_alone() -> None:

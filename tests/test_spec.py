@@ -1,4 +1,4 @@
-"""`RouterSpec`: combinations that make no sense are refused, with the field, the value and what is allowed."""
+"""`RouterSpec`: invalid combinations are refused; the error has the field, the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_what_follows_from_the_fields() -> None:
 
 
 def test_a_copy_in_another_process_computes_its_own_hash() -> None:
-    """Text hashes to other numbers there."""
+    """Strings have other hashes in another process."""
     spec = RouterSpec(64, 8, 2)
     hash(spec)
     again = pickle.loads(pickle.dumps(spec))

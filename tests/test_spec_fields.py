@@ -1,4 +1,4 @@
-"""Fields of a spec that somebody does not know: none is taken for nothing by those who look at some of them."""
+"""Code that looks at some fields of a spec must not ignore the others, nor fields that are added later."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from moegate.measure.peers import is_transformers_softmax
 from moegate.measure.plain import plain_select
 from moegate.selection.select_text import select_text
 
-BASE = RouterSpec(64, 256, 8, "sigmoid", "score", 8, 4, renormalize=True)  # which FlashInfer's top-k takes
-# A change of each field; of some, together with what makes sense only with it.
+BASE = RouterSpec(64, 256, 8, "sigmoid", "score", 8, 4, renormalize=True)  # supported by FlashInfer's top-k
+# A change of each field, with further changes where the field needs them.
 CHANGED: dict[str, dict[str, Any]] = {
     "hidden_size": {"hidden_size": 128},
     "num_experts": {"num_experts": 128},
@@ -69,7 +69,7 @@ FIELDS = [field.name for field in dataclasses.fields(RouterSpec)]
 
 @dataclass(frozen=True)
 class Newer(RouterSpec):
-    """A spec with a field of which nobody has heard."""
+    """A spec with a field that no other code knows."""
 
     novelty: bool = False
 
@@ -129,11 +129,11 @@ def test_flashinfers_top_k_refuses_both_kinds_of_groups() -> None:
     assert limits.top_k_refuses(by_three) == "fused_topk_deepseek ranks groups by the sum of two"
     per_group = replace(BASE, topk_group=8, select_per_group=True)
     assert "not the router of fused_topk_deepseek" in str(limits.top_k_refuses(per_group))
-    assert limits.top_k_refuses(replace(by_three, n_group=1, topk_group=1)) is None  # there nothing is ranked
+    assert limits.top_k_refuses(replace(by_three, n_group=1, topk_group=1)) is None  # one group: nothing is ranked
 
 
 def test_the_kinds_in_measured_tables_are_those_of_their_models() -> None:
-    """Byte for byte: a kind that is spelled anew finds no measured time."""
+    """Byte for byte, since a kind with another spelling would find no measured time."""
     folder = resources.files("moegate.choice") / "measured"
     tables = [read(file) for file in folder.iterdir() if file.name.endswith(".json")]
     rows = {(row.model, row.shape.router) for table in tables for row in table.rows}
@@ -167,7 +167,7 @@ def test_groups_in_a_phrase() -> None:
 
 @pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.n_group > 1])
 def test_the_plain_router_chooses_the_same_experts(name: str) -> None:
-    """What is compiled and timed as a peer; on random logits there is hardly a tie for it to break otherwise."""
+    """The router of measure/plain.py; on random logits, ties, which it may break otherwise, are rare."""
     spec = SPECS[name]
     tensors, logits = tensors_of(spec), random_logits(spec, 50)
     ids, weights = plain_select(spec, tensors, None)(logits)

@@ -1,8 +1,8 @@
-"""Our routers against Transformers' own classes, for every model type and every named model that has one.
+"""moegate's routers against Transformers' own classes, for every model type and named model with a class.
 
-The exact logits, in float64, and the error allowed to float32 or bfloat16 ones come from the contract. Ours are held
-against our own logits, exactly where the choice is by logit; Transformers' routing is held against the exact logits,
-within the error allowed to its own.
+Exact logits, in float64, and the error of float32 or bfloat16 logits come from the contract. moegate's routing is
+compared on its own logits, exactly where the choice key is the logit; Transformers' routing, on the exact logits and
+within the error of its logits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXCUSED = 0.01
 
 @dataclass(frozen=True)
 class Run:
-    """One case: its input, what Transformers makes of it, and what it should be."""
+    """One case: the input, Transformers' routing, and the exact routing."""
 
     case: Case
 
@@ -49,7 +49,7 @@ class Run:
     @cached_property
     def spec(self) -> RouterSpec:
         spec = RouterSpec.from_config(self.router.config, layer=self.case.layer)
-        if self.case.rounded is not None:  # deepseek_v4's spec has float32 logits, Transformers' class has not
+        if self.case.rounded is not None:  # deepseek_v4's spec has float32 logits, Transformers' class bfloat16 ones
             spec = replace(spec, logits_dtype="bfloat16")
         return replace(spec, topk_weights_dtype="bfloat16") if self.case.rounds_weights else spec
 
@@ -106,7 +106,7 @@ def test_model_type(case: Case) -> None:
 
 @cases([case for case in router_cases.tiny_cases() if case.dtype == "bfloat16"], rounded=False)
 def test_whose_weights_are_cast_to_bfloat16(case: Case) -> None:
-    """The data says for which classes. Uncast, a thousand float32 weights are not all bfloat16 numbers by chance."""
+    """For exactly the classes with casts_weights, a thousand weights are all bfloat16 numbers, which is no chance."""
     run = Run(case)
     weights = run.router(run.hidden, run.input_ids)[2]
     if (factor := model_types()[case.model_type].output_factor) is not None:
@@ -149,7 +149,7 @@ def hold_ours(run: Run, ours: Routing) -> None:
 
 
 def hold_their_logits(run: Run, logits: Tensor | None, error: Tensor) -> None:
-    """What the class returns as logits: some after the multiplier or the cap, some without the shared gates."""
+    """The class's logits, some after the multiplier or the soft cap, some without the shared gates."""
     if logits is None:
         assert run.spec.input_norm_eps is not None, "only Gemma-4's class keeps its logits to itself"
         return
@@ -167,7 +167,7 @@ def same_experts(ours: Routing, theirs: Routing) -> Tensor:
 
 
 def hold_same_weights(run: Run, ours: Routing, theirs: Routing, same: Tensor) -> None:
-    """At the same ids, both lie in the interval that the contract gives them: they differ by no more than its width."""
+    """At equal ids, both weights lie in the contract's interval, so that they differ by its width at most."""
     (our_ids, our_weights), (ids, weights) = (by_id(routing) for routing in (ours, theirs))
     allowed, _ = bounds.weight_interval(ids, run.exact, run.spec, run.tensors, run.error)
     inside = (our_weights - weights).abs() <= allowed.high - allowed.low
@@ -181,10 +181,10 @@ def by_id(routing: Routing) -> tuple[Tensor, Tensor]:
 
 
 def is_separated(run: Run, error: Tensor, score_error: float = 0.0) -> Tensor:
-    """Rows [M] whose k best keys are above all others, wherever in their intervals: a tie is out of the question.
+    """Rows [M] whose k best keys are above all others everywhere in their intervals, so that ties are impossible.
 
-    score_error: relative, of the scores. Where the key is the logit, it stands for a step of the logit: the same for
-    exp, which a softmax is made of; 1 / (1 - s) times as long for a sigmoid s.
+    score_error: the relative error of scores. Where the key is the logit, it means a step of the logit: the same for
+    exp in a softmax; 1 / (1 - s) times as long for a sigmoid s.
     """
     if run.spec.selects_on_logits:
         slope = 1 / (1 - torch.sigmoid(run.exact)) if run.spec.scoring_func == "sigmoid" else 1.0
@@ -201,7 +201,7 @@ def is_separated(run: Run, error: Tensor, score_error: float = 0.0) -> Tensor:
 
 @cases(router_cases.tiny_cases() + router_cases.full_cases(), rounded=True)
 def test_more_rounding(case: Case) -> None:
-    """Classes that round more than a spec can say: the same experts where these roundings cannot swap them."""
+    """Classes with more roundings than a spec can express: the same experts where the roundings cannot swap them."""
     run, rounded = Run(case), case.rounded
     assert rounded is not None
     error = run.error + input_error(run, rounded.of_input)
@@ -217,10 +217,10 @@ def test_more_rounding(case: Case) -> None:
 
 
 def input_error(run: Run, roundings: int) -> Tensor:
-    """How far the logits move when each input is rounded so many times to bfloat16.
+    """The bound on the change of logits when each input is rounded to bfloat16 so many times.
 
-    Each rounding moves a product by at most 2**-8 of it, up or down: by Hoeffding's inequality their sum stays within
-    7 times the root of the sum of their squares, but for one logit in 10**10.
+    Each rounding changes a product by at most 2**-8 of the product, up or down. By Hoeffding's inequality, the sum of
+    the changes is within 7 times the root of the sum of squares, except for one logit in 10**10.
     """
     if not roundings:
         return torch.zeros_like(run.exact)
@@ -233,7 +233,7 @@ def input_error(run: Run, roundings: int) -> Tensor:
     "model", [m for m in models() if router_cases.transformers_type(m)], ids=lambda model: model.name
 )
 def test_spec_of_named_model(model: Model) -> None:
-    """Transformers' config of a named model describes the router that the catalog says."""
+    """Transformers' config of a named model gives the catalog's spec."""
     model_type = router_cases.transformers_type(model)
     assert model_type is not None
     config = CONFIG_MAPPING[model_type](**router_cases.row_overrides(model))

@@ -1,4 +1,4 @@
-"""`moegate tune`, with a stand-in for what measures: stopped, killed, resumed, and finished."""
+"""`moegate tune` with a stand-in for the measurement: stopped, killed, resumed, and finished."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def measured(spec: RouterSpec, tokens: int) -> dict[str, dict[str, Any]]:
 
 
 class Stopping:
-    """Measures so many cases, then is interrupted."""
+    """A measurement that is interrupted after a number of cases."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -113,7 +113,7 @@ def test_models_that_are_named_are_measured_too_and_stay_when_the_rest_goes_on_w
     own = Stopping(after=len(TOKENS) + 3)
     with pytest.raises(typer.Exit):
         run(Tuning(path, GPU, MADE, {"my/flint": flint, "my/twin": get_spec(MODELS[0])}), own)
-    assert own.seen == [*((flint, tokens) for tokens in TOKENS), *SPECS[:3]]  # not the twin, whose shape is there
+    assert own.seen == [*((flint, tokens) for tokens in TOKENS), *SPECS[:3]]  # not the twin, a spec of MODELS
     run(Tuning(path, GPU, MADE), Stopping(after=10**6))
     problem = problem_of(dataclasses.replace(GPU, device=torch.device("cpu")), flint, default_weight_dtype(flint))
     assert costs.expected(problem, ROUTER_GEMM, 16) == (5.0, "measured on this GPU X")

@@ -1,4 +1,4 @@
-"""Tensors that are wrappers, and calls in which PyTorch's operations do not compute: nobody asks for values."""
+"""Wrapper tensors, and calls under modes, transforms and tracers: routing never branches on values."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def ids_of(spec: RouterSpec, rows: int) -> dict[str, Tensor]:
 
 
 def assert_same(got: Any, expected: Routing, spec: RouterSpec, *, is_exact: bool = True) -> None:
-    """The ids, and the weights to the bit, or to the ulps of another order of operations (contract 4.5)."""
+    """Asserts equal ids, and weights equal to the bit or within the ulps of another order of operations (4.5)."""
     for mine, theirs in zip(got, (part for part in expected if part is not None), strict=True):
         mine = mine.full_tensor() if isinstance(mine, DTensor) else mine
         if mine.dtype == torch.int32:
@@ -58,7 +58,7 @@ def assert_same(got: Any, expected: Routing, spec: RouterSpec, *, is_exact: bool
 
 
 def parts(routing: Routing) -> tuple[Tensor, ...]:
-    """For transforms and tracers, which take nothing but tensors."""
+    """A gate as a function of tensors that returns tensors, for transforms and tracers."""
     return tuple(part for part in routing if part is not None)
 
 
@@ -74,7 +74,7 @@ def test_vmap(name: str, frozen: bool) -> None:
 
 
 def test_vmap_over_weights_and_biases() -> None:
-    """Of gates that were stacked, of which no tensor of the module is one."""
+    """Over stacked gates: no tensor of the module is batched by itself."""
     spec, gates = SPECS["sigmoid with bias in groups"], [a_gate(), a_gate()]
     gates[1].weight.data = -gates[1].weight.data
     stacked, buffers = torch.func.stack_module_state(gates)
@@ -107,7 +107,7 @@ def test_the_functions_take_wrappers(name: str) -> None:
 @NAMES
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_traces_hold_for_other_values(name: str) -> None:
-    """Of jit and of make_fx: traced with ordinary values, right for NaN and infinities, other rows, other ties."""
+    """Traces of jit and of make_fx with ordinary values are right for NaN, infinities, other rows and other ties."""
     spec, gate = SPECS[name], a_gate(SPECS[name], frozen=True)
     example, ids = hidden_of(5), ids_of(spec, 5)
     call = (lambda hidden, ids: parts(gate(hidden, input_ids=ids))) if ids else (lambda hidden: parts(gate(hidden)))
@@ -123,7 +123,7 @@ def test_traces_hold_for_other_values(name: str) -> None:
 @NAMES
 @FROZEN
 def test_fake_tensors(name: str, frozen: bool) -> None:
-    """Made fake, or called with fakes: what comes out has the form of what a real call gives."""
+    """A fake gate, and a gate called with fakes: outputs have the forms of a real call's outputs."""
     spec, real = SPECS[name], a_gate(SPECS[name], frozen=frozen)
     expected = real(hidden_of(20), **ids_of(spec, 20), return_logits=True)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -135,7 +135,7 @@ def test_fake_tensors(name: str, frozen: bool) -> None:
                 assert (got is None) == (wanted is None)
                 assert got is None or (got.shape, got.dtype, got.device) == (wanted.shape, wanted.dtype, wanted.device)
         gate.refresh()
-    real(hidden_of(20), **ids_of(spec, 20))  # has taken no note of fakes
+    real(hidden_of(20), **ids_of(spec, 20))  # still works: fakes were not noted
 
 
 def test_a_mode_that_counts_operations_sees_them() -> None:
@@ -188,7 +188,7 @@ def test_an_export_is_loaded_by_another_process(tmp_path: Path) -> None:
     assert printed.strip() == str(gate(hidden).topk_ids.tolist())
 
 
-# Tensors of torch.distributed, with one process.
+# DTensors and FSDP2, with one process.
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
     file = tmp_path_factory.mktemp("group") / "store"
@@ -198,7 +198,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
 
 
 def on_mesh(gate: Gate, mesh: DeviceMesh) -> Gate:
-    """The gate with each tensor on all ranks, as a plan for tensor parallelism has it."""
+    """The gate with all tensors replicated as DTensors, as in tensor parallelism."""
     for name, tensor in list(gate.named_parameters()):
         whole = distribute_tensor(tensor.detach(), mesh, [Replicate()])
         gate.register_parameter(name, nn.Parameter(whole, requires_grad=False))
@@ -227,7 +227,7 @@ def test_dtensors(name: str, placement: Replicate | Shard, mesh: DeviceMesh) -> 
 
 @pytest.mark.cpu
 def test_fsdp_that_casts_a_pinned_weight(mesh: DeviceMesh) -> None:
-    """The error names the way out, and the way out is one."""
+    """The error names a remedy, and the remedy works."""
     spec = SPECS["softmax with bias and floor"]
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     hidden = hidden_of(6)
@@ -248,7 +248,7 @@ def test_fsdp_that_casts_a_pinned_weight(mesh: DeviceMesh) -> None:
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore:moegate. no gradient flows:RuntimeWarning")
 def test_fsdp_that_casts_what_is_free(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight in bfloat16 for the call, float32 between calls: as a gate in bfloat16, with one refresh at most."""
+    """A weight cast to bfloat16 for each call routes like a bfloat16 gate, with one refresh at most."""
     spec = SPECS["sigmoid with bias"]
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     gate = a_gate(spec).float()

@@ -1,6 +1,6 @@
 """Writes the API reference as HTML: `python tools/api_reference.py [FOLDER]`; `make docs` writes it to build/docs.
 
-pdoc renders the docstrings of the public names and the pages of the command line, which Typer describes in Markdown.
+pdoc renders the docstrings of the public names, and the help of the command line, which Typer writes as Markdown.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ FOLDER = ROOT / "build" / "docs"
 def modules() -> dict[str, pdoc.doc.Module]:
     """The pages, by the name of their module, with the public names that each shows."""
     for name in moegate.__all__:
-        getattr(moegate, name)  # what needs torch is imported at the first use
+        getattr(moegate, name)  # names that need torch are imported at the first use
     shown, catalog, commands = pdoc.doc.Module(moegate), pdoc.doc.Module(moegate.catalog), _command_line()
     shown.submodules = [catalog, commands]
-    # What `Gate.explain` returns: no name of `moegate`, and to be read all the same.
+    # The class that `Gate.explain` returns is no name of `moegate`, but belongs into the reference.
     explanation = typing.get_type_hints(moegate.Gate.explain)["return"]
     place = explanation.__module__, explanation.__qualname__
     shown.members[place[1]] = pdoc.doc.Class(moegate.__name__, place[1], explanation, place)
@@ -45,10 +45,10 @@ def modules() -> dict[str, pdoc.doc.Module]:
 
 
 def public_members(cls: pdoc.doc.Class) -> dict[str, pdoc.doc.Doc[Any]]:
-    """What users call or read of a class, be it from a base class of moegate's.
+    """The members of a class for users, including those of moegate's base classes.
 
-    Left out: what `torch.nn.Module` has under the same name, less `forward`; the fields that the Args of the class
-    tell of; the constructor of a named tuple, which takes the fields.
+    Left out: members that `torch.nn.Module` has too, except `forward`; fields that the Args of the class describe; the
+    constructor of a named tuple, whose arguments are the fields.
     """
     told = sections(cls.docstring).get("Args", {})
     left_out = set(dir(nn.Module)) - {"__init__", "forward"} if issubclass(cls.obj, nn.Module) else set()
@@ -63,7 +63,7 @@ def public_members(cls: pdoc.doc.Class) -> dict[str, pdoc.doc.Doc[Any]]:
         and (member.docstring or not isinstance(member, pdoc.doc.Variable) or name not in told)
     }
     if "__init__" in found:
-        found["__init__"].docstring = ""  # the class has it, and this is a base class's
+        found["__init__"].docstring = ""  # this one is a base class's; the class's own docstring has the Args
     return found
 
 
@@ -83,10 +83,10 @@ def sections(docstring: str) -> dict[str, dict[str, str]]:
 
 
 def _command_line() -> pdoc.doc.Module:
-    """The commands and their options, as a page of its own."""
+    """The page of the command line: commands and options."""
     command = [sys.executable, "-m", "typer", "moegate.cli", "utils", "docs", "--name", "moegate"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text.partition("\n")[2])  # each is cut to half a sentence
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text.partition("\n")[2])  # a list of truncated sentences
     page = pdoc.doc.Module(types.ModuleType("moegate.cli"))
     page.docstring, page.source = text.lstrip(), ""
     page.members, page.submodules = {}, []
@@ -106,7 +106,7 @@ def write(folder: Path) -> None:
 
 
 def main() -> None:
-    """Writes the pages into the folder that the command line names."""
+    """Writes the pages into the folder given on the command line."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
     write(folder)
     print(f"written: {folder / 'index.html'}")

@@ -21,21 +21,22 @@ _HEAD = """
 Written by `python tools/configs_page.py` from the tables in `src/moegate/configs/types`, whose README says how to add
 a model type. `RouterSpec.from_config` reads a config by three rules.
 
-1. **Nothing invented.** The number of experts is never assumed. A config that does not state it is refused: a dense
-   member of the family, a draft head, or a config that is not whole. Other keys that are missing have the value that
-   the type's config class gives them. A nested config (`text_config`, ...) counts before the keys around it.
-2. **Nothing dropped.** A key that some engine reads as routing is followed, is refused, or is warned of once.
-3. **Nothing without a source.** A type that has none, or whose router a `RouterSpec` cannot say, is refused by name.
+1. **Nothing invented.** The number of experts is never assumed. A config without one is refused: a dense model of the
+   family, a draft head, or an incomplete config. Other missing keys have the defaults of the type's config class. The
+   keys of a nested config (`text_config`, ...) have precedence over the keys around it.
+2. **Nothing dropped.** A key that some engine reads as routing is followed, is refused, or causes one warning.
+3. **Nothing without a source.** A type without a source, or with a router that a `RouterSpec` cannot express, is
+   refused by name.
 
-A model type is found by `model_type`; where that is missing or unknown, by the class in `architectures`; inside a
-composite config without a type of its own, by the composite type.
+A model type is found by `model_type`; where `model_type` is missing or unknown, by the class in `architectures`; for an
+inner config without a type, by the composite type around it.
 """
 _DIFFERS = """
 ## Where engines read a key differently
 
-Each row is a routing key of a model type for which the engines' code disagrees. moegate follows the reader in the last
-column. An empty cell says nothing of an engine: most often, it has no code for the type. The published code is the
-model's own.
+Each row is a routing key of a model type that engines read differently. moegate follows the code in the last column. An
+empty cell: nothing is known of the engine, mostly because the engine has no code for the type. The published code is
+the model's own.
 """
 _KEYS = """
 ## Model types
@@ -43,7 +44,7 @@ _KEYS = """
 _WRAPPERS = """
 ## Composite types
 
-The type of the inner config holds where that config states none.
+The inner config has the type below unless it states another.
 """
 _REFUSED = """
 ## Refused types

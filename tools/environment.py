@@ -1,7 +1,7 @@
-"""Makes .venv, in which the Makefile's commands run; at once if it is there and nothing has changed.
+"""Makes .venv, in which the Makefile's commands run, unless .venv is up to date.
 
-A torch that the running Python already has is used as it is, with what it needs, if pyproject.toml admits it: on a GPU
-host that is the one with CUDA. Otherwise pip installs the version pinned in constraints.txt.
+If the running Python has a torch that pyproject.toml admits, .venv uses this torch and its requirements: on a GPU host,
+the torch with CUDA. Otherwise pip installs the version pinned in constraints.txt.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ OLDEST_TORCH = (2, 8)  # as in pyproject.toml
 
 
 class Torch(NamedTuple):
-    """A torch of the running Python."""
+    """The torch of the running Python."""
 
     version: str
     cuda: str | None
     """The CUDA version that it was built for."""
     site: Path
-    """The folder that has it and what it needs."""
+    """The folder with torch and its requirements."""
 
 
 def host_torch() -> Torch | None:
-    """The running Python's torch, if it is a fitting one."""
+    """The running Python's torch, if its version is admitted."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return None
@@ -49,14 +49,14 @@ def host_torch() -> Torch | None:
 
 
 def extras(torch: Torch | None) -> str:
-    """What of pyproject.toml is installed; the kernels are compiled on machines without a GPU, too."""
+    """The extras of pyproject.toml to install; NVRTC is among them, since tests without a GPU compile the kernels."""
     if sys.platform != "linux":
         return "dev"
     return "dev,cu12" if torch is not None and (torch.cuda or "").startswith("12.") else "dev,cu13"
 
 
 def constraints(torch: Torch | None) -> str:
-    """The text of constraints.txt, without what the host's torch decides by itself."""
+    """The text of constraints.txt, without the pins of packages that the host's torch determines."""
     text = CONSTRAINTS.read_text()
     if torch is None:
         return text
@@ -66,7 +66,7 @@ def constraints(torch: Torch | None) -> str:
 
 
 def needed_by(name: str, extra: str = "", found: set[str] | None = None) -> set[str]:
-    """The names of all packages that a package of the running Python needs, with extras ("nvrtc,cudart") of it."""
+    """The names of all packages that a package of the running Python requires, with its extras ("nvrtc,cudart")."""
     found = set() if found is None else found
     try:
         requirements = importlib.metadata.requires(name) or []
@@ -90,7 +90,7 @@ def _canonical(name: str) -> str:
 
 
 def main() -> None:
-    """Makes the environment if it is not there as it should be."""
+    """Makes the environment, unless it is up to date."""
     torch = host_torch()
     inputs = [sys.executable, sys.version, repr(torch), str(ROOT)]
     inputs += [(ROOT / name).read_text() for name in ("pyproject.toml", "constraints.txt", "tools/environment.py")]
@@ -105,18 +105,18 @@ def main() -> None:
     venv.create(VENV, with_pip=True)
     python = VENV / "bin" / "python"
     if torch:
-        # A .pth file, not --system-site-packages: the running Python may be in an environment of its own.
+        # A .pth file, not --system-site-packages, since the running Python may itself be in a virtual environment.
         site = subprocess.check_output(
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
         ).strip()
         Path(site, "host_torch.pth").write_text(f"{torch.site}\n")
     pinned = VENV / "constraints.txt"
     pinned.write_text(constraints(torch))
-    # The variable, not -c, also holds for the environment in which pip builds our wheel.
+    # A variable, not -c, since the variable also applies where pip builds the wheel of moegate.
     environment = {**os.environ, "PIP_CONSTRAINT": str(pinned), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     what = f".[{extras(torch)}]"
     install = [str(python), "-m", "pip", "install", "-q", "-e", what]
-    if torch:  # packages of the host beside its torch may want other versions than ours; nothing here runs them
+    if torch:  # other packages of the host may require other versions; they are not used here
         install.append("--no-warn-conflicts")
     if subprocess.run(install, env=environment, cwd=ROOT).returncode:
         sys.exit(f"pip failed; what it says without -q: PIP_CONSTRAINT={pinned} {python} -m pip install -e '{what}'")

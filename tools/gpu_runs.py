@@ -1,10 +1,10 @@
-"""The runs of `make test-gpu` and `make sanitize-gpu`: CI has no GPU, and knows of the kernels what these rows say.
+"""Runs and records `make test-gpu` and `make sanitize-gpu`, since CI has no GPU.
 
     python tools/gpu_runs.py test-gpu        # runs the tests on this GPU, and adds a row
     python tools/gpu_runs.py sanitize-gpu    # runs every kernel under compute-sanitizer, and adds a row
     python tools/gpu_runs.py check           # `make release-check`: did the last run of each pass, with these kernels?
 
-The rows are in benchmarks/results/gpu_runs.csv. A run that failed or was interrupted has a row, too.
+Each run is a row of benchmarks/results/gpu_runs.csv, also if it failed or was interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "benchmarks" / "results" / "gpu_runs.csv"
 PACKAGE = ROOT / "src" / "moegate"
 KERNEL_FOLDERS = ("cuda", "gemm", "selection")
-"""Folders of the package whose files decide which kernel runs, and what it computes."""
+"""Folders of the package whose files determine which kernels run, and what they compute."""
 CONTRACT_TESTS = (
     "test_contract_*.py",
     "test_gate.py",
@@ -48,19 +48,19 @@ CONTRACT_TESTS = (
 """Files of tests/ that run on a CPU and, with `--device cuda`, on a GPU."""
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _C_COMMENT = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
-_NAMED = 8  # changed files in a line, at most
+_NAMED = 8  # the most changed files that are named in a line
 
 
 @dataclass
 class Counts:
-    """What a run found: tests, or the tools of compute-sanitizer."""
+    """Counts of tests, or of tools of compute-sanitizer."""
 
     passed: int = 0
     failed: int = 0
     skipped: int = 0
 
     def add_report(self, report: Path) -> None:
-        """Adds what pytest wrote with --junitxml."""
+        """Adds the counts of a report that pytest wrote with --junitxml."""
         for suite in ElementTree.parse(report).getroot().iter("testsuite"):
             total, failures, errors, skipped = (
                 int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")
@@ -92,7 +92,7 @@ class Run:
     failed: int
     skipped: int
     kernels: str
-    """NAME:DIGEST of every file that decides a kernel, with blanks between"""
+    """NAME:DIGEST of every file that determines a kernel, separated by blanks"""
 
     def __str__(self) -> str:
         found = Counts(self.passed, self.failed, self.skipped)
@@ -100,13 +100,13 @@ class Run:
         return f"{self.date[:10]} on {self.card}, torch {self.torch}, commit {self.commit}: {outcome}{found}"
 
     def changed(self, kernels: dict[str, str]) -> list[str]:
-        """The files that are not as they were in this run."""
+        """The files whose digests differ from this run's."""
         then = dict(entry.split(":") for entry in self.kernels.split())
         return sorted(name for name in then.keys() | kernels.keys() if then.get(name) != kernels.get(name))
 
 
 def last_run(command: str) -> Run | None:
-    """The newest row of a command."""
+    """The newest run of a command."""
     if not RUNS.exists():
         return None
     with RUNS.open(newline="", encoding="utf-8") as text:
@@ -129,7 +129,7 @@ def add(run: Run) -> None:
 
 
 def kernels_now() -> dict[str, str]:
-    """The digest of each file that decides a kernel, by its name in the package."""
+    """The digest of each file that determines a kernel, by the file's path in the package."""
     paths = (path for folder in KERNEL_FOLDERS for path in (PACKAGE / folder).rglob("*") if path.suffix in _CODE)
     return {
         path.relative_to(PACKAGE).as_posix(): digest(path.suffix, path.read_text("utf-8")) for path in sorted(paths)
@@ -137,7 +137,7 @@ def kernels_now() -> dict[str, str]:
 
 
 def digest(suffix: str, text: str) -> str:
-    """Of the code alone: comments, docstrings and blank lines do not count, nor does how C++ is indented."""
+    """A digest of the code alone, without comments, docstrings, blank lines and the indentation of C++."""
     lines = (line.rstrip() for line in _CODE[suffix](text).splitlines())
     return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()[:8]
 
@@ -148,7 +148,7 @@ def _c_code(text: str) -> str:
 
 
 def _python_code(text: str) -> str:
-    """By lines and columns, which are the same in every version of Python, as the names of tokens are not."""
+    """Cuts comments and docstrings by position, since kinds of tokens differ between versions of Python."""
     lines = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
@@ -163,12 +163,12 @@ _CODE: dict[str, Callable[[str], str]] = {".cuh": _c_code, ".py": _python_code}
 
 
 def left_out() -> str:
-    """The line of a run of pytest that left tests/gpu out."""
+    """The line for the summary of a run of pytest without tests/gpu."""
     return f"GPU tests: tests/gpu left out (no CUDA device); {verdict('test-gpu')[0]}"
 
 
 def verdict(command: str) -> tuple[str, bool]:
-    """What the last run of a command says of the kernels as they are, and whether that is all that a release asks."""
+    """The last run of a command in words, and whether that run suffices for a release of the current kernels."""
     run = last_run(command)
     if run is None:
         return "no run is recorded", False
@@ -180,7 +180,7 @@ def verdict(command: str) -> tuple[str, bool]:
 
 
 def check() -> int:
-    """Prints a line for each command; the exit status."""
+    """Prints a line for each command; returns the exit status."""
     verdicts = {command: verdict(command) for command in COMMANDS}
     for command, (text, is_fit) in verdicts.items():
         print(f"{'ok' if is_fit else 'NOT FIT FOR A RELEASE'}: make {command}: {text}")
@@ -188,7 +188,7 @@ def check() -> int:
 
 
 def run_tests(counts: Counts) -> bool:
-    """The contract's tests on the GPU, then those about a GPU; False if one of both did not come to its end."""
+    """Runs the contract's tests on the GPU, then tests/gpu; False if pytest itself failed in either."""
     contract = sorted(str(path) for name in CONTRACT_TESTS for path in (ROOT / "tests").glob(name))
     whole = True
     with tempfile.TemporaryDirectory() as scratch:
@@ -203,7 +203,7 @@ def run_tests(counts: Counts) -> bool:
 
 
 def run_sanitizers(counts: Counts) -> bool:
-    """A small run of every kernel under each tool, without PyTorch's cache: a byte beyond a tensor is nobody's."""
+    """Runs every kernel under each tool, without PyTorch's caching allocator, so that out-of-bounds accesses show."""
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in SANITIZERS:
         print(f"== {tool}", flush=True)
@@ -219,7 +219,7 @@ COMMANDS: dict[str, Callable[[Counts], bool]] = {"test-gpu": run_tests, "sanitiz
 
 
 def record(command: str) -> int:
-    """Runs a command and adds its row; the exit status."""
+    """Runs a command and adds its row; returns the exit status."""
     from moegate.measure.record import describe_run
 
     found = describe_run(f"make {command}")
@@ -258,7 +258,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main(words: Sequence[str]) -> int:
-    """The exit status of a command."""
+    """Runs a command; returns its exit status."""
     if list(words) == ["check"]:
         return check()
     if len(words) == 1 and words[0] in COMMANDS:

@@ -1,4 +1,4 @@
-"""What a call costs the host, and how long the first token takes in a fresh process."""
+"""Host time of a call, and the time to the first token in a new process."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ import moegate
 from moegate import Gate
 from moegate.arguments import check_gate
 from moegate.contract.verify import verify_call
+from moegate.measure.names import DEFAULT, DEFAULT_NOT_FROZEN, GIVEN_OUT
 from moegate.measure.timing import reason_of
 from moegate.synthetic import random_hidden, random_tensors
 
-_BLOCKS, _CALLS = 21, 200  # a block stays below the some 1000 launches that a stream queues before it blocks
+_BLOCKS, _CALLS = 21, 200  # a stream queues about 1000 launches, and then blocks the host; a block has fewer
 
-# torch and the CUDA context come first: every PyTorch program has paid for them already.
+# The clock starts after the import of torch and the CUDA context, which every PyTorch program needs anyway.
 _START = """
 import json, sys, time
 import torch
@@ -51,22 +52,22 @@ print(json.dumps({"seconds": seconds, "ok": sorted(ids) == sorted(best)}))
 
 
 def measure_host(model: str, tokens: int) -> dict[str, Any]:
-    """Microseconds of the host for an eager call, blocks of the candidates in turns."""
+    """Microseconds of host time for an eager call; blocks of calls of the contestants take turns."""
     spec = moegate.get_spec(model)
     weight, tensors = random_tensors(spec, device="cuda")
     hidden = random_hidden(spec, tokens, device="cuda")
     given = {key: value for key, value in tensors._asdict().items() if value is not None}
-    frozen, safe = (Gate(spec, weight, **given, frozen=frozen) for frozen in (True, False))
+    frozen, not_frozen = (Gate(spec, weight, **given, frozen=frozen) for frozen in (True, False))
     out = frozen(hidden, return_logits=True)
     calls: dict[str, Callable[[], Any]] = {
-        "moegate frozen": lambda: frozen(hidden),
-        "moegate safe": lambda: safe(hidden),
-        "moegate frozen, out=": lambda: frozen(hidden, out=out),
+        DEFAULT: lambda: frozen(hidden),
+        DEFAULT_NOT_FROZEN: lambda: not_frozen(hidden),
+        GIVEN_OUT: lambda: frozen(hidden, out=out),
         "moegate.route": lambda: moegate.route(hidden, weight, spec, **given),
         "F.linear": lambda: F.linear(hidden, weight),
         "torch.mm(out_dtype=float32)": lambda: torch.mm(hidden, weight.t(), out_dtype=torch.float32),
     }
-    ok = _chooses_like_float64(frozen, hidden) and _chooses_like_float64(safe, hidden)
+    ok = _keeps_contract(frozen, hidden) and _keeps_contract(not_frozen, hidden)
     for call in calls.values():
         _block(call)
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -78,7 +79,7 @@ def measure_host(model: str, tokens: int) -> dict[str, Any]:
         deciles = statistics.quantiles(column, n=10, method="inclusive")
         values = {"us": statistics.median(column), "low": deciles[0], "high": deciles[-1]}
         found[name] = {**values, "ok": True} if ok or not name.startswith("moegate") else {"ok": False}
-    return {"calls": _CALLS, "candidates": found}
+    return {"calls": _CALLS, "contestants": found}
 
 
 def _block(call: Callable[[], Any]) -> float:
@@ -89,24 +90,24 @@ def _block(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) / _CALLS * 1e6
 
 
-def _chooses_like_float64(gate: Gate, hidden: Tensor) -> bool:
+def _keeps_contract(gate: Gate, hidden: Tensor) -> bool:
     weight, tensors = check_gate(gate._given(), gate.spec)
     return verify_call(gate(hidden, return_logits=True), hidden, weight, gate.spec, tensors).ok
 
 
 def measure_start(way: str) -> dict[str, Any]:
-    """Seconds from `import moegate` to a routed token: "cold" compiles everything, "warm" finds it on the disk."""
+    """Seconds from `import moegate` to a routed token: "cold" compiles all kernels, "warm" reads them from the disk."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "XDG_CACHE_HOME": cache, "CUDA_CACHE_PATH": os.path.join(cache, "driver")}
         runs = [_start(environment) for _ in range(1 if way == "cold" else 3)]
     runs = runs if way == "cold" else runs[1:]
     failed = [run["absent"] for run in runs if "absent" in run]
     if failed:
-        return {"candidates": {"moegate frozen": {"absent": failed[0]}}}
+        return {"contestants": {DEFAULT: {"absent": failed[0]}}}
     ok = all(run["ok"] for run in runs)
     seconds = [run["seconds"] for run in runs]
     found = {"ok": ok, **({"seconds": min(seconds), "all_seconds": seconds} if ok else {})}
-    return {"candidates": {"moegate frozen": found}}
+    return {"contestants": {DEFAULT: found}}
 
 
 def _start(environment: dict[str, str]) -> dict[str, Any]:

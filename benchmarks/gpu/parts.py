@@ -1,4 +1,4 @@
-"""The parts that are timed in graphs: which cases there are, and who takes part in each."""
+"""The parts of the benchmark that are timed in CUDA graphs: the cases of each, and their contestants."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 import moegate
 from moegate import catalog
-from moegate.choice.dispatch import Options as Declared
+from moegate.choice.dispatch import Options as GateOptions
 from moegate.choice.dispatch import for_gemm
 from moegate.measure import peers
 from moegate.measure.checks import Reference, check_choice, check_logits, check_nothing, check_routings
-from moegate.measure.layers import FLOOR, FROZEN, NO_PDL, SAFE, Stage
+from moegate.measure.layers import Stage
+from moegate.measure.names import DEFAULT, DEFAULT_NOT_FROZEN, FLOOR, NO_PDL
 from moegate.measure.session import Stages
 from moegate.measure.timing import Contestant, measure
 from moegate.spec import RouterSpec
@@ -30,7 +31,7 @@ _FLOAT32_SHAPES = {"3072x256 float32": (3072, 256), "6144x128 float32": (6144, 1
 
 
 def keys(part: str) -> list[Key]:
-    """The cases of a part, those that share their set-up one behind the other."""
+    """The cases of a part, ordered so that consecutive cases share layers and inputs."""
     if part == "gemm":
         return [("7168x256", m, way) for m in _SMALL for way in ("cold", "hot", "trigger")]
     if part == "route":
@@ -60,13 +61,13 @@ _SELECT = {"deepseek-v3": "256 experts, 4 of 8 groups", "kimi-k2": "384 experts,
 
 @dataclass
 class Options:
-    """What the command line says about the candidates."""
+    """Options of the command line that decide on contestants."""
 
     compile_catalog: bool = False
 
 
 class Bench:
-    """Measures cases; those that share a spec belong one behind the other."""
+    """Measures cases. Consecutive cases with one spec share layers, which saves time."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -84,13 +85,13 @@ class Bench:
         }
         if part == "select":
             return self._measure_select(model, tokens, way)
-        candidates = makers[part](model, tokens)
+        contestants = makers[part](model, tokens)
         stage = self._stage_of(model, tokens)
         work = self._stages.workload(stage.sources, len(stage.layers.weights), stage.calls)
-        found = measure(work, way, candidates)
+        found = measure(work, way, contestants)
         rotation_mb = round(stage.layers.rotation_bytes / 1e6, 1)
-        content: dict[str, Any] = {"calls": stage.calls, "rotation_mb": rotation_mb, "candidates": found}
-        gates = stage.layers.gates(FROZEN, frozen=True) if part in ("route", "catalog", "prefill") else ""
+        content: dict[str, Any] = {"calls": stage.calls, "rotation_mb": rotation_mb, "contestants": found}
+        gates = stage.layers.gates(DEFAULT, frozen=True) if part in ("route", "catalog", "prefill") else ""
         if not isinstance(gates, str):
             plan = gates[0].explain(tokens)
             content["kernel"] = f"{plan.backend} {plan.kernel}"
@@ -103,8 +104,7 @@ class Bench:
         stage = self._stage_of(model, tokens)
         slow = [stage.compiled(), stage.eager()] if tokens in _SMALL else []
         return [
-            stage.ours(FROZEN, frozen=True),
-            stage.ours(SAFE, frozen=False),
+            *_gates_of(stage),
             stage.ours(NO_PDL, frozen=True, pdl=False),
             stage.flashinfer_pair(),
             stage.cublas(may_compile=True),
@@ -114,29 +114,30 @@ class Bench:
 
     def _prefill(self, model: str, tokens: int) -> list[Contestant]:
         stage = self._stage_of(model, tokens)
-        ours = [stage.ours(FROZEN, frozen=True), stage.ours(SAFE, frozen=False)]
-        return [*ours, stage.cublas(may_compile=True), stage.compiled(), stage.eager(), stage.floor()]
+        peers = [stage.cublas(may_compile=True), stage.compiled(), stage.eager()]
+        return [*_gates_of(stage), *peers, stage.floor()]
 
     def _catalog(self, model: str, tokens: int) -> list[Contestant]:
         stage = self._stage_of(model, tokens)
-        found = [stage.ours(FROZEN, frozen=True), stage.ours(SAFE, frozen=False), stage.flashinfer_pair()]
+        found = [*_gates_of(stage), stage.flashinfer_pair()]
         found += [stage.cublas(may_compile=self._options.compile_catalog), stage.floor()]
         if peers.is_transformers_softmax(stage.layers.spec):
             found.append(stage.transformers())
         return found + [stage.compiled()] * self._options.compile_catalog
 
     def _gemm(self, model: str, tokens: int) -> list[Contestant]:
-        """The product alone; a spec of plain float32 logits carries the bound."""
+        """The GEMM alone, checked by the contract's bound on float32 logits."""
         stage = self._stage_of(model, tokens)
         spec, weights, check = stage.layers.spec, stage.layers.weights, check_logits(stage.expected)
         is_float32 = weights[0].dtype == torch.float32
-        theirs = "FlashInfer has no float32 weights"
-        found: Any = theirs if is_float32 else peers.flashinfer_gemm(spec, stage.layers.device, tokens)
+        gemm: Any = "FlashInfer has no float32 weights"
+        if not is_float32:
+            gemm = peers.flashinfer_gemm(spec, stage.layers.device, tokens)
 
         def flashinfer(layer: int, hidden: Tensor) -> Tensor:
-            if isinstance(found, str):
-                raise NotImplementedError(found)
-            return found(hidden, weights[layer])  # type: ignore[no-any-return]
+            if isinstance(gemm, str):
+                raise NotImplementedError(gemm)
+            return gemm(hidden, weights[layer])  # type: ignore[no-any-return]
 
         def cublas(layer: int, hidden: Tensor) -> Tensor:
             if is_float32:
@@ -146,23 +147,23 @@ class Bench:
         def ours(layer: int, hidden: Tensor) -> Tensor:
             return moegate.router_gemm(hidden, weights[layer])
 
-        dispatch = for_gemm(stage.layers.device, weights[0], None, torch.float32, Declared(frozen=True))
+        dispatch = for_gemm(stage.layers.device, weights[0], None, torch.float32, GateOptions(frozen=True))
 
         def frozen(layer: int, hidden: Tensor) -> Tensor:
             return dispatch.router_gemm(hidden, weights[layer], None)
 
         peer = "F.linear float32" if is_float32 else "torch.mm(out_dtype=float32)"
-        candidates = [
-            Contestant("moegate, frozen gate's", frozen, check),
+        contestants = [
+            Contestant(DEFAULT, frozen, check),
             Contestant("moegate.router_gemm", ours, check),
             Contestant(peer, cublas, check),
         ]
         if not is_float32:
-            candidates.append(Contestant("FlashInfer GEMM", flashinfer, check))
-        return [*candidates, replace(stage.floor(), name=FLOOR, check=check_nothing)]
+            contestants.append(Contestant("FlashInfer GEMM", flashinfer, check))
+        return [*contestants, replace(stage.floor(), name=FLOOR, check=check_nothing)]
 
     def _measure_select(self, model: str, tokens: int, way: str) -> dict[str, Any]:
-        """The selection alone, on float32 logits that every call takes exactly."""
+        """The selection alone, on given float32 logits."""
         spec = _spec(model)
         layers = self._stages.layers(spec)
         tensors, device = layers.tensors, layers.device
@@ -183,16 +184,20 @@ class Bench:
                 raise NotImplementedError(top_k)
             return top_k(logits)
 
-        candidates = [
+        contestants = [
             Contestant("moegate.select", ours, check_routings(expected)),
             Contestant("FlashInfer fused_topk_deepseek", flashinfer, check_choice(expected)),
         ]
-        found = measure(self._stages.workload(sources, 1, calls), way, candidates)
-        return {"calls": calls, "what": _SELECT[model], "candidates": found}
+        found = measure(self._stages.workload(sources, 1, calls), way, contestants)
+        return {"calls": calls, "what": _SELECT[model], "contestants": found}
+
+
+def _gates_of(stage: Stage) -> list[Contestant]:
+    return [stage.ours(DEFAULT, frozen=True), stage.ours(DEFAULT_NOT_FROZEN, frozen=False)]
 
 
 class _GivenLogits(Reference):
-    """The sources are the logits."""
+    """A reference whose sources are logits, in place of hidden states."""
 
     def _of(self, source: int, layer: int) -> tuple[Tensor, Tensor]:
         exact = self._sources[source][self.rows].double()

@@ -13,14 +13,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # called by path, as the other benchmarks are
 
 from benchmarks.gpu.parts import keys
+from moegate.measure.names import DEFAULT, DEFAULT_NOT_FROZEN, FLOOR, NO_PDL, RecordRow
 
-Row = dict[str, Any]
 _SHAPE = re.compile(r"K x N = \d+ x \d+|K=\d+ N=\d+ M=\d+")
 
 TITLES = {
     "route": "The whole route, DeepSeek-V3",
-    "gemm": "The product alone, K = 7168, N = 256",
-    "fp32": "The product with float32 weights",
+    "gemm": "The GEMM alone, K = 7168, N = 256",
+    "fp32": "The GEMM with float32 weights",
     "select": "The selection alone",
     "prefill": "Prefill",
     "catalog": "Every router of the catalog",
@@ -38,15 +38,26 @@ _HEAD = """\
 # Speed on a GPU
 
 Written by `python benchmarks/gpu/report.py DIR`; every number comes from `python benchmarks/gpu/run.py --out DIR`.
-Microseconds of a call, from CUDA graphs of 58 calls or more: medians over replays, the candidates' graphs in turns
-in one run, so that a ratio never mixes two runs. **Cold**: different weights in turn, more than L2 holds where
-256 calls suffice for that. **Hot**: one weight. **In a chain**: a kernel writes `hidden`, then the call, cold;
-less that kernel alone, measured in the same turns. **Frozen** and **safe** are gates that are frozen and that are not,
-whose weight may be changed at any time. The **floor** reads the weight and `hidden` and computes nothing.
-A ratio is a peer's time by that of `moegate frozen` (or the first column): above 1, moegate is faster; in brackets
-the 10th and 90th percentile of replays side by side. That is the noise of one pair of graphs; two graphs of the same
-kernels can differ by more (the page of `moegate bench` says by how much). Every call of a timed graph was held against
-float64; a wrong result is shown as **wrong** and has no time. A dash: not supported or not installed.
+Times are microseconds of a call, from CUDA graphs of 58 calls or more: the median over the replays. The contestants'
+graphs take turns in one run, and no ratio mixes two runs. Every call of a timed graph was compared with float64.
+
+| word | meaning |
+|---|---|
+| cold | different weights in turn, more than L2 holds where 256 calls suffice for that |
+| hot | one weight |
+| in a chain | a kernel writes `hidden`, then the call runs, cold; less the time of the predecessor alone |
+| predecessor alone | the kernel that writes `hidden`, measured in the same turns |
+| `moegate` | a frozen gate; the GEMM alone is that of a frozen gate |
+| `moegate, not frozen` | a gate whose weight may change at any time |
+| floor | a kernel that reads the weight and `hidden`, and computes nothing |
+| (3.69-3.86) | the 10th and 90th percentile of a time |
+| **ratio** | a peer's time divided by that of the first column; above 1, moegate is faster |
+| [2.37, 2.48] | the 10th and 90th percentile of a ratio, over pairs of replays in one turn |
+| **wrong** | a wrong result, which has no time |
+| - | not supported, or not installed |
+
+A ratio's percentiles are the noise of one pair of graphs. Two graphs of the same kernels can differ by more; the page
+of `moegate bench` says by how much.
 """
 _NOT_PEERS = ("moegate", "floor", "predecessor")
 
@@ -85,16 +96,17 @@ def _machines(parts: dict[str, Any]) -> Iterator[str]:
         yield f"  moegate `{run['moegate_commit']}`; `{run['command']}`"
 
 
-def _verdicts(rows: list[Row]) -> Iterator[str]:
-    """Against each peer in how many cases, by how much; every case in which moegate loses beyond the noise."""
-    wrong = [f"{_case(row)}: {name}" for row in rows for name, found in row["candidates"].items() if _is_wrong(found)]
+def _verdicts(rows: list[RecordRow]) -> Iterator[str]:
+    """A table of wins and losses against each peer, then every case in which moegate is slower beyond the noise."""
+    wrong = [f"{_case(row)}: {name}" for row in rows for name, found in row["contestants"].items() if _is_wrong(found)]
     failed = [f"{_case(row)}: {row['failed']}" for row in rows if "failed" in row]
-    ratios: dict[tuple[str, str], list[tuple[list[float], Row]]] = {}
+    ratios: dict[tuple[str, str], list[tuple[list[float], RecordRow]]] = {}
     for row in rows:
-        for name, found in row["candidates"].items():
+        for name, found in row["contestants"].items():
             if "ratio" in found and not name.startswith(_NOT_PEERS):
                 ratios.setdefault((row["part"], name), []).append((found["ratio"], row))
-    yield "The aim: not slower than any peer in any case. A case is won or lost if the whole band of its ratio says so."
+    yield "The aim: no peer is faster in any case. In a case, moegate is faster or slower than a peer if the 10th and"
+    yield "90th percentile of the ratio agree on it."
     yield ""
     yield "| part | peer | cases | faster | within noise | slower | median ratio | worst |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -119,25 +131,25 @@ def _verdicts(rows: list[Row]) -> Iterator[str]:
         yield from (f"- {item}" for item in items)
 
 
-def _losses_of_others(rows: list[Row]) -> Iterator[str]:
-    """Where another column of ours than the first (a gate that is not frozen) is slower than a peer, by the medians."""
+def _losses_of_others(rows: list[RecordRow]) -> Iterator[str]:
+    """The cases in which another column of moegate's (a weight that is not frozen) is slower by the medians."""
     count, lost = 0, []
     for row in rows:
-        times = {name: found["us"] for name, found in row["candidates"].items() if "us" in found}
+        times = {name: found["us"] for name, found in row["contestants"].items() if "us" in found}
         peers = {name: us for name, us in times.items() if not name.startswith(_NOT_PEERS)}
-        ours = [name for name in row["candidates"] if name.startswith("moegate") and not name.endswith("pdl=False")]
+        ours = [name for name in row["contestants"] if name.startswith("moegate") and name != NO_PDL]
         others = [name for name in ours[1:] if name in times]
         for name, (peer, us) in ((name, pair) for name in others for pair in peers.items()):
             count += 1
-            if times[name] > 1.005 * us:  # 1.00, as it would be printed, is none
+            if times[name] > 1.005 * us:  # less is printed as 1.00
                 lost.append(
                     (times[name] / us, f"{_case(row)}: {peer} is {times[name] / us:.2f} times as fast as {name}")
                 )
-    yield f"**Misses where the weight may change**: {len(lost)} of {count} comparisons, by the medians."
+    yield f"**Misses with a weight that is not frozen**: {len(lost)} of {count} comparisons, by the medians."
     yield from (f"- {text}" for _, text in sorted(lost, reverse=True))
 
 
-def _missing(rows: list[Row], part: str) -> list[str]:
+def _missing(rows: list[RecordRow], part: str) -> list[str]:
     done = {(row["model"], row["tokens"], row["way"]) for row in rows if row["part"] == part}
     return sorted({key[0] for key in keys(part) if key not in done})
 
@@ -154,18 +166,18 @@ def _is_wrong(found: dict[str, Any]) -> bool:
     return found.get("ok") is False
 
 
-def _case(row: Row) -> str:
+def _case(row: RecordRow) -> str:
     return f"{row['part']}, {row['model']}, M = {row['tokens']}, {row['way']}"
 
 
-def _by_way(rows: list[Row]) -> Iterator[str]:
-    """A table a model and way: tokens down, candidates across."""
+def _by_way(rows: list[RecordRow]) -> Iterator[str]:
+    """A table for each model and way: tokens down, contestants across."""
     for model in dict.fromkeys(row["model"] for row in rows):
         for way in (way for way in WAYS if any((row["model"], row["way"]) == (model, way) for row in rows)):
             chosen = [row for row in rows if (row["model"], row["way"]) == (model, way)]
             chosen.sort(key=lambda row: int(row["tokens"]))
-            names = list(dict.fromkeys(name for row in chosen for name in row["candidates"]))
-            took_part = {name for row in chosen for name, found in row["candidates"].items() if "absent" not in found}
+            names = list(dict.fromkeys(name for row in chosen for name in row["contestants"]))
+            took_part = {name for row in chosen for name, found in row["contestants"].items() if "absent" not in found}
             names = [name for name in names if name in took_part]
             what = chosen[0].get("what")
             yield f"### {model}{f' ({what})' if what else ''}: {WAYS[way][0].lower()}{WAYS[way][1:]}"
@@ -173,7 +185,7 @@ def _by_way(rows: list[Row]) -> Iterator[str]:
             yield f"| tokens | {' | '.join(names)} |"
             yield "|---" * (len(names) + 1) + "|"
             for row in chosen:
-                cells = [_cell(row["candidates"].get(name, {}), name) for name in names]
+                cells = [_cell(row["contestants"].get(name, {}), name) for name in names]
                 yield f"| {row['tokens']} | {' | '.join(cells)} |"
             yield ""
             yield from _errors(chosen)
@@ -195,23 +207,23 @@ def _brackets(ratio: list[float]) -> str:
     return f"[{ratio[1]:.2f}, {ratio[2]:.2f}]"
 
 
-def _errors(rows: list[Row]) -> Iterator[str]:
-    """The worst of what the checks found, by candidate."""
-    names = dict.fromkeys(name for row in rows for name in row["candidates"])
+def _errors(rows: list[RecordRow]) -> Iterator[str]:
+    """The worst findings of the checks, by contestant."""
+    names = dict.fromkeys(name for row in rows for name in row["contestants"])
     said, agree = [], list[str]()
     for name in names:
-        found = [row["candidates"].get(name, {}) for row in rows]
+        found = [row["contestants"].get(name, {}) for row in rows]
         errors = [item["max_error"] for item in found if "max_error" in item]
         agreements = [item["agreement"] for item in found if "agreement" in item]
         excused = sum(item.get("excused", 0) for item in found)
         if errors:
-            said.append(f"{name} off float64 by {max(errors):.1e} at most")
+            said.append(f"`{name}` is off float64 by {max(errors):.1e} at most")
         if agreements and min(agreements) == 1.0:
-            agree.append(name)
+            agree.append(f"`{name}`")
         elif agreements:
-            said.append(f"{name} chooses float64's experts in {min(agreements):.2%} of the rows or more")
+            said.append(f"`{name}` chooses float64's experts in {min(agreements):.2%} of the rows or more")
         elif excused:
-            said.append(f"{name}: {excused} of {sum(item.get('rows', 0) for item in found)} rows near-ties")
+            said.append(f"`{name}`: {excused} of {sum(item.get('rows', 0) for item in found)} rows near-ties")
     if agree:
         said.append(f"float64's experts are chosen in every row by {', '.join(agree)}")
     if said:
@@ -219,11 +231,12 @@ def _errors(rows: list[Row]) -> Iterator[str]:
         yield ""
 
 
-def _catalog(rows: list[Row]) -> Iterator[str]:
-    """A line a router: the best peer's ratio at each number of tokens."""
+def _catalog(rows: list[RecordRow]) -> Iterator[str]:
+    """A line a router: time and ratios at each number of tokens."""
     tokens = sorted({int(row["tokens"]) for row in rows})
-    yield "In a chain behind a kernel that triggers. moegate frozen in µs, the ratio to the **best** peer of the case"
-    yield "(the fastest with a right result) and, behind the slash, of the safe gate by the frozen one."
+    yield "In a chain, behind a kernel that triggers its dependents at once. A cell has the microseconds of"
+    yield f"`{DEFAULT}`, the **ratio** of the case's best peer (the fastest with a right result) and, behind the slash,"
+    yield f"the time of `{DEFAULT_NOT_FROZEN}` divided by that of `{DEFAULT}`."
     yield ""
     yield f"| router | {' | '.join(f'{m}' for m in tokens)} | kernels | run |"
     yield "|---" * (len(tokens) + 3) + "|"
@@ -234,40 +247,40 @@ def _catalog(rows: list[Row]) -> Iterator[str]:
         runs = ", ".join(dict.fromkeys(f"`{row['run']}`" for row in own))
         yield f"| {model} | {' | '.join(cells.get(m, '') for m in tokens)} | {kernels} | {runs} |"
     yield ""
-    floors = [row["candidates"].get("floor", {}) for row in rows]
+    floors = [row["contestants"].get(FLOOR, {}) for row in rows]
     shares = [found["ratio"][0] for found in floors if "ratio" in found]
     if shares:
-        yield f"The floor takes {statistics.median(shares):.0%} of moegate's time in the median of {len(shares)} cases."
+        yield f"The floor's time is {statistics.median(shares):.0%} of moegate's, the median of {len(shares)} cases."
 
 
-def _catalog_cell(row: Row) -> str:
-    candidates = row["candidates"]
-    ours = candidates.get("moegate frozen", {})
+def _catalog_cell(row: RecordRow) -> str:
+    contestants = row["contestants"]
+    ours = contestants.get(DEFAULT, {})
     if "us" not in ours:
         return "**wrong**" if _is_wrong(ours) else "-"
-    peers = [found for name, found in candidates.items() if "ratio" in found and not name.startswith(_NOT_PEERS)]
+    peers = [found for name, found in contestants.items() if "ratio" in found and not name.startswith(_NOT_PEERS)]
     best = min((found["ratio"][0] for found in peers), default=None)
-    safe = candidates.get("moegate safe", {}).get("ratio")
+    not_frozen = contestants.get(DEFAULT_NOT_FROZEN, {}).get("ratio")
     shown = f"{ours['us']:.2f}" + ("" if best is None else f", **{best:.2f}**")
-    return shown + ("" if safe is None else f" / {safe[0]:.2f}")
+    return shown + ("" if not_frozen is None else f" / {not_frozen[0]:.2f}")
 
 
-def _start(rows: list[Row]) -> Iterator[str]:
-    yield "Seconds from `import moegate` to the ids of the first token on the host, in a fresh process that had"
-    yield "imported torch and used the GPU; cold: nothing compiled is on the disk."
+def _start(rows: list[RecordRow]) -> Iterator[str]:
+    yield "Seconds from `import moegate` to the ids of the first token on the host, in a new process that had imported"
+    yield "torch and used the GPU. Cold: no compiled kernel is on the disk. Warm: all are."
     yield ""
     for row in rows:
-        for name, found in row["candidates"].items():
+        for name, found in row["contestants"].items():
             value = f"{found['seconds']:.2f} s" if "seconds" in found else found.get("absent", "**wrong**")
             yield f"- {row['way']}: {name} {value}"
 
 
 def _absent(parts: dict[str, Any]) -> Iterator[str]:
-    """Who did not take part, and why, each reason once."""
+    """The contestants that were not measured, a line for each reason."""
     reasons: dict[tuple[str, str], int] = {}
     for part in parts.values():
         for row in part["rows"]:
-            for name, found in row["candidates"].items():
+            for name, found in row["contestants"].items():
                 if "absent" in found:
                     key = name, _SHAPE.sub("the shape", found["absent"])  # one line for all shapes
                     reasons[key] = reasons.get(key, 0) + 1

@@ -1,8 +1,8 @@
 """moegate on a CUDA GPU against its peers: `python benchmarks/gpu/run.py --out DIR`.
 
-Every time is the median over replays of a CUDA graph of 58 calls or more, the candidates' graphs in turns; every
-call of a timed graph is held against float64. Writes DIR/PART.json after each row; called again, it goes on where
-it stopped. `report.py DIR` makes the page of it, `table.py DIR FILE.csv` the medians that git keeps.
+Every time is the median over replays of a CUDA graph of 58 calls or more; the contestants' graphs take turns. Every
+call of a timed graph is compared with float64. Writes DIR/PART.json after each row; the same command resumes an
+interrupted run. `report.py DIR` makes the page, `table.py DIR FILE.csv` the table of medians that git keeps.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # called by path, 
 
 from benchmarks.gpu.host import measure_host, measure_start
 from benchmarks.gpu.parts import Bench, Key, Options, keys
+from moegate.measure.names import PREDECESSOR
 from moegate.measure.record import Record, describe_run
 from moegate.measure.timing import reason_of
 
@@ -95,7 +96,7 @@ def _missing(record: Record, part: str, models: list[str] | None) -> list[Key]:
 
 
 def _measured(part: str, key: Key, bench: Bench, record: Record) -> dict[str, Any]:
-    """Measures a case and records it, or why it could not be; ends the process if the GPU is lost."""
+    """Measures a case and records the result, or the error; ends the process if the GPU is lost."""
     work: Callable[[], dict[str, Any]]
     if part == "host":
         work = lambda: measure_host(key[0], key[1])  # noqa: E731
@@ -106,8 +107,8 @@ def _measured(part: str, key: Key, bench: Bench, record: Record) -> dict[str, An
     began = time.monotonic()
     try:
         content = work()
-    except Exception as error:  # the other cases go on; the page tells of this one
-        content = {"failed": reason_of(error), "candidates": {}}
+    except Exception as error:  # the page lists the failure; the other cases are still measured
+        content = {"failed": reason_of(error), "contestants": {}}
     content["seconds"] = round(time.monotonic() - began, 2)
     record.add(*key, content)
     try:
@@ -120,18 +121,18 @@ def _measured(part: str, key: Key, bench: Bench, record: Record) -> dict[str, An
 def _tell(
     console: Console, part: str, key: Key, content: dict[str, Any], done: int, total: int, seconds: float
 ) -> None:
-    """A line a case, with the time that is left."""
+    """Prints a case's times in one line, with an estimate of the time left."""
     times = [
         f"{name} {found['us']:.2f}" if "us" in found else f"{name} {'absent' if 'absent' in found else '-'}"
-        for name, found in content["candidates"].items()
-        if name != "predecessor alone"
+        for name, found in content["contestants"].items()
+        if name != PREDECESSOR
     ]
-    wrong = [name for name, found in content["candidates"].items() if found.get("ok") is False]
+    wrong = [name for name, found in content["contestants"].items() if found.get("ok") is False]
     left = seconds / done * (total - done)
     line = f"[{done}/{total}, {left:.0f} s left] {part} {key[0]} M={key[1]} {key[2]}: {', '.join(times)}"
     console.print(line, markup=False, soft_wrap=True)
     for name in wrong:
-        console.print(f"    WRONG: {name}: {content['candidates'][name]}", markup=False, soft_wrap=True)
+        console.print(f"    WRONG: {name}: {content['contestants'][name]}", markup=False, soft_wrap=True)
     if "failed" in content:
         console.print(f"    FAILED: {content['failed']}", markup=False)
 

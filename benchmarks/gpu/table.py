@@ -1,9 +1,10 @@
 """The medians of a folder of records as a small CSV, which git keeps: `python benchmarks/gpu/table.py DIR FILE.csv`.
 
 The records are the JSON files of `benchmarks/gpu/run.py --out DIR` and of `moegate bench --out DIR/ANY`. FILE.csv has a
-row for each candidate with a right result: the microseconds of a call, and of a peer its time by that of the first
-column, the median of replays side by side with their 10th and 90th percentile. FILE_runs.csv has the card, versions,
-commit and date of each run. A case that DIR has takes the place of the same case in FILE.csv; others stay.
+row for each contestant with a right result: the microseconds of a call and, except for the first contestant and the
+floor, the ratio to the first contestant's time: median, 10th and 90th percentile over pairs of replays in one turn.
+FILE_runs.csv has the card, versions, commit and date of each run. The cases of DIR replace the same cases in FILE.csv;
+other cases stay.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, str]
+CsvRow = dict[str, str]
 CASE = ("part", "model", "tokens", "way")
-COLUMNS = (*CASE, "candidate", "us", "ratio", "ratio_low", "ratio_high", "run")
+COLUMNS = (*CASE, "contestant", "us", "ratio", "ratio_low", "ratio_high", "run")
 RUN_COLUMNS = {
     "run": "id",
     "date": "date",
@@ -49,49 +50,49 @@ def main() -> None:
     _write(runs_file, RUN_COLUMNS, sorted((known[run] for run in needed), key=lambda run: run["date"]))
 
 
-def merged(old: list[Row], new: list[Row]) -> list[Row]:
-    """The new rows, and the old ones of cases that are not measured anew, ordered by case."""
+def merged(old: list[CsvRow], new: list[CsvRow]) -> list[CsvRow]:
+    """The new rows, and the old rows of all other cases, ordered by case."""
     measured = {_case(row) for row in new}
     return sorted([*(row for row in old if _case(row) not in measured), *new], key=_case)
 
 
-def _case(row: Row) -> tuple[str, str, int, str]:
+def _case(row: CsvRow) -> tuple[str, str, int, str]:
     return row["part"], row["model"], int(row["tokens"]), row["way"]
 
 
-def _rows(record: dict[str, Any]) -> Iterator[Row]:
+def _rows(record: dict[str, Any]) -> Iterator[CsvRow]:
     for row in record["rows"]:
         case = {name: str(row[name]) for name in CASE}
-        for name, found in row["candidates"].items():
+        for name, found in row["contestants"].items():
             time = found.get("us", 1e6 * found.get("seconds", 0))
             if not time or found.get("ok") is False or name.startswith("predecessor"):
                 continue
             ratio = found.get("ratio", [])
-            if name == "floor" or ratio == [1.0, 1.0, 1.0]:  # no comparison, or the first column itself
+            if name == "floor" or ratio == [1.0, 1.0, 1.0]:  # the floor is no peer; the first contestant has ratio 1
                 ratio = []
             ratios = dict(zip(COLUMNS[6:9], (f"{value:.3g}" for value in ratio), strict=False))
             yield {
                 **case,
-                "candidate": name,
+                "contestant": name,
                 "us": f"{time:.4g}" if time < 1e4 else f"{time:.0f}",
                 **ratios,
                 "run": row["run"],
             }
 
 
-def _runs(record: dict[str, Any]) -> Iterator[Row]:
+def _runs(record: dict[str, Any]) -> Iterator[CsvRow]:
     for run in record["runs"]:
         yield {column: str(run.get(name, "")) for column, name in RUN_COLUMNS.items()}
 
 
-def _read(file: Path) -> list[Row]:
+def _read(file: Path) -> list[CsvRow]:
     if not file.exists():
         return []
     with file.open(newline="", encoding="utf-8") as text:
         return list(csv.DictReader(text))
 
 
-def _write(file: Path, columns: Iterable[str], rows: Iterable[Row]) -> None:
+def _write(file: Path, columns: Iterable[str], rows: Iterable[CsvRow]) -> None:
     with file.open("w", newline="", encoding="utf-8") as text:
         writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
         writer.writeheader()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moegate.gate import Gate
     from moegate.routing import Routing
 else:
-    # Importing PyTorch takes over a second: specs and the catalog do without it.
+    # PyTorch is imported at the first use of a name below: the import takes over a second, and specs do not need it.
     _NEEDS_TORCH = {
         "Gate": "moegate.gate",
         "Routing": "moegate.routing",

@@ -1,3 +1,3 @@
-"""The version of moegate, for modules below `moegate` itself, which imports them."""
+"""The version of moegate, in a module that others can import without importing `moegate`."""
 
 __version__ = "0.1.0"

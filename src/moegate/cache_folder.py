@@ -1,4 +1,4 @@
-"""Where moegate keeps what can be made again: compiled kernels and cost tables."""
+"""The cache folder, for compiled kernels and cost tables."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from platformdirs import user_cache_path
 
 
 def cache_folder() -> Path:
-    """The folder of moegate in the user's cache; XDG_CACHE_HOME moves it, as it moves everybody's.
+    """The folder of moegate in the user's cache folder, which XDG_CACHE_HOME names.
 
     Raises:
-        OSError: The user has no home, or the path is relative, which would be another folder in each program.
+        OSError: The user has no home; or the path is relative, and would depend on the working directory.
     """
     try:
         folder = user_cache_path("moegate")
     except RuntimeError as error:
         raise OSError(f"no cache folder: {error}") from None
-    if not folder.is_absolute():  # which older platformdirs return
+    if not folder.is_absolute():  # older platformdirs return a relative XDG_CACHE_HOME
         raise OSError(f"no cache folder: {folder} is a relative path")
     return folder

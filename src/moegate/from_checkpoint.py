@@ -1,4 +1,4 @@
-"""What a gate reads from a checkpoint: the part of `Gate` that needs one."""
+"""The constructors of `Gate` that read a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class FromCheckpoint:
-    """A class whose objects are made of a spec, tensors by role and the options of a gate."""
+    """Constructors for a class whose own constructor accepts a spec, tensors by role and the options of a gate."""
 
     @classmethod
     def from_checkpoint(
@@ -32,21 +32,21 @@ class FromCheckpoint:
     ) -> Self:
         """The gate of a layer of a local Hugging Face checkpoint.
 
-        Reads the config and, through the index if the checkpoint is sharded, only this gate's tensors. A float8 weight
-        is multiplied by its scale (one number, one a row or one a block) in float32. Then it is rounded to the model's
-        dtype, which it had before it was quantised (bfloat16 if the config states none), unless the spec pins float32.
+        Reads the config and only this gate's tensors, through the index if the checkpoint is sharded. A float8 weight
+        is multiplied by its scale (one number, one a row or one a block) in float32. The result is rounded to the
+        model's dtype (bfloat16 if the config states none), unless the spec pins float32.
 
         Args:
             path: The folder with `config.json` and the safetensors files, or one of these files.
-            layer: The layer, counted as the checkpoint counts.
-            spec: What the router computes, where the config does not say so or you want another:
-                a `RouterSpec`, with which no config is needed, or a function from the one that was found to another,
-                such as `lambda found: dataclasses.replace(found, logits_dtype="float32")`.
-            tensors: Names of tensors that have none that the catalog knows, by role: `weight`, `bias`,
+            layer: The number of the layer, as in the checkpoint's names.
+            spec: What the router computes, in place of what the config says: a `RouterSpec`, with which no config is
+                needed, or a function that changes the config's spec, such as
+                `lambda found: dataclasses.replace(found, logits_dtype="float32")`.
+            tensors: Names of tensors whose names the catalog does not know, by role: `weight`, `bias`,
                 `e_score_correction_bias`, `input_scale`, `per_expert_scale`, `global_scale`, `tid2eid`. A full name,
-                in which {layer} stands for the layer, or what stands behind "layers.3.".
-            device: Where the gate's tensors go.
-            frozen: See the class; nobody else holds the tensors that were read here.
+                in which {layer} stands for the layer, or the part of the name behind "layers.3.".
+            device: The device of the gate's tensors.
+            frozen: See the class. True by default, since nothing else holds the tensors that are read here.
             backend: See the class.
             policy: See the class.
 
@@ -58,7 +58,7 @@ class FromCheckpoint:
             ValueError: A missing, broken or unknown config; a missing, corrupt or truncated file, or one outside the
                 folder; a layer without a router (the message names those that have one); a gate in a quantised format
                 other than float8, or with an adapter; a tensor that is missing or there twice, or has another shape
-                than the spec says; a bias in the layer that the spec does not take; an unknown backend or policy, or a
+                than the spec says; a bias in the layer that the spec does not have; an unknown backend or policy, or a
                 backend that cannot run there.
         """
         (gate,) = cls.all_from_checkpoint(
@@ -79,14 +79,14 @@ class FromCheckpoint:
         backend: str | None = None,
         policy: str = "measured",
     ) -> dict[int, Self]:
-        """The gates of many layers of a local checkpoint, by layer: one pass over its names, each file opened once.
+        """The gates of many layers of a local checkpoint, in one pass over its names; each file is opened once.
 
         Args:
             path: As in `from_checkpoint`.
-            layers: The layers; None: all that have a router, less those past the config's number of layers, which
-                predict further tokens.
-            spec: For all layers; a function is called for each.
-            tensors: For all layers, so that a full name has {layer} in it.
+            layers: The layers. None: all layers with a router, except layers past the config's number of layers, which
+                are for multi-token prediction.
+            spec: For all layers; a function is called once for each layer.
+            tensors: For all layers; a full name must have {layer} in it.
             device: As in `from_checkpoint`.
             frozen: As in `from_checkpoint`.
             backend: As in `from_checkpoint`.

@@ -26,37 +26,36 @@ from moegate.warn import warn_once
 class Gate(FromCheckpoint, TakesNote):
     """The router of one layer.
 
-    Parameters and buffers carry the names of checkpoints: `weight`, `bias`, `e_score_correction_bias`,
-    `per_expert_scale`, `global_scale`, `tid2eid` (and `input_scale`, Gemma-4's `scale`); those that
-    the spec does not ask for are None. The correction bias, and a weight that the spec pins to float32,
-    stay in float32 whatever dtype the module is cast to.
+    Parameters and buffers have the names of checkpoints: `weight`, `bias`, `e_score_correction_bias`,
+    `per_expert_scale`, `global_scale`, `tid2eid` (and `input_scale`, Gemma-4's `scale`). Tensors that the spec does not
+    ask for are None. The correction bias, and a weight that the spec pins to float32, stay in float32 whatever dtype
+    the module is cast to.
 
-    The gate reads the very tensors it was given, so that updates in place take effect. With
-    `frozen=True` it also keeps what it made of them (on a CPU, the packed weight).
+    The gate holds the given tensors themselves, not copies: updates in place take effect. With `frozen=True` the gate
+    also keeps what it prepared from them (on a CPU, a packed weight).
 
-    Each call looks at the tensors, however they came to change: an assigned, loaded, moved, pruned or
-    swapped one takes effect at once, and one that does not fit raises what the constructor would. A
-    frozen gate notices writes in place, too, by the tensors' version, and refreshes. No call can see
-    the writes that PyTorch does not count: through `.data`, to an inference tensor, by a collective or
-    a fused optimizer, through an alias (docs/noticing.md). After these a frozen gate, and one with a
-    hash table, needs a call of `refresh()`. So does a gate that changed before its calls are captured
-    into a CUDA graph, and a frozen one on a GPU that is called by `torch.compile`'s code.
+    Each call checks whether the tensors changed. A tensor that was assigned, loaded, moved, pruned or swapped takes
+    effect in the next call; a tensor that does not fit raises the constructor's error. A frozen gate also notices
+    writes in place, by the tensors' version counters, and refreshes. Writes that PyTorch does not count go unnoticed:
+    through `.data`, to an inference tensor, by a collective or a fused optimizer, through an alias (docs/noticing.md).
+    After such a write, a frozen gate and a gate with a hash table need a call of `refresh()`. So do a gate that changed
+    before its calls are captured into a CUDA graph, and a changed frozen gate on a GPU in code of `torch.compile`.
 
     Args:
-        spec: What the router computes. The tensors below must be given just when it asks for them.
+        spec: What the router computes. Each tensor below must be given if, and only if, the spec asks for it.
         weight: [R, K] bfloat16, float16 or float32 (only float32 if the spec pins it), with the rows
             of the experts, the zero experts and the shared gates in this order.
-        bias: [R], the linear bias; bfloat16, float16 or float32, as all that have no dtype here.
+        bias: [R], the linear bias; bfloat16, float16 or float32, as all tensors below without a stated dtype.
         e_score_correction_bias: [num_experts + num_zero_experts]; half precision is widened to float32.
         input_scale: [K], of the input norm.
         per_expert_scale: [num_experts].
         global_scale: [1].
-        tid2eid: [vocabulary, top_k] int32 or int64, the experts of each token id, distinct in a row. What stands
-            in it must be right at the first call, so that a placeholder may come first.
+        tid2eid: [vocabulary, top_k] int32 or int64, the experts of each token id, distinct in a row. The values are
+            checked at the first call, so that a placeholder can be given.
         frozen: The tensors seldom change, and never while a call reads them.
-        pdl: On a GPU, start before the kernel in front ends (programmatic dependent launch) and wait for
-            it just before reading `hidden`. False: start when it has ended.
-        backend: "torch", "cuda" or "flashinfer": only this one runs. FlashInfer's kernels do not keep all of
+        pdl: On a GPU, kernels start before the kernel in front ends (PDL, programmatic dependent launch), and wait for
+            its end just before they read `hidden`. False: kernels start after the kernel in front has ended.
+        backend: "torch", "cuda" or "flashinfer": only this backend runs. FlashInfer's kernels do not keep all of
             docs/contract.md. None: the policy chooses.
         policy: "measured": the fastest kernels that keep the contract, by measured times. "sglang": SGLang's
             rule of April 2026 (docs/choice.md).
@@ -112,7 +111,7 @@ class Gate(FromCheckpoint, TakesNote):
         self.register_load_state_dict_post_hook(refresh_after_load)  # type: ignore[no-untyped-call]
         if self.weight.device == weight.device:
             self._take_note(is_loaded=False)
-        else:  # accelerate's init_empty_weights() moved it to meta: this is not the gate yet
+        else:  # accelerate's init_empty_weights() moved the weight to meta; the real weight comes later
             self._refresh_if_fit()
 
     def forward(
@@ -127,17 +126,17 @@ class Gate(FromCheckpoint, TakesNote):
 
         Args:
             hidden: [M, K] bfloat16, float16 or float32, on the gate's device; M may be 0.
-            input_ids: [M] int32 or int64, the token ids, just for hash routing.
+            input_ids: [M] int32 or int64, the token ids, for hash routing only.
             return_logits: Also return the logits [M, R] in the spec's `logits_dtype`.
-            out: Contiguous tensors to be filled and returned, as an earlier call with as many tokens gave. With logits
-                among them, a call of the `cuda` backend with up to 64 tokens allocates nothing.
+            out: Contiguous tensors to fill and return, such as the routing of an earlier call with M tokens. If it has
+                logits, a call of the `cuda` backend with up to 64 tokens allocates nothing.
 
         Returns:
             A `Routing`. No gradient flows through it.
 
         Raises:
             TypeError: Not a tensor, or a dtype that is not allowed.
-            ValueError: A shape, stride or device that is not allowed; a wrong hash table; on a CPU, a token id outside it.
+            ValueError: A wrong shape, stride, device or hash table; on a CPU, a token id outside the hash table.
             RuntimeError: Tensors of the gate changed, and a CUDA graph is being captured.
         """
         if is_compiling() or (
@@ -160,14 +159,14 @@ class Gate(FromCheckpoint, TakesNote):
             if had_grad and (hidden.requires_grad or weight.requires_grad or _require_grad(noted.learned)):
                 warn_of_no_grad()
             try:
-                torch._C._set_grad_enabled(False)  # all that torch.no_grad() comes to, in a tenth of its time
+                torch._C._set_grad_enabled(False)  # what torch.no_grad() does, in a tenth of the time
                 routing = noted.dispatch.route(hidden, weight, noted.tensors, input_ids, noted.prepared, out)
             finally:
                 torch._C._set_grad_enabled(had_grad)
         return routing if return_logits else routing.without_logits()
 
     def _unlooked(self, hidden: Tensor, input_ids: Tensor | None, out: Routing | None) -> Routing:
-        """For compilers, one operator; for wrappers, and what has PyTorch's operations taken over, these operations."""
+        """A call without a look: one operator for compilers; PyTorch's operations for wrappers, modes and tracers."""
         spec = self.spec
         weight, tensors = arguments.check_gate(widened(self._given()), spec)
         arguments.check_hidden(hidden, spec, weight.device)
@@ -192,7 +191,7 @@ class Gate(FromCheckpoint, TakesNote):
             return for_route(META, spec, weight, tensors, Options()).route(hidden, weight, tensors, input_ids, {}, out)
 
     def warmup(self, *hidden_dtypes: torch.dtype) -> None:
-        """Routes one token in each of these dtypes of `hidden`, so that nothing is left to be compiled later.
+        """Routes one token in each of these dtypes of `hidden`, so that later calls compile nothing.
 
         Args:
             hidden_dtypes: bfloat16, float16 or float32.
@@ -202,21 +201,21 @@ class Gate(FromCheckpoint, TakesNote):
         """
         weight = self.weight
         ids = torch.zeros(1, dtype=torch.int64, device=weight.device) if self.spec.hash_routing else None
-        for dtype in hidden_dtypes:
-            self(torch.zeros((1, self.spec.hidden_size), dtype=dtype, device=weight.device), input_ids=ids)
+        for hidden_dtype in hidden_dtypes:
+            self(torch.zeros((1, self.spec.hidden_size), dtype=hidden_dtype, device=weight.device), input_ids=ids)
 
     def explain(self, num_tokens: int) -> Explanation:
-        """Which kernels run for so many tokens, the time to expect, on what evidence, and why no others.
+        """Explains the plan for M tokens.
 
         Args:
-            num_tokens: M, 0 or more; with hidden states of the weight's dtype (bfloat16 for a float32 weight).
+            num_tokens: M, 0 or more, of hidden states in the weight's dtype (bfloat16 beside a float32 weight).
 
         Returns:
-            The kernels for M tokens, the time to expect, its evidence, and the reason against each other candidate.
+            The kernels, the expected time with its evidence, and the reason against each other candidate.
 
         Raises:
             TypeError: Not an int.
-            ValueError: A negative number; or the gate's `backend` cannot route so many.
+            ValueError: A negative number; or the gate's `backend` cannot route M tokens.
         """
         with lock_of(self):
             if self._noted is None or not self._holds(self._noted):
@@ -225,7 +224,7 @@ class Gate(FromCheckpoint, TakesNote):
             return explain(self._noted.dispatch.plan, num_tokens)
 
     def extra_repr(self) -> str:
-        """What the router computes, in a line."""
+        """The gate's spec and options in one line."""
         spec = self.spec
         size = f"hidden_size={spec.hidden_size}, num_experts={spec.num_experts}, top_k={spec.top_k}"
         backend = None if self._noted is None else self._noted.dispatch.name
@@ -239,7 +238,7 @@ def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
 
 
 def _require_grad(tensors: tuple[Tensor, ...]) -> bool:
-    for tensor in tensors:  # noqa: SIM110 # a loop, not any(): this runs in every call with autograd
+    for tensor in tensors:  # noqa: SIM110 # faster than any(), in every call with autograd
         if tensor.requires_grad:
             return True
     return False

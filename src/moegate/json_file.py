@@ -1,4 +1,4 @@
-"""JSON files that others wrote: whatever is wrong with one is a `ValueError` that names it."""
+"""Reads JSON files of others: every fault of a file is a `ValueError` that names the file."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def read_json(path: Readable, what: str) -> Any:
 
     Args:
         path: The file.
-        what: What it is to the user, in front of its path: "the cost table".
+        what: The user's word for the file, in front of its path: "the cost table".
 
     Raises:
-        ValueError: It is missing, cannot be read, is no UTF-8 or no JSON, or is nested too deeply.
+        ValueError: The file is missing, cannot be read, is no UTF-8 or no JSON, or is nested too deeply.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Pointers of git-lfs: what a clone holds in place of a large file that was not fetched."""
+"""Pointers of git-lfs: the text files that a clone has in place of large files that were not fetched."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ EXPLANATION = "it is a git-lfs pointer to a file that was not fetched; run `git 
 
 
 def why_unreadable(file: Path, error: Exception) -> str:
-    """Why a binary file cannot be read: it is a pointer, or else the error says why."""
+    """Why a binary file cannot be read: because it is a git-lfs pointer, or as the error says."""
     try:
         with file.open("rb") as opened:
             start = opened.read(len(POINTER))
-    except OSError:  # the error that there was says as much
+    except OSError:  # the given error already says that the file cannot be read
         return str(error)
     return EXPLANATION if start == POINTER.encode() else str(error)

@@ -1,4 +1,4 @@
-"""The look of every call: whether a gate's tensors are what it took note of."""
+"""The look of every call: are a gate's tensors still those that the last refresh noted?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moegate.plain import is_plain
 from moegate.routing import RouterTensors
 
 _TensorGuards: Any
-try:  # what compiled code asks of its inputs: type, dtype, device, sizes and strides of several tensors in one call
+try:  # the guards of torch.compile: one call compares type, dtype, device, sizes and strides of several tensors
     from torch._C._dynamo.guards import TensorGuards as _TensorGuards
 except ImportError:
     _TensorGuards = None
@@ -23,7 +23,7 @@ NAMES = ("weight", *RouterTensors._fields)
 Given = tuple[Tensor | None, ...]
 """A gate's tensors, in the order of `NAMES`."""
 Look = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
-"""Whether a gate's parameters and buffers are as they were noted."""
+"""(parameters, buffers) of a gate -> True if they are as they were noted."""
 Form = tuple[torch.dtype, torch.Size, "tuple[int, ...] | None", torch.device]
 """Dtype, shape, strides (None: contiguous), device."""
 
@@ -31,29 +31,30 @@ _KINDS = (Tensor, nn.Parameter)
 
 
 def form_of(tensor: Tensor | None) -> Form | None:
-    """What a tensor is apart from its values."""
+    """All of a tensor that a plan depends on: not its values or its address."""
     if tensor is None:
         return None
     return tensor.dtype, tensor.shape, None if tensor.is_contiguous() else tensor.stride(), tensor.device
 
 
 def place_of(tensor: Tensor) -> tuple[int, int | None]:
-    """A tensor's address, and how many writes it counts; None: an inference tensor counts none."""
+    """A tensor's address and version counter; None: an inference tensor has no version."""
     return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 class Questions(NamedTuple):
-    """Whether tensors are like others, but for their values: three ways to ask, the quickest first."""
+    """Three functions that compare the forms of tensors with noted ones, the fastest first."""
 
     quick: Callable[..., bool]
+    """By guards that hold outside of inference mode."""
     in_inference: Callable[..., bool]
-    """As quick, and right in inference mode."""
+    """By guards that hold in inference mode."""
     is_alike: Callable[..., bool]
-    """In words that any PyTorch has, and right under any mode."""
+    """By public attributes; right in any PyTorch and any mode."""
 
 
 def questions_about(*tensors: Tensor) -> Questions:
-    """What is to be asked of a gate's tensors, the weight first, in any later call."""
+    """Functions that compare a later call's tensors, the weight first, with these tensors."""
     forms = tuple(map(form_of, tensors))
 
     def is_alike(*now: Any) -> bool:
@@ -73,14 +74,14 @@ def look_of(
     places: Mapping[str, tuple[int, int | None]],
     buffers: frozenset[str],
 ) -> Look:
-    """The look for one gate.
+    """Makes the look of one gate.
 
     Args:
-        own: The tensors that must be the same objects, by name, in the order of `NAMES`. Without the weight: any that
-            is alike. Of a tensor that the spec does not ask for, `Gate.__setattr__` tells if one comes.
-        questions: About the weight and the others in this order.
-        places: Of the tensors among them that must not have been moved or written to.
-        buffers: The names that are the gate's buffers; the others are its parameters.
+        own: The tensors that must be the same objects, by name, in the order of `NAMES`. Without the weight: any weight
+            of the noted form will do. Tensors that the spec does not ask for are left to `TakesNote.__setattr__`.
+        questions: About the weight, then the other tensors of `own`.
+        places: Address and version of the tensors that must not have been moved or written to.
+        buffers: The names of the gate's buffers; all other names are parameters.
     """
     counted = tuple(name for name, (_, version) in places.items() if version is not None)
     values: dict[str, object] = {f"{name}_place": place for name, (place, _) in places.items()}
@@ -89,7 +90,7 @@ def look_of(
     values |= {"all_own": tuple(own.values()), **questions._asdict(), **own}
     exec(
         _code(tuple(own), tuple(places), counted, tuple(values), buffers.intersection(own)), values
-    )  # of nothing but the names above
+    )  # the code is made of the names above alone
     return values["holds"]  # type: ignore[return-value]
 
 
@@ -101,10 +102,10 @@ def _code(
     values: tuple[str, ...],
     buffers: frozenset[str],
 ) -> CodeType:
-    """The code of a look. It runs in every call, so that every tenth of a microsecond in it counts.
+    """The code of a look, which runs in every call: each tenth of a microsecond counts.
 
-    One expression, since a loop takes as long as the questions in it; what is compared with is an argument with a
-    default, and `data_ptr` bound to its tensor, which is looked up faster.
+    The look is a single expression, since a loop would double its time. Noted values are default arguments and
+    `data_ptr` is a bound method, both for faster lookups.
     """
     at = {name: f"{'buffers' if name in buffers else 'parameters'}[{name!r}]" for name in ("weight", *own)}
     asked = "*all_own" if "weight" in own else ", ".join([at["weight"], *own])
@@ -126,14 +127,14 @@ def _code(
 
 
 def _quick_question(*tensors: Tensor) -> Callable[..., bool]:
-    """Whether tensors are like these, in the mode of now; it says no where PyTorch cannot tell."""
+    """A comparison with the forms of these tensors in the current mode; always False where PyTorch has no guards."""
     if _TensorGuards is None:
         return _no
     sizes, strides = [list(tensor.size()) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
     try:
         guards = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         return guards.check if guards.check(*tensors) else _no
-    except (TypeError, ValueError, RuntimeError):  # a PyTorch in which it goes by other words
+    except (TypeError, ValueError, RuntimeError):  # a PyTorch whose guards have another signature
         return _no
 
 

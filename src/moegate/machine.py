@@ -1,4 +1,4 @@
-"""A machine, as far as the choice of kernels depends on it. None of it needs a GPU to be described."""
+"""The properties of a machine that decide which kernels run. A description needs no GPU."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """One device, with what is installed around it."""
+    """One device and the software installed for it."""
 
     name: str
-    """The GPU's name; "sm_103" for one that is only described; "cpu", ... for what is no NVIDIA GPU."""
+    """The GPU's name; "sm_103" for a GPU described by its architecture; "cpu", ... for other devices."""
     capability: tuple[int, int] | None = None
     """The compute capability; None: no NVIDIA GPU."""
     num_sms: int | None = None
     """Multiprocessors; None: not known."""
     bandwidth: float | None = None
-    """Of the memory, in GB/s by its clock and width; None: not known."""
+    """Memory bandwidth in GB/s, from the memory's clock and width; None: not known."""
     flashinfer: str | None = None
     """FlashInfer's version; None: it is not installed."""
     no_nvrtc: str | None = None
@@ -26,7 +26,7 @@ class Machine:
     no_nvcc: str | None = None
     """Why FlashInfer cannot compile its kernels; None: it can."""
     device: torch.device | None = None
-    """Where things can be tried out; None: the machine is only described."""
+    """The device itself, on which kernels can be tried out; None: the machine is only described."""
 
     def __hash__(self) -> int:
         """Of what tells machines apart; every problem has its machine's in its own."""

@@ -1,4 +1,4 @@
-"""What a gate takes note of: its tensors, and what was made of them."""
+"""What a refresh notes of a gate: the tensors, and the plan and prepared weight made for them."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ from moegate.routing import Output, RouterTensors, outputs_of
 from moegate.spec import RouterSpec
 from moegate.warn import warn_once
 
-# Refreshes in calls, after which a frozen gate is called slow.
+# A frozen gate with so many refreshes in calls gets a warning that it is slow.
 _MANY_REFRESHES = 16
 _CORRECTION = NAMES.index("e_score_correction_bias")
 
 
 class Noted(NamedTuple):
-    """What one refresh found and made; never changed, so that a call in another thread has all of it or none."""
+    """What one refresh found and made. Immutable, so that calls in other threads see a consistent state."""
 
     spec: RouterSpec | None
-    """None: nothing to rely on, so that the next call refreshes."""
+    """None: the tensors are not final, and the next call refreshes."""
     own: Given
-    """The tensors; None for the weight of a gate that is not frozen, which may be any that is alike."""
+    """The tensors. None for the weight of a gate that is not frozen: any weight of the same form will do."""
     forms: tuple[Form | None, ...]
     places: dict[str, tuple[int, int | None]]
-    """Address and version of those of `own` of which they count."""
+    """Address and version of the tensors in `own` that must not be written to unnoticed."""
     questions: Questions | None
-    """Whether other tensors are like these; None: wrappers, of which nothing can be told."""
+    """Compare other tensors with these; None: wrappers, which cannot be compared."""
     buffers: frozenset[str]
     """The names of the gate's buffers."""
     holds: Look
     kept: tuple[Tensor, ...]
-    """Views of a frozen gate's tensors, which keep their memory: no other tensor comes to lie in the same place."""
+    """Views that keep the memory of a frozen gate's tensors allocated, so that no other tensor gets their address."""
     device: torch.device
     tensors: RouterTensors
     learned: tuple[Tensor, ...]
-    """Those among them that training would change."""
+    """The tensors in `tensors` that training changes."""
     outputs: tuple[Output, ...]
     dispatch: Dispatch
     prepared: Prepared
     in_calls: int
-    """How many refreshes of this gate were made because a call found other tensors."""
+    """The number of refreshes of this gate that were made because a call found changed tensors."""
 
     def in_doubt(self) -> Noted:
-        """The same, which the next call takes for changed."""
+        """A copy whose look always fails, so that the next call refreshes."""
         return self._replace(holds=_never)
 
     def with_others_alike(
         self, spec: RouterSpec, given: Given, buffers: frozenset[str], *, frozen: bool
     ) -> Noted | None:
-        """The same for other tensors of a gate that is not frozen, if a refresh would make nothing new of them."""
+        """A copy for other tensors of a gate that is not frozen; None if these tensors need a refresh."""
         is_same = spec is self.spec and not frozen and not spec.hash_routing and are_plain(given)
         if not is_same or any(tensor is not None and not isinstance(tensor, Tensor) for tensor in given):
             return None
@@ -71,7 +71,7 @@ class Noted(NamedTuple):
         return self._replace(own=own, buffers=buffers, holds=holds, tensors=tensors, learned=learned(tensors))
 
     def first_change(self, spec: RouterSpec, given: Given) -> str:
-        """The name of what is not as it was noted; "gate", if it is not one of the tensors."""
+        """The name of the first tensor that differs from the noted one; "gate" if no tensor does."""
         if spec is self.spec:
             for name, tensor, own, form in zip(NAMES, given, self.own, self.forms, strict=True):
                 is_other = (own is not None and tensor is not own) or not isinstance(tensor, Tensor | None)
@@ -87,7 +87,7 @@ def _named(own: Given) -> dict[str, Tensor]:
 
 
 def _never(*now: object) -> bool:
-    """The look at wrappers, of which nothing can be told, and at what is not all loaded yet."""
+    """The look for wrappers, which cannot be compared, and for tensors that are not all loaded yet."""
     return False
 
 
@@ -100,12 +100,12 @@ def learned(tensors: RouterTensors) -> tuple[Tensor, ...]:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """True if what is enqueued on the device goes into a CUDA graph."""
+    """True if the device's current stream is being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_in_capture(name: str) -> NoReturn:
-    """A refresh allocates, compiles and waits, none of which a CUDA graph can hold.
+    """Refuses a refresh during a capture: it would allocate, compile and wait, which a CUDA graph cannot record.
 
     Raises:
         RuntimeError: Always.
@@ -117,7 +117,7 @@ def refuse_in_capture(name: str) -> NoReturn:
 
 
 def warn_of_many_refreshes(in_calls: int) -> None:
-    """Says once that a gate is frozen in name only."""
+    """Warns once that a frozen gate's tensors keep changing."""
     if in_calls == _MANY_REFRESHES:
         warn_once(
             f"{_MANY_REFRESHES} calls found the tensors of a frozen gate changed, and each made a refresh; "
@@ -128,10 +128,10 @@ def warn_of_many_refreshes(in_calls: int) -> None:
 def take_note(
     spec: RouterSpec, given: Given, buffers: frozenset[str], options: Options, *, is_loaded: bool, in_calls: int
 ) -> Noted:
-    """Checks a gate's tensors as at first, plans for them, and prepares what pays to be made once.
+    """Checks a gate's tensors as the constructor does, makes the plan, and prepares the weight of a frozen gate.
 
-    `is_loaded`: What stands in a hash table must be right. Else a wrong one, which may be a placeholder, is left to
-    the next call, which takes note again. `in_calls` is of `Noted`.
+    `is_loaded`: a hash table with wrong values is an error. Otherwise it may be a placeholder, and the next call takes
+    note again. `in_calls`: see `Noted`.
 
     Raises:
         TypeError: See `Gate`.
@@ -147,8 +147,8 @@ def take_note(
     dispatch = _dispatch_for(weight, are_all_plain, spec, tensors, options)
     keeps = options.frozen and is_here
     if keeps and weight.is_cuda:
-        # A frozen gate's kernels read the weight before griddepcontrol.wait. This kernel is launched without PDL: a
-        # fence in the stream, behind whichever kernel wrote the weight and before every call.
+        # A frozen gate's kernels read the weight before griddepcontrol.wait. This kernel, launched without PDL, is a
+        # fence in the stream: it runs after whichever kernel wrote the weight, and before every call.
         torch.zeros(1, device=weight.device)
     own = (weight if keeps else None, *tensors) if are_all_plain else (None,) * len(NAMES)
     named = _named(own)
@@ -177,19 +177,19 @@ def take_note(
 def _dispatch_for(
     weight: Tensor, are_plain: bool, spec: RouterSpec, tensors: RouterTensors, options: Options
 ) -> Dispatch:
-    """What runs calls with a weight; wrappers are taken by PyTorch's operations alone."""
+    """The dispatch for a gate's calls; wrappers are routed by PyTorch's operations alone."""
     is_here = are_plain and not weight.is_meta
     if not is_here and options.backend in BACKEND_NAMES:
-        # Where the tensors are not yet, a backend that runs where they will be is not asked for.
+        # A forced backend applies once the tensors are on their device, which is not yet known here.
         options = options._replace(backend=None)
     return for_route(weight.device if are_plain else META, spec, weight, tensors, options)
 
 
 def _has_table(tensors: RouterTensors, spec: RouterSpec, *, is_loaded: bool) -> bool:
-    """True if what stands in the hash table is right, or there is none; False if it may still be loaded.
+    """True if there is no hash table, or its values are right; False if they are wrong and may still be loaded.
 
     Raises:
-        ValueError: It is wrong, and is_loaded.
+        ValueError: The values are wrong, and is_loaded.
     """
     if tensors.tid2eid is None:
         return True
@@ -203,7 +203,7 @@ def _has_table(tensors: RouterTensors, spec: RouterSpec, *, is_loaded: bool) -> 
 
 
 def widened(given: Given) -> Given:
-    """A gate's tensors with a correction bias in half precision in float32."""
+    """A gate's tensors, with a correction bias in half precision widened to float32."""
     bias = given[_CORRECTION]
     if not isinstance(bias, Tensor) or bias.dtype not in (torch.bfloat16, torch.float16):
         return given
@@ -211,7 +211,7 @@ def widened(given: Given) -> Given:
 
 
 def widen_correction_bias(gate: nn.Module) -> None:
-    """Puts a float32 copy in the place of a gate's correction bias in half precision."""
+    """Replaces a gate's correction bias in half precision by a float32 copy."""
     name = "e_score_correction_bias"
     bias = getattr(gate, name, None)
     if not isinstance(bias, Tensor) or bias.dtype not in (torch.bfloat16, torch.float16):
@@ -225,7 +225,7 @@ def widen_correction_bias(gate: nn.Module) -> None:
             holder[name] = wide
 
 
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # a lock can be neither copied nor pickled
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # not in the gate: locks cannot be pickled
 
 
 def lock_of(gate: nn.Module) -> threading.RLock:
@@ -233,13 +233,13 @@ def lock_of(gate: nn.Module) -> threading.RLock:
     return _locks.setdefault(gate, threading.RLock())
 
 
-if hasattr(os, "register_at_fork"):  # in the child, a lock that another thread held would be held for ever
+if hasattr(os, "register_at_fork"):  # a lock that another thread of the parent holds is never released in the child
     os.register_at_fork(after_in_child=_locks.clear)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compilers run it as it is
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compilers call it instead of tracing it
 def warn_of_no_grad() -> None:
-    """Says once that training goes around a router; in compiled code, when it is compiled."""
+    """Warns once that no gradient flows through a routing; for compiled code, at compile time."""
     warn_once(
         "no gradient flows through a routing, neither to hidden nor to the gate's parameters, of which one requires "
         "it here: their grad stays as it is. Call the gate under torch.no_grad() if none is wanted"

@@ -52,14 +52,14 @@ class RouterSpec(KeptOnce):
         group_score: What ranks a group: the sum of its two best keys (DeepSeek-V3), the best one
             (DeepSeek-V2, arXiv:2405.04434, section 2.1.2), or the sum of its j best
             (`group_limited_topk` of Megatron-LM, whose j is top_k / topk_group; Megatron-LM#4667).
-        group_score_top_j: That j, from 1 to the experts of a group, just with "topj_sum".
+        group_score_top_j: The j of "topj_sum", from 1 to the experts of a group; only with "topj_sum".
         select_per_group: From each of the n_group groups its top_k / n_group best experts are chosen
-            (Pangu Pro MoE, arXiv:2505.21411; `router_n_groups` of xtuner#1209). Every group takes
-            part, so that topk_group is n_group; no group is ranked.
-        weights_from: The selected experts' scores, or a softmax or sigmoid of their logits alone.
+            (Pangu Pro MoE, arXiv:2505.21411; `router_n_groups` of xtuner#1209). No group is ranked, and
+            topk_group must be n_group.
+        weights_from: The selected experts' scores, or a softmax or sigmoid over their logits alone.
         renormalize: Divide the selected scores by their sum.
-        renormalize_eps: Added to that sum.
-        renormalize_floor: The least value of that sum (ERNIE-4.5 clamps it).
+        renormalize_eps: Added to the sum of renormalize.
+        renormalize_floor: The least value of the sum of renormalize (ERNIE-4.5 clamps the sum).
         routed_scaling_factor: Multiplied into the weights, last.
         logits_dtype: "bfloat16" rounds the logits once, to nearest even, before anything else.
         logit_multiplier: Multiplied into the logits before the score (Muse-Spark).
@@ -71,7 +71,7 @@ class RouterSpec(KeptOnce):
         per_expert_scale: The weights are multiplied by a learned scale of their expert (Gemma-4).
         num_zero_experts: Selectable rows behind the N experts, which stand for the identity
             (LongCat-Flash, arXiv:2509.01322): ids N to N + num_zero_experts - 1.
-        num_shared_gates: Rows behind those that are never chosen, but whose scores join the
+        num_shared_gates: Rows behind the selectable rows. They are never chosen, but their scores join the
             renormalising sum and are returned as `shared_weights` (Inkling).
         global_scale: All weights are multiplied by one learned scalar (Inkling).
         hash_routing: The ids come from a table by token id, not from the scores (DeepSeek-V4's
@@ -88,7 +88,7 @@ class RouterSpec(KeptOnce):
     n_group: int = 1
     topk_group: int = 1
     group_score: GroupScore = "top2_sum"
-    # By keyword: the fields behind them had their places first.
+    # By keyword only, so that the positions of the older fields below stay the same.
     group_score_top_j: int | None = field(default=None, kw_only=True)
     select_per_group: bool = field(default=False, kw_only=True)
     weights_from: WeightsFrom = "score"
@@ -108,11 +108,11 @@ class RouterSpec(KeptOnce):
     global_scale: bool = False
     hash_routing: bool = False
     input_norm_eps: float | None = None
-    __hash__ = KeptOnce.__hash__  # not the one that a dataclass gets, of all fields in each call
+    __hash__ = KeptOnce.__hash__  # a dataclass's own would hash all fields in each call
 
     def __post_init__(self) -> None:
-        for part in dataclasses.fields(self):
-            check_type(part.name, str(part.type), getattr(self, part.name))
+        for each in dataclasses.fields(self):
+            check_type(each.name, str(each.type), getattr(self, each.name))
         for name, allowed in CHOICES.items():
             self._require(name, getattr(self, name) in allowed, f"one of {list(allowed)}")
         self._check_sizes()
@@ -132,19 +132,19 @@ class RouterSpec(KeptOnce):
 
         Args:
             config: A path to a `config.json` or to the folder that holds it, a dict, or a
-                configuration object with `to_dict()`. A model whose logits have the model's dtype
-                counts as float32 if the config states none (gpt-oss's: bfloat16), as in Transformers;
-                `Gate.from_checkpoint` takes the dtype of the stored weight then.
-            layer: The layer, for models whose layers differ. None: the rule of all layers, if a config
-                lists one for each; of the layers without an entry of their own; of DeepSeek-V4's layers, most.
+                configuration object with `to_dict()`. For models whose logits have the model's dtype: a config
+                without a dtype means float32 (gpt-oss: bfloat16), as in Transformers; `Gate.from_checkpoint` uses the
+                dtype of the stored weight instead.
+            layer: The layer, for models whose layers differ. None: the common rule if a config lists one rule for each
+                layer; the rule of the layers without an entry; the rule of most layers (DeepSeek-V4).
 
         Returns:
-            The spec. What the config leaves out has the value that the model type's config class gives it.
+            The spec. Keys that the config leaves out have the defaults of the model type's config class.
 
         Raises:
-            TypeError: No form of a config; a layer that is no int.
+            TypeError: Not a config; a layer that is no int.
             ValueError: A file that is missing or broken; a model without experts; a model type that is unknown or
-                out of scope; a field with neither a value nor a default; values that make no sense together.
+                out of scope; a field with neither a value nor a default; values that contradict each other.
         """
         from moegate.configs.fields import router_fields
 
@@ -169,11 +169,10 @@ class RouterSpec(KeptOnce):
 
     @cached_property
     def selects_on_logits(self) -> bool:
-        """True if the key of the choice is the logit itself.
+        """True if the choice key is the logit itself.
 
-        Every score function is monotone, so that without a bias the logits have the order of the
-        scores, and more: saturated sigmoids and underflown probabilities do not tie. A sum of
-        scores has no such order, hence the exception.
+        Every score function is monotone: without a bias the logits have the order of the scores, and saturated sigmoids
+        or underflown probabilities do not tie. Groups ranked by sums of scores are the exception.
         """
         sums_scores = self.n_group > 1 and not self.select_per_group and self.group_score != "max"
         return self.correction_bias is None and not sums_scores
@@ -190,8 +189,8 @@ class RouterSpec(KeptOnce):
     def softmax_over_selected(self) -> bool:
         """True if the weights are a softmax over the selected logits alone.
 
-        A softmax over all experts, renormalised over the selected ones without eps or floor, is
-        that too; it is defined so, because that form cannot underflow to 0/0.
+        A softmax over all experts, renormalised over the selected ones without eps and floor, is the same number. The
+        contract defines it as the softmax over the selected logits, which cannot underflow to 0/0.
         """
         renormalized_softmax = (
             self.weights_from == "score"
@@ -283,6 +282,6 @@ class RouterSpec(KeptOnce):
             self._require(name, holds, "None, or above 0, a normal float32")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
-        """Refuses the value of a field, by a `ValueError` that names the field and what is allowed."""
+        """Raises a `ValueError` that names the field and what is allowed, unless the condition holds."""
         if not holds:
             raise ValueError(f"RouterSpec.{name} = {getattr(self, name)!r}; allowed: {allowed}")

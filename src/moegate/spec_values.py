@@ -1,4 +1,4 @@
-"""What the fields of a `RouterSpec` may be: their words and their types; and what is computed of them once."""
+"""The allowed values and types of the fields of a `RouterSpec`, and what is computed of the fields once."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "weight_dtype": get_args(GateWeightDtype),
     "topk_weights_dtype": get_args(WeightsDtype),
 }
-"""The words of each field that takes words."""
+"""The allowed values of each field with a fixed set of values."""
 
 
 def check_type(field: str, annotation: str, value: object) -> None:
-    """Refuses what a dataclass would take silently: a bool for an int, a string for a float."""
+    """Raises a `TypeError` for what a dataclass accepts silently: a bool for an int, a string for a float."""
     expected: tuple[type, ...]
     if annotation.startswith("int"):
         expected = (int,)
@@ -45,13 +45,13 @@ def check_type(field: str, annotation: str, value: object) -> None:
 
 
 class KeptOnce:
-    """What a frozen dataclass computes of its fields once: its hash, and its text.
+    """A frozen dataclass whose hash and text are computed once.
 
-    A spec is part of the key of all that is kept for one, and compiled code hands specs to operators as text.
+    Specs are keys of caches, and compiled code passes specs to operators as text.
     """
 
     _text: ClassVar[str]
-    """JSON of the fields that are not at their defaults. An attribute, which compiled code reads as it is."""
+    """JSON of the fields that differ from their defaults; an attribute, since compiled code cannot read a property."""
 
     def __hash__(self) -> int:
         return self._hash
@@ -61,15 +61,15 @@ class KeptOnce:
         return hash(tuple(self.__getstate__().values()))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without what was computed: another process hashes text to other numbers.
-        return {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}  # type: ignore[arg-type]
+        # Without cached properties: strings have other hashes in another process.
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._keep_text()
 
     def _keep_text(self) -> None:
-        """Sets `_text`, when the fields are there."""
-        defaults = {part.name: part.default for part in dataclasses.fields(self)}  # type: ignore[arg-type]
+        """Sets `_text` from the fields."""
+        defaults = {each.name: each.default for each in dataclasses.fields(self)}  # type: ignore[arg-type]
         values = self.__getstate__().items()
         vars(self)["_text"] = json.dumps({name: value for name, value in values if value != defaults[name]})

@@ -1,4 +1,4 @@
-"""The part of `Gate` that takes note of its tensors, and notices in each call that they changed."""
+"""The part of `Gate` that takes note of the gate's tensors, and refreshes when a call notices a change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OPTIONS = frozenset({"spec", "frozen", "pdl", "backend", "policy"})
 
 
 class TakesNote(nn.Module):
-    """A module with a gate's tensors under the names of `look.NAMES`. `_noted` is what the last refresh found."""
+    """A module with a gate's tensors under the names of `look.NAMES`; `_noted` is the result of the last refresh."""
 
     spec: RouterSpec
     frozen: bool
@@ -42,7 +42,9 @@ class TakesNote(nn.Module):
     _spec_text: str
 
     def refresh(self) -> None:
-        """Takes note of changed tensors and checks them: after a change that no call can see, or before a capture.
+        """Takes note of changed tensors and checks them.
+
+        Needed after a write that no call can notice (docs/noticing.md), and after any change before a capture.
 
         Raises:
             TypeError, ValueError: What the constructor and the calls raise for these tensors.
@@ -52,12 +54,12 @@ class TakesNote(nn.Module):
             self._take_note()
 
     def _refresh_if_fit(self) -> None:
-        """A refresh amid a change of a whole model, of which an error would leave half: that is for the next call."""
+        """A refresh that raises nothing, so that no cast or load of a model stops half way; the next call raises."""
         with contextlib.suppress(TypeError, ValueError), lock_of(self):
             self._take_note(is_loaded=False)
 
     def _notice(self) -> tuple[Noted, Tensor | None]:
-        """Refreshes in a call that found other tensors than those noted, once for all threads; with the weight."""
+        """Refreshes in a call whose look failed, once for all threads; also returns the weight."""
         with lock_of(self):
             noted, given = self._noted, self._given()
             if noted is None:
@@ -78,7 +80,7 @@ class TakesNote(nn.Module):
     def _holds(self, noted: Noted) -> bool:
         return noted.holds(self._parameters, self._buffers)
 
-    @torch.inference_mode(False)  # what is made here outlives the mode
+    @torch.inference_mode(False)  # a prepared weight is used after the mode has ended
     @torch.no_grad()
     def _take_note(self, *, is_loaded: bool = True, in_calls: int = 0) -> None:
         """See `take_note`; the caller holds the lock."""
@@ -92,11 +94,11 @@ class TakesNote(nn.Module):
             log(self._noted.dispatch.plan)
 
     def _given(self) -> Given:
-        # By name: torch.nn.utils.parametrize and prune take a tensor out of `_parameters` and compute it.
+        # By name: torch.nn.utils.parametrize and prune replace an entry of `_parameters` by a computed attribute.
         return tuple(getattr(self, name, None) for name in NAMES)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assigns, and has the next call take note of what its look does not see."""
+        """Assigns; where the look cannot notice the assignment, makes the next call refresh."""
         super().__setattr__(name, value)
         if name == "spec":
             self._spec_text = ops.spec_text(value) if isinstance(value, RouterSpec) else ""
@@ -106,27 +108,27 @@ class TakesNote(nn.Module):
             self._doubt(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Registers, which is an assignment too."""
+        """Registers, which counts as an assignment."""
         super().register_parameter(name, param)
         self._doubt(name)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Registers, which is an assignment too."""
+        """Registers, which counts as an assignment."""
         super().register_buffer(name, tensor, persistent)
         self._doubt(name)
 
     def _doubt(self, name: str) -> None:
-        """Has the next call take note of the tensor that `name` was just given to."""
+        """Makes the next call refresh, if its look cannot notice that `name` was assigned."""
         noted = self.__dict__.get("_noted")
         if noted is None or name not in NAMES:
             return
         if self.frozen or noted.forms[NAMES.index(name)] is None:
-            # A tensor that the spec does not ask for. Or the same one, which FSDP2 assigns again after it wrote to it
-            # where no version tells: its memory was freed meanwhile, and may be at the same address.
+            # A tensor that the spec does not ask for; or FSDP2, which assigns the same tensor again after a write that
+            # no version counts: its memory was freed in between, and may be at the same address.
             self._noted = noted.in_doubt()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts like any module, less the casts that would change the choice of experts."""
+        """Moves and casts like any module, except for casts of tensors that are pinned to float32."""
         pinned = ["e_score_correction_bias"] + ["weight"] * (self.spec.weight_dtype == "float32")
         before = {name: tensor.detach() for name in pinned if (tensor := getattr(self, name, None)) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -138,7 +140,7 @@ class TakesNote(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was prepared may be in a layout that nothing can copy, and a plan is of its machine; they are made again.
+        # A packed weight cannot be copied, and a plan holds for one machine; the copy's first call makes both again.
         return {**self.__dict__, "_noted": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -147,5 +149,5 @@ class TakesNote(nn.Module):
 
 
 def refresh_after_load(module: TakesNote, incompatible_keys: object) -> None:
-    """What PyTorch calls when a state dict was loaded into the module."""
+    """The hook that PyTorch calls after a state dict was loaded into the module."""
     module._refresh_if_fit()

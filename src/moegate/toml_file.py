@@ -1,4 +1,4 @@
-"""TOML files of moegate itself."""
+"""Reads TOML files of the package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 def read_toml(package: str, name: str) -> dict[str, Any]:
     """A data file of a package: `read_toml("moegate.catalog", "models.toml")`."""
-    if sys.version_info >= (3, 11):  # here, not above: `import moegate` reads no such file
+    if sys.version_info >= (3, 11):  # imported here, since `import moegate` reads no TOML file
         import tomllib
     else:
         import tomli as tomllib

@@ -1,4 +1,4 @@
-"""Warnings of what is slow or ignored."""
+"""Warnings about slow paths and ignored settings."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from functools import cache
 
 @cache
 def warn_once(message: str) -> None:
-    """A `RuntimeWarning`, once a process for each text: a model has a router in every layer."""
+    """A `RuntimeWarning`, once a process for each text, since a model has a router in every layer."""
     warnings.warn(f"moegate: {message}", RuntimeWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: a new one takes the place of the old one when all of it is written."""
+"""Atomic writes: a new file replaces the old one after it was written completely."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _KINDS = {
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, which takes its place when the block ends, and is gone if the block raises.
+    """A new file beside `path`. The new file replaces `path` when the block ends, and is removed if the block raises.
 
-    Where `path` is a symbolic link, its target is replaced. The mode is that of the file before, or the umask's.
+    Where `path` is a symbolic link, the link's target is replaced. The mode is that of the old file, or the umask's.
 
     Raises:
         OSError: The folder cannot be written to.
@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = (target if target.exists() else new).stat().st_mode
         yield new
-        new.chmod(stat.S_IMODE(mode))  # the block may have put another file there
+        new.chmod(stat.S_IMODE(mode))  # the block may have replaced the new file by another
         os.replace(new, target)
     except BaseException:
         new.unlink(missing_ok=True)
@@ -41,10 +41,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def why_no_file(path: Path) -> str | None:
-    """None, or why no file can be written at a path: what is there already, or the folder that is not.
+    """None, or why no file can be written at a path: something else is there, or the folder is missing.
 
     Raises:
-        OSError: The path cannot be looked at.
+        OSError: The path cannot be examined.
     """
     if path.exists():
         kind = stat.S_IFMT(path.stat().st_mode)

@@ -1,4 +1,4 @@
-"""The choice on a real GPU: what a plan says is what runs, and FlashInfer, where it is installed."""
+"""The choice on a GPU: the plan's kernels run; FlashInfer, if installed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def with_flashinfer() -> Gate:
 
 
 def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """The same experts, but for a near-tie in fifty rows."""
+    """Asserts the same experts, except for one near-tie in fifty rows."""
     differ = int((one.sort(-1).values != other.sort(-1).values).any(-1).sum())
     return differ <= len(one) // 50
 

@@ -1,11 +1,11 @@
-"""The command line on a GPU: what `make demo` prints there."""
+"""The command line on a GPU: the output of `make demo`."""
 
 import json
 
 import pytest
 import torch
 
-pytest.importorskip("typer", reason="the command line needs typer")  # `make test-gpu` runs with what the host has
+pytest.importorskip("typer", reason="the command line needs typer")  # `make test-gpu` uses the host's packages
 
 from command_line import run
 

@@ -1,4 +1,4 @@
-"""The same bits: for a token whatever comes with it, in every run, frozen or not, with and without PDL."""
+"""Equal bits: for a token at any M and among any tokens, in every run, frozen or not, with and without PDL."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from routers import SPECS
 from moegate import RouterSpec
 from moegate.gemm.router_gemm_tiling import MAX_GEMM_TOKENS
 
-# Either side of where the kernels change, and of a tile.
+# M on both sides of each change of kernels, and of a token tile.
 ROWS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# Small ones, and such as are split among the blocks of a cluster and looped over by a warp.
+# Small specs, and specs whose K is split over the blocks of a cluster and looped over by each warp.
 SHAPES: dict[str, RouterSpec] = {
     **{name: SPECS[name] for name in ("softmax of selected", "sigmoid with bias in groups", "hash", "largest")},
     "input norm": RouterSpec(2816, 128, 8, renormalize=True, input_norm_eps=1e-6, per_expert_scale=True),
@@ -31,11 +31,11 @@ SHAPES: dict[str, RouterSpec] = {
 def test_a_token_has_the_same_bits_at_every_m(name: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     spec = SHAPES[name]
     hidden = random_hidden(spec, 64, hidden_dtype)
-    changing, frozen = (gate_on_gpu(spec, weight_dtype, frozen=frozen) for frozen in (False, True))
-    expected = run(changing, hidden)
+    not_frozen, frozen = (gate_on_gpu(spec, weight_dtype, frozen=frozen) for frozen in (False, True))
+    expected = run(not_frozen, hidden)
     assert_same_bits(run(frozen, hidden), expected, "if frozen, at M = 64")
     for rows in ROWS:
-        for gate in (changing, frozen):
+        for gate in (not_frozen, frozen):
             got = run(gate, hidden[:rows])
             assert_same_bits(got, rows_of(expected, rows), f"at M = {rows}, frozen = {gate.frozen}")
 
@@ -62,7 +62,7 @@ def test_router_gemm_keeps_them_beyond_64(name: str, frozen: bool) -> None:
 
 
 def test_a_token_has_the_same_bits_in_every_place() -> None:
-    """Not only among the first tokens, and whatever the others are."""
+    """At any place among the tokens, whatever the other tokens are."""
     gate, hidden = gate_on_gpu(DEEPSEEK_V3, frozen=True), random_hidden(DEEPSEEK_V3, 64)
     expected = run(gate, hidden)
     for by in (1, 8, 31):
@@ -81,7 +81,7 @@ def test_a_thousand_runs_have_the_same_bits(frozen: bool) -> None:
         assert_same_bits(run(gate, hidden), expected, f"in run {at}")
 
 
-@pytest.mark.parametrize("frozen", [False, True])  # of which each may take another product beyond 64 tokens
+@pytest.mark.parametrize("frozen", [False, True])  # beyond 64 tokens, the two may use different GEMMs
 @pytest.mark.parametrize("rows", [1, 16, 64, 100])
 @pytest.mark.parametrize("name", SHAPES)
 def test_without_pdl_the_bits_are_the_same(name: str, rows: int, frozen: bool) -> None:

@@ -1,4 +1,4 @@
-"""Every router of the catalog at its real size, on a GPU, held against float64."""
+"""Every router of the catalog at its real size on a GPU, compared with float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moegate.contract.verify import verify_logits, verify_routing
 from moegate.routing import RouterTensors
 from moegate.synthetic import random_hidden, random_input_ids, random_tensors
 
-# One name for each router that differs.
+# One name for each different router.
 DISTINCT = {spec: name for name, spec in reversed([(model.name, model.spec) for model in models()])}
 NAMES = {name: spec for spec, name in DISTINCT.items()}
 ROWS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 257, 4096)
@@ -23,12 +23,12 @@ FLIP_ROWS = 257
 
 @cache
 def hidden_of_size(hidden_size: int) -> Tensor:
-    """For all specs of that size, since drawing takes longer than routing."""
+    """Hidden states, shared by all specs of a size, since drawing takes longer than routing."""
     return random_hidden(RouterSpec(hidden_size, 1, 1), ROWS[-1], device="cuda")
 
 
 def flips(ids: Tensor, hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors) -> int:
-    """Rows with other experts than the exact logits choose: what a float32 sum changes, excused or not."""
+    """The number of rows with other experts than by the exact logits, because of float32 sums."""
     tensors = RouterTensors(*(None if part is None else part.cpu() for part in tensors))
     exact = reference.router_logits(hidden.cpu(), weight.cpu(), spec, tensors)
     expected = reference.select(exact, spec, tensors, None).topk_ids

@@ -1,4 +1,4 @@
-"""The CUDA backend on a GPU: it runs every spec, keeps the contract on every path, and says what it cannot do."""
+"""The cuda backend on a GPU: it runs every spec, keeps the contract on every path, and reports what it cannot do."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def test_a_k_that_no_lane_can_load_warns_once_and_works(hidden_size: int) -> Non
 def test_gemms_from_ptx_keep_the_contract(
     name: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype, arch: str
 ) -> None:
-    """What a chip newer than this package runs; and the path without clusters, on a chip that has them."""
+    """The PTX for chips newer than this package; and the path without clusters, on a chip with clusters."""
     spec = PTX_SHAPES[name]
     tensors = on_gpu(tensors_of(spec))
     dtypes = dtypes_of(spec, weight_dtype, tensors)._replace(hidden=hidden_dtype)
-    # compute_80 knows no wait for a predecessor
+    # compute_80 has no griddepcontrol.wait
     problem = a_problem(spec, dtypes)._replace(pdl=arch == "compute_90")
     bound = BoundRouterGemm(problem, device(), arch)
     weight = random_weight(spec, weight_dtype)
@@ -102,14 +102,14 @@ def test_selections_from_ptx_keep_the_contract(name: str, arch: str) -> None:
 
 
 def shifted(hidden: Tensor) -> Tensor:
-    """The same numbers, one element off any alignment."""
+    """The same values, shifted by one element from alignment."""
     buffer = torch.zeros(hidden.numel() + 1, dtype=hidden.dtype, device=hidden.device)
     buffer[1:] = hidden.flatten()
     return buffer[1:].view_as(hidden)
 
 
 def apart(hidden: Tensor, by: int) -> Tensor:
-    """The same numbers, in rows that are `by` elements further apart."""
+    """The same values, in rows that are `by` elements further apart."""
     rows, size = hidden.shape
     buffer = torch.zeros(rows, size + by, dtype=hidden.dtype, device=hidden.device)
     buffer[:, :size] = hidden
@@ -166,10 +166,10 @@ def test_a_compilation_inside_a_capture_is_refused() -> None:
     weight, hidden = random_weight(spec), random_hidden(spec, 2)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        torch.zeros(1, device="cuda")  # an empty graph would warn
+        torch.zeros(1, device="cuda")  # PyTorch warns of an empty graph
         with pytest.raises(RuntimeError, match=r"captured into a CUDA graph; allowed: .*Gate\.warmup\(\)"):
             moegate.route(hidden, weight, spec)
-    # refused once is not refused for ever
+    # the refusal is not cached
     expected = moegate.route(hidden, weight, spec, return_logits=True)
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
         captured = moegate.route(hidden, weight, spec, return_logits=True)
@@ -180,7 +180,7 @@ def test_a_compilation_inside_a_capture_is_refused() -> None:
 def routing_on(index: int) -> tuple[Routing, Gate]:
     with torch.cuda.device(index):
         given, weight = on_gpu(tensors_of(DEEPSEEK_V3))._asdict(), random_weight(DEEPSEEK_V3)
-        hidden = random_hidden(DEEPSEEK_V3, 33)  # of a kernel that asks for more shared memory than all have
+        hidden = random_hidden(DEEPSEEK_V3, 33)  # for a kernel with more shared memory than the default limit
     gate = Gate(DEEPSEEK_V3, weight, **given)  # with the first device current again
     return run(gate, hidden), gate
 

@@ -1,4 +1,4 @@
-"""An input norm and many tokens: its scale in the weight that cuBLAS multiplies, its factor in the logits."""
+"""An input norm at many tokens: the scale is in the weight for cuBLAS, the norm's factor in the logits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_an_input_norm_is_in_the_weight_and_in_a_factor(
     tensors = RouterTensors(input_scale=scale)
     bound = bound_cublas(RouterSpec(hidden_size, rows, 1, input_norm_eps=1e-6), weight, tensors)
     assert bound._prepare is not None
-    for tokens in (1, 300, 20000):  # the last, more than there are warps
+    for tokens in (1, 300, 20000):  # at the last, more tokens than warps
         hidden = torch.randn(tokens, hidden_size, device="cuda").bfloat16() * (1 + torch.arange(tokens)[:, None]).cuda()
         hidden = hidden.bfloat16()
         terms, factors = bound._prepared(bound._prepare, a_call(hidden, weight, tensors))
@@ -57,7 +57,7 @@ def test_an_input_norm_keeps_the_contract(weight_dtype: torch.dtype, scale_dtype
         wide = torch.full((rows, spec.hidden_size + 8), torch.nan, dtype=torch.bfloat16, device="cuda")
         hidden = wide[:, : spec.hidden_size].copy_(random_hidden(spec, rows))
         hidden[1] *= 1000
-        hidden[2] *= 1e-9  # its norm is that of eps alone
+        hidden[2] *= 1e-9  # the norm depends on eps alone
         hidden[3] = 0
         routing = route(hidden)
         assert problems_of(routing, hidden, weight, spec, tensors) == []

@@ -1,4 +1,4 @@
-"""Many tokens: the products of cuBLAS, of a float32 weight that is taken apart, too, and the logits made of them."""
+"""Many tokens: the GEMMs of cuBLAS, also with the terms of a float32 weight, and the logits made of partial sums."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def cublas_beyond_64() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ALL)
-def test_every_spec(name: str, weight: torch.dtype) -> None:
-    """As the contract has it, and as the selection does it that is given the logits."""
+def test_every_spec(name: str, weight_dtype: torch.dtype) -> None:
+    """The routing keeps the contract, and equals that of the selection alone on the same logits."""
     spec = ALL[name]
     tensors, ids = on_gpu(tensors_of(spec)), token_ids(65).cuda() if spec.hash_routing else None
-    for hidden_dtype in (torch.bfloat16, torch.float16):  # the second is no operand of the first's product
+    for hidden_dtype in (torch.bfloat16, torch.float16):  # float16 is no operand for terms in bfloat16
         hidden = random_hidden(spec, 65, hidden_dtype)
         for frozen in (False, True):
-            gate = gate_on_gpu(spec, weight, frozen=frozen)
+            gate = gate_on_gpu(spec, weight_dtype, frozen=frozen)
             routing = run(gate, hidden)
             assert problems_of(routing, hidden, gate.weight, spec, tensors_of(spec)) == []
             assert routing.logits is not None
@@ -78,9 +78,9 @@ def test_float16() -> None:
 def test_the_contract_is_kept(name: str, rows: int) -> None:
     spec = SHAPES[name]
     hidden = random_hidden(spec, rows)
-    changing, frozen = (gate_on_gpu(spec, torch.float32, frozen=frozen) for frozen in (False, True))
-    expected = run(changing, hidden)
-    assert problems_of(expected, hidden, changing.weight, spec, tensors_of(spec)) == []
+    not_frozen, frozen = (gate_on_gpu(spec, torch.float32, frozen=frozen) for frozen in (False, True))
+    expected = run(not_frozen, hidden)
+    assert problems_of(expected, hidden, not_frozen.weight, spec, tensors_of(spec)) == []
     for gate in (frozen, gate_on_gpu(spec, torch.float32, pdl=False)):
         gemm, _ = gate._notice()[0].dispatch._halves(rows, hidden.dtype, None)
         assert isinstance(gemm, BoundCublas)
@@ -89,7 +89,7 @@ def test_the_contract_is_kept(name: str, rows: int) -> None:
     for part in out:
         if part is not None:
             part.fill_(-1)
-    assert_same_bits(changing(hidden, return_logits=True, out=out), expected)
+    assert_same_bits(not_frozen(hidden, return_logits=True, out=out), expected)
 
 
 @pytest.mark.parametrize(("hidden_size", "rows"), [(3072, 256), (1000, 7), (8, 1), (64, 1024)])
@@ -128,7 +128,7 @@ def test_rows_of_zeros_where_their_number_is_no_multiple_of_8(hidden_size: int, 
 
 @pytest.mark.parametrize("rows", [65, 300, 700, 8000])
 def test_splits_of_k(rows: int) -> None:
-    """Each of them the sum over its slice of K, of hidden states whose rows are apart, too."""
+    """Each split is the sum over its slice of K, also for hidden states whose rows are apart."""
     weight, hidden = random_weight(DEEPSEEK_V3), random_hidden(DEEPSEEK_V3, rows)
     apart = torch.full((rows, 7168 + 8), torch.nan, dtype=torch.bfloat16, device="cuda")[:, :7168].copy_(hidden)
     bound = bound_cublas(DEEPSEEK_V3, weight)
@@ -146,7 +146,7 @@ def test_splits_of_k(rows: int) -> None:
 
 @pytest.mark.parametrize("spec", [MINIMAX, DEEPSEEK_V3], ids=["minimax-m2", "deepseek-v3"])
 def test_rows_that_are_apart_or_do_not_start_at_16_bytes(spec: RouterSpec) -> None:
-    """The contract; not the same bits, since cuBLAS may multiply such bfloat16 matrices in another way."""
+    """The contract is kept; bits may differ, since cuBLAS may use another kernel for such bfloat16 matrices."""
     weight, hidden, size = random_weight(spec), random_hidden(spec, 300), spec.hidden_size
     for columns, first in ((8, 0), (1, 1)):
         wide = torch.full((256, size + columns), torch.nan, device="cuda", dtype=weight.dtype)
@@ -155,14 +155,14 @@ def test_rows_that_are_apart_or_do_not_start_at_16_bytes(spec: RouterSpec) -> No
         hidden_rows = wide_hidden[:, first : first + size].copy_(hidden)
         for frozen in (False, True):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a copy in every call
+                warnings.simplefilter("ignore")  # the warning of a copy in every call
                 routing = run(gate_on_gpu(spec, weight=rows, frozen=frozen), hidden_rows)
             assert problems_of(routing, hidden, weight, spec, tensors_of(spec)) == []
 
 
 @pytest.mark.parametrize("rows", [300, 1100, 4000])
 @pytest.mark.parametrize("spec", [MINIMAX, DEEPSEEK_V3], ids=["minimax-m2", "deepseek-v3"])
-def test_the_product_by_itself_has_the_bits_of_the_gate(spec: RouterSpec, rows: int) -> None:
+def test_the_gemm_by_itself_has_the_bits_of_the_gate(spec: RouterSpec, rows: int) -> None:
     weight, hidden = random_weight(spec), random_hidden(spec, rows)
     expected = run(gate_on_gpu(spec, weight=weight), hidden).logits
     assert expected is not None
@@ -170,7 +170,7 @@ def test_the_product_by_itself_has_the_bits_of_the_gate(spec: RouterSpec, rows: 
 
 
 def test_weights_of_all_magnitudes() -> None:
-    """Terms that are far below what their neighbours are."""
+    """Weights whose terms are far smaller than those of their neighbours."""
     spec = SHAPES["minimax-m2"]
     hidden = random_hidden(spec, 300)
     gate = gate_on_gpu(spec, frozen=False)
@@ -182,7 +182,7 @@ def test_weights_of_all_magnitudes() -> None:
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["minimax-m2", "input norm"])
-def test_other_hidden_states_take_the_plain_product_and_it_is_said(name: str, hidden_dtype: torch.dtype) -> None:
+def test_hidden_states_of_another_dtype_use_the_plain_gemm_with_a_warning(name: str, hidden_dtype: torch.dtype) -> None:
     spec = SHAPES[name]
     hidden, gate = random_hidden(spec, 300, hidden_dtype), gate_on_gpu(spec)
     warn_once.cache_clear()

@@ -1,4 +1,4 @@
-"""The logits that are made of partial sums, behind cuBLAS: to the bit, by the selection and by a kernel of its own."""
+"""Logits made of cuBLAS's partial sums, to the bit: by the selection, and by the kernel that only adds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL = {**SPECS, **{f"{name}, bfloat16 logits": with_bfloat16_logits(spec) for na
 
 
 def random_sums(num_splits: int, tokens: int, columns: int) -> Tensor:
-    """[S, M, columns], in which some tokens have what no sum should be."""
+    """[S, M, columns], in which some tokens have NaN, infinities, or values at the ends of float32's range."""
     made = torch.randn(num_splits, tokens, columns, device="cuda")
     for token, value in enumerate((torch.nan, torch.inf, -torch.inf, 3e38, 1e-42)):
         made[-1, token, :: token + 1] = value
@@ -31,7 +31,7 @@ def random_sums(num_splits: int, tokens: int, columns: int) -> Tensor:
 def logits_of(
     sums: Tensor, rows: int, bias: Tensor | None, dtype: torch.dtype, factors: Tensor | None = None
 ) -> Tensor:
-    """[S, M, num_terms * R] -> [M, R], added up in the order that partial_sums.cuh has."""
+    """[S, M, num_terms * R] -> [M, R], added up in the order of partial_sums.cuh."""
     logits = torch.zeros(sums.shape[1], rows, device="cuda")
     for split in sums:
         first, *others = split.split(rows, 1)
@@ -42,12 +42,12 @@ def logits_of(
 
 
 def terms_with(spec: RouterSpec) -> tuple[int, int]:
-    """How many terms a weight can have in partial sums."""
+    """The possible numbers of terms of a weight."""
     return (1, 3) if spec.input_norm_eps is None else (2, 3)
 
 
 class Terms:
-    """Stands for a GEMM in front, of a weight in so many terms."""
+    """Stands for the GEMM in front of a selection, with a weight of so many terms."""
 
     holds_dependents_to = 0
 
@@ -60,16 +60,16 @@ class Terms:
     logits = __call__
 
 
-@pytest.mark.parametrize("aligned", [True, False])  # the second as it is for a caller's logits that start anywhere
+@pytest.mark.parametrize("aligned", [True, False])  # False: logits of a caller, which may start anywhere
 @pytest.mark.parametrize(("name", "num_terms"), [(name, terms) for name in ALL for terms in terms_with(ALL[name])])
 def test_logits_of_partial_sums_to_the_bit(name: str, num_terms: int, aligned: bool) -> None:
     spec, tensors = ALL[name], on_gpu(tensors_of(ALL[name]))
     dtype, rows = getattr(torch, spec.logits_dtype), spec.num_gate_rows
     problem = a_problem(spec, dtypes_of(spec, torch.bfloat16, tensors))
     select = BoundSelect(problem, torch.device("cuda", torch.cuda.current_device()), Terms(num_terms))
-    for tokens, num_splits in itertools.product((65, 600, 1100), (1, 2, 5, 8)):  # each of the three kernels
+    for tokens, num_splits in itertools.product((65, 600, 1100), (1, 2, 5, 8)):  # M for each of three kernels
         ids = token_ids(tokens).cuda() if spec.hash_routing else None
-        # Rows that are apart, as they are behind a weight with rows of zeros.
+        # Rows that are apart, as the partial sums of a weight with appended rows of zeros.
         sums = random_sums(num_splits, tokens, num_terms * rows + 8)[:, :, : num_terms * rows]
         factors = None if spec.input_norm_eps is None else torch.rand(tokens, device="cuda")
         logits = logits_of(sums, rows, tensors.bias, dtype, factors)

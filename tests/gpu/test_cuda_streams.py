@@ -20,10 +20,10 @@ FLOAT32 = RouterSpec(3072, 256, 8, "sigmoid", "score", renormalize=True, weight_
 BIAS = RouterSpec(
     2880, 32, 4, "identity", weights_from="softmax_of_selected", linear_bias=True, logits_dtype="bfloat16"
 )
-MANY = 1030  # by cuBLAS, which is not in between when a kernel before it still writes
-CYCLES = 2_000_000  # about a millisecond: a gate that does not wait is done long before
+MANY = 1030  # by cuBLAS, which must not start while the kernel in front still writes
+CYCLES = 2_000_000  # about a millisecond: a gate that does not wait finishes long before
 
-# Lets the kernel behind it start at once, and writes late: only one that waits sees what was written.
+# Triggers its dependents at once, and writes late: only a kernel that waits reads the written values.
 LATE_COPY = """
 struct Arguments { const int* source; int* target; long long words; };
 extern "C" __global__ void late_copy(const __grid_constant__ Arguments arguments) {
@@ -36,19 +36,19 @@ extern "C" __global__ void late_copy(const __grid_constant__ Arguments arguments
   }
 }
 """
-WRITER_BLOCKS = 64  # leaves multiprocessors free, on which the gate starts beside it
+WRITER_BLOCKS = 64  # leaves multiprocessors free, on which the gate can start early
 
 
 @pytest.fixture(autouse=True)
 def plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without conftest.py's poison, whose kernel would come between the writer and the gate, and wait."""
+    """Switches conftest.py's poison off: its kernel would run between writer and gate, and act as a fence."""
     for owner, name in ((torch, "empty"), (gpu, "_empty_strided_cuda")):
         made = getattr(owner, name)
         monkeypatch.setattr(owner, name, getattr(made, "__wrapped__", made))
 
 
 def late_writer() -> Callable[[Tensor, Tensor], None]:
-    """late(target, source): a copy by the kernel above, on the current stream."""
+    """late(target, source): copies by the kernel above, on the current stream."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no programmatic dependent launch before compute capability 9.0")
     module = jit.load(LATE_COPY, torch.device("cuda", torch.cuda.current_device()))
@@ -77,7 +77,7 @@ def test_hidden_written_late_by_torch(frozen: bool, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 16, 64, 100])
 def test_a_weight_written_late_by_torch(rows: int) -> None:
-    """Also through .data and a chain of small kernels, none of which autograd or the gate can see."""
+    """Also through .data and a chain of small kernels, which neither autograd nor the gate notices."""
     gate, hidden = gate_on_gpu(SPEC), random_hidden(SPEC, rows)
     for seed in range(5, 10):
         new = random_weight(SPEC, seed=seed)
@@ -86,7 +86,7 @@ def test_a_weight_written_late_by_torch(rows: int) -> None:
         gate.weight.data.zero_()
         gate.weight.data.copy_(new)
         assert_same_bits(run(gate, hidden), expected)
-        # a chain that ends in the weight it began with
+        # a chain that ends with the original weight
         torch.cuda._sleep(CYCLES)
         gate.weight.data.neg_()
         gate.weight.data.neg_()
@@ -97,7 +97,7 @@ def test_a_weight_written_late_by_torch(rows: int) -> None:
 @pytest.mark.parametrize("name", ["sigmoid with bias", "softmax of selected"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_bias_written_late_by_torch(name: str, frozen: bool, rows: int) -> None:
-    """A frozen gate is told by refresh()."""
+    """With a call of refresh() for a frozen gate."""
     gate, hidden = gate_on_gpu(SPECS[name], frozen=frozen), random_hidden(SPECS[name], rows)
     bias = gate.e_score_correction_bias if gate.bias is None else gate.bias.data
     assert bias is not None
@@ -127,7 +127,7 @@ def test_a_frozen_weight_written_before_refresh(overlaps: bool) -> None:
 
 
 def replay_often(gate: Gate, hidden: Tensor, target: Tensor, values: list[Tensor], expected: list[Routing]) -> None:
-    """A graph of late writes and calls, replayed 200 times; every output is checked, none is an earlier run's."""
+    """Replays a graph of late writes and calls 200 times; checks that each output is right, and of this replay."""
     write = late_writer()
     run(gate, hidden)
     got = []
@@ -135,7 +135,7 @@ def replay_often(gate: Gate, hidden: Tensor, target: Tensor, values: list[Tensor
     with torch.cuda.graph(graph):
         for at, value in enumerate(values):
             write(target, value)
-            # every other call frees its logits, so that the next one writes over them
+            # every other call frees its logits, which the next call overwrites
             got.append(run(gate, hidden, return_logits=at % 2 == 0))
     for replay in range(200):
         for routing in got:

@@ -1,4 +1,4 @@
-"""What a gate on a GPU notices: kernels read what their addresses say, so that a call looks before it launches."""
+"""Noticing on a GPU: kernels read whatever is at their addresses, so each call looks before it launches."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_another_weight_takes_effect(frozen: bool, change: Callable[[Gate, Tenso
 
 @FROZEN
 def test_what_does_not_fit_is_an_error(frozen: bool) -> None:
-    """Where kernels would read past the end, a bfloat16 bias as float32, or address 0."""
+    """Otherwise kernels would read past the end, or a bfloat16 bias as float32, or address 0."""
     hidden = random_hidden(SPEC, 3)
     gate = gate_on_gpu(SPEC, frozen=frozen)
     gate.weight.data = gate.weight.data[:200]
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_an_error(frozen: bool) -> None:
 
 @FROZEN
 def test_from_meta_by_assignment(frozen: bool) -> None:
-    """The kernels serve, not PyTorch's operations."""
+    """The CUDA kernels run, not PyTorch's operations."""
     whole, hidden = gate_on_gpu(SPEC, frozen=frozen), random_hidden(SPEC, 3)
     assert whole.e_score_correction_bias is not None
     bias = whole.e_score_correction_bias.to("meta")
@@ -91,7 +91,7 @@ def test_from_meta_by_assignment(frozen: bool) -> None:
 
 
 def test_a_capture_after_a_change() -> None:
-    """A frozen gate refuses, and takes it after refresh(); one that is not frozen takes a weight that is alike."""
+    """A frozen gate refuses until refresh(); a gate that is not frozen accepts a weight of the same form."""
     hidden, weight = random_hidden(SPEC, 3), random_weight(SPEC, seed=12)
     for frozen in (True, False):
         gate = gate_on_gpu(SPEC, frozen=frozen)
@@ -120,7 +120,7 @@ def test_a_refresh_in_a_capture_is_an_error() -> None:
 
 
 def test_a_hash_gate_is_captured_at_once() -> None:
-    """Its table was checked when it was made, and is not again, which would wait for the GPU."""
+    """The table was checked by the constructor; another check would synchronize, which a capture forbids."""
     spec: RouterSpec = SPECS["hash"]
     gate, hidden = gate_on_gpu(spec, frozen=False), random_hidden(spec, 3)
     ids = torch.arange(3, device="cuda")
@@ -136,10 +136,10 @@ def test_a_hash_gate_is_captured_at_once() -> None:
 
 
 def test_transforms_and_fakes() -> None:
-    """No kernel is handed a wrapper."""
+    """No kernel gets a wrapper."""
     gate, hidden = gate_on_gpu(SPEC, frozen=True), random_hidden(SPEC, 6)
     ids = torch.func.vmap(lambda one: gate(one).topk_ids)(hidden.view(2, 3, -1))
-    # PyTorch's product, whose last bits may differ, on random logits far apart for a router of 256 experts.
+    # PyTorch's GEMM may differ in the last bits; random logits of 256 experts are far enough apart.
     assert (ids.flatten(0, 1) == gate(hidden).topk_ids).float().mean() > 0.9
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = gate(mode.from_tensor(hidden))

@@ -1,4 +1,4 @@
-"""The torch backend on a CUDA device, without the shortcuts that only a CPU can take."""
+"""The torch backend on a CUDA device, without the fast paths of the CPU."""
 
 from __future__ import annotations
 

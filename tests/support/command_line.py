@@ -9,11 +9,11 @@ from moegate.measure import wall_clock
 
 
 def run(*arguments: object, columns: int = 80) -> Result:
-    """What the command printed, and its exit status; an exception that it let through is raised."""
-    with patch.object(wall_clock, "_ENOUGH", 1000.0):  # microseconds of timing: here nobody reads the time
+    """The output and the exit status of a command; an exception that the command did not catch is raised."""
+    with patch.object(wall_clock, "_ENOUGH", 1000.0):  # microseconds; no test of the command line reads the time
         result = CliRunner(env={"COLUMNS": str(columns)}).invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception  # for the user, a traceback
+        raise result.exception  # a user would see a traceback
     return result
 
 

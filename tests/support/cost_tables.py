@@ -1,4 +1,4 @@
-"""Cost tables for tests: made of times, in the place of the package's (see `shipped` in conftest.py)."""
+"""Cost tables for tests, made of given times; `shipped` in conftest.py replaces the package's tables by them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def problem(model: str = "deepseek-v3", machine: Machine = GPU) -> Problem:
 
 
 def a_table(gpu: Machine = GPU, not_frozen: dict[str, float] | None = None, **us: dict[int, dict[str, float]]) -> Table:
-    """By model, with _ for -, and number of tokens the times; `not_frozen` has those of other gates in every row."""
+    """A table of times by model (with _ for -) and number of tokens; `not_frozen` goes into every row."""
     rows = [
         Row(model, shape_of(problem(NAMES.get(model, model.replace("_", "-")))), tokens, times, {}, not_frozen or {})
         for model, by_tokens in us.items()

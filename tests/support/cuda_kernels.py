@@ -1,4 +1,4 @@
-"""What tests of the CUDA kernels share: tilings for chips that are not here, gates on a GPU, comparison to the bit."""
+"""Helpers of the tests of the CUDA kernels: tilings for any chip, gates on a GPU, comparisons to the bit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from moegate.problem import Dtypes, Problem, dtypes_of
 from moegate.routing import RouterTensors
 from moegate.selection.select_text import select_text as select_text_of
 
-# The fewest and the most multiprocessors of the GPUs of a compute capability, by NVIDIA's data sheets: the tiling of a
-# GEMM goes by them.
+# The fewest and the most multiprocessors of the GPUs of a compute capability, by NVIDIA's data sheets. The tiling of a
+# GEMM depends on the number.
 SMS = {
     80: (56, 108),  # A30, A100
     86: (16, 84),  # RTX 3050 laptop, RTX A6000
@@ -61,19 +61,19 @@ def a_problem(spec: RouterSpec, dtypes: Dtypes | None = None, *, frozen: bool = 
 
 
 def gemm_texts(arch: str, problem: Problem) -> list[str]:
-    """The texts of a router GEMM, as it is tiled for the smallest and the largest chip of that architecture."""
+    """The source texts of a router GEMM, tiled for the smallest and the largest chip of an architecture."""
     texts = [router_gemm.source(problem, router_gemm.tiling_for(problem, chip)) for chip in chips_of(arch)]
     return list(dict.fromkeys(texts))
 
 
 def dot_texts(arch: str, problem: Problem) -> list[str]:
-    """The texts of dot products, likewise."""
+    """The source texts of dot_gemm, tiled for the smallest and the largest chip of an architecture."""
     sizes = problem.spec.hidden_size, problem.spec.num_gate_rows
     return list(dict.fromkeys(dot_gemm.source(problem, dot_gemm.tiling_of(*sizes, chip)) for chip in chips_of(arch)))
 
 
 def select_text(spec: RouterSpec, *, aligned: bool = True, frozen: bool = False, num_terms: int = 0) -> str:
-    """The text of a selection, with the dtypes of routers.tensors_of."""
+    """The source text of a selection, with the dtypes of routers.tensors_of."""
     return select_text_of(a_problem(spec, frozen=frozen), aligned=aligned, num_terms=num_terms)
 
 
@@ -97,13 +97,13 @@ def random_hidden(spec: RouterSpec, rows: int, dtype: torch.dtype = torch.bfloat
 def gate_on_gpu(
     spec: RouterSpec, dtype: torch.dtype = torch.bfloat16, *, weight: Tensor | None = None, **given: Any
 ) -> Gate:
-    """A gate of routers.tensors_of, with a weight of its own unless one is given."""
+    """A gate with the tensors of routers.tensors_of and the given weight, or a random one."""
     tensors = on_gpu(tensors_of(spec))._asdict()
     return Gate(spec, random_weight(spec, dtype) if weight is None else weight, **tensors, **given)
 
 
 def run(gate: Gate, hidden: Tensor, *, return_logits: bool = True) -> Routing:
-    """The gate's routing, with the token ids of routers.token_ids where it hashes."""
+    """The gate's routing; for hash routing, with the token ids of routers.token_ids."""
     ids = token_ids(len(hidden)).cuda() if gate.spec.hash_routing else None
     routing: Routing = gate(hidden, input_ids=ids, return_logits=return_logits)
     return routing
@@ -112,13 +112,13 @@ def run(gate: Gate, hidden: Tensor, *, return_logits: bool = True) -> Routing:
 def problems_of(
     routing: Routing, hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors
 ) -> list[str]:
-    """Breaches of the contract by a routing that has its logits."""
+    """The breaches of the contract by a routing with logits."""
     ids = token_ids(len(hidden)) if spec.hash_routing else None
     return verify_call(routing, hidden, weight, spec, tensors, ids).problems
 
 
 def selected(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None = None) -> Routing:
-    """What the selection alone makes of logits on the GPU, with them."""
+    """The routing of the selection alone for logits on the GPU, with these logits."""
     dispatch = for_selection(logits.device, spec, logits.dtype, tensors, Options(backend="cuda"))
     return dispatch.select(logits, tensors, input_ids)
 
@@ -126,14 +126,14 @@ def selected(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids
 def routed_by(
     candidate: Candidate, hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors
 ) -> Routing:
-    """What a candidate makes of hidden states on the GPU, whatever a plan would choose."""
+    """The routing of a candidate for hidden states on the GPU, whatever a plan would choose."""
     problem = Problem(machine_of(weight.device), spec, dtypes_of(spec, weight.dtype, tensors), frozen=False)
     ids = token_ids(len(hidden)).cuda() if spec.hash_routing else None
     return Dispatch(Plan(problem), only=candidate).route(hidden, weight, tensors, ids, {})
 
 
 def bound_cublas(spec: RouterSpec, weight: Tensor, tensors: RouterTensors = NO_TENSORS) -> BoundCublas:
-    """cuBLAS and the kernels around it, for a weight on the GPU."""
+    """The GEMM of cuBLAS with its kernels, bound for a weight on the GPU."""
     problem = Problem(machine_of(weight.device), spec, dtypes_of(spec, weight.dtype, tensors), frozen=False)
     return BoundCublas(problem, weight.device)
 
@@ -146,7 +146,7 @@ def a_call(hidden: Tensor, weight: Tensor, tensors: RouterTensors = NO_TENSORS, 
 
 
 def assert_same_bits(got: Routing, expected: Routing, where: object = "") -> None:
-    """Equal to the bit, in every part that there is; NaN is equal to nothing, so that it fails too."""
+    """Asserts that all tensors of two routings have equal bits; a NaN fails, since NaN equals nothing."""
     for name, part, other in zip(Routing._fields, got, expected, strict=True):
         assert (part is None) == (other is None), name
         if part is not None and other is not None:

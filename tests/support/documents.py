@@ -35,9 +35,9 @@ class Block(NamedTuple):
 
     file: Path
     line: int
-    """Of its first line of code, from 1."""
+    """The line of the block's first line of code, from 1."""
     language: str
-    """The first word behind the fence; "" where there is none."""
+    """The first word behind the fence; "" if there is none."""
     needs_gpu: bool
     """The second word is `gpu`."""
     code: str
@@ -62,7 +62,7 @@ def blocks_of(text: str, file: Path) -> list[Block]:
     """The blocks of code in the text of a file."""
     found = []
     for token in _PARSER.parse(text):
-        if token.type in ("fence", "code_block"):  # the second is an indented one, which says no language
+        if token.type in ("fence", "code_block"):  # a code_block is indented, and states no language
             language, _, mark = token.info.strip().partition(" ")
             if mark not in ("", "gpu"):
                 raise ValueError(f"{shown(file)}:{_line(token)}: got {mark!r} behind {language}; allowed: gpu")
@@ -71,7 +71,7 @@ def blocks_of(text: str, file: Path) -> list[Block]:
 
 
 def links_of(text: str) -> list[Link]:
-    """Where the links of a page lead."""
+    """The links of a page."""
     return [
         Link(line, str(child.attrs["src" if child.type == "image" else "href"]))
         for line, child in _inline(text)
@@ -98,7 +98,7 @@ def anchors_of(text: str) -> set[str]:
 
 @cache
 def public_objects() -> dict[str, Any]:
-    """What users are told to use, by its name: the names of `moegate` and `moegate.catalog`, and members of classes."""
+    """The public objects by name: the names of `moegate` and `moegate.catalog`, and members of their classes."""
     found: dict[str, Any] = {}
     for module, prefix in ((moegate, ""), (catalog, "catalog.")):
         for name in module.__all__:
@@ -113,7 +113,7 @@ def public_objects() -> dict[str, Any]:
 def _members(cls: type) -> Iterator[tuple[str, Any]]:
     """Methods, properties and fields with a name for users, of this class and its bases in moegate.
 
-    Not what `torch.nn.Module` has, less `forward`, nor the fields that the Args of the class tell of.
+    Without the members of `torch.nn.Module` other than `forward`, and without fields that the class's Args describe.
     """
     others = set(dir(nn.Module)) - {"forward"} if issubclass(cls, nn.Module) else set()
     told = set(re.findall(r"^    (\w+):", inspect.getdoc(cls) or "", re.MULTILINE))
@@ -148,7 +148,7 @@ def docstring_blocks() -> list[Block]:
     found = []
     for name in public_objects():
         blocks = blocks_of(docstring_of(name), ROOT / f"docstring of {name}")
-        found += [block for block in blocks if block.language]  # what is indented are the entries of Args
+        found += [block for block in blocks if block.language]  # without a language: indented entries of Args
     return found
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "moegate"
 
-# Lowest first. A name stands for a module, or for a package with all in it that has no line of its own; "__init__" is
-# `moegate` itself. A module imports from the floors below its own and, inside of its own name, from its neighbours: the
-# names of one line do not import each other.
+# Lowest first. A name stands for a module, or for a package with all its modules that are not listed; "__init__" is
+# `moegate` itself. A module imports from the floors below its own, and from modules under the same name. Two names on
+# one floor do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_version", "cache_folder", "lfs", "toml_file", "warn", "whole_file"),
     ("json_file",),
@@ -38,14 +38,14 @@ _FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names
 
 
 def name_on_a_floor(module: str) -> str | None:
-    """The name in FLOORS that a module goes by: the longest that holds it; None: there is none."""
+    """The longest name in FLOORS that contains a module; None: there is none."""
     parts = module.split(".")
     starts = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
     return next((name for name in starts if name in _FLOOR_OF), None)
 
 
 def leads_up(importer: str, imported: str) -> bool:
-    """Whether an import from one module of another is none from a floor below."""
+    """True if a module imports from its own floor or a higher one, under another name."""
     upper, lower = name_on_a_floor(importer), name_on_a_floor(imported)
     assert upper is not None, importer
     assert lower is not None, imported
@@ -53,10 +53,10 @@ def leads_up(importer: str, imported: str) -> bool:
 
 
 def imports() -> dict[str, set[str]]:
-    """Each module of moegate, less "moegate.", with those that it imports anywhere in its file.
+    """By module of moegate (without "moegate."): the modules that its file imports anywhere.
 
-    Imports inside functions and for type checkers count. That a package's `__init__` runs before the modules in the
-    package does not: only who names the package, or something that is defined in its `__init__`, imports the package.
+    Imports inside functions and for type checkers count. Importing a module of a package does not count as importing
+    the package's `__init__`; naming the package, or something defined in its `__init__`, does.
     """
     files = {_module_of(file): file for file in SOURCE.rglob("*.py")}
     return {module: set(_imported(file, files)) - {module} for module, file in files.items()}
@@ -82,7 +82,7 @@ def _imported(file: Path, modules: Mapping[str, Path]) -> Iterator[str]:
 
 
 def _nearest(name: str, modules: Mapping[str, Path]) -> str:
-    """The module that a dotted name is, or is defined in: "spec" for "moegate.spec.RouterSpec"."""
+    """The module of a dotted name: "spec" for "moegate.spec.RouterSpec"."""
     while name != "moegate":
         module = name.removeprefix("moegate.")
         if module in modules:

@@ -1,4 +1,4 @@
-"""Machines that are not here, for tests of the choice."""
+"""Described and pretended machines, for tests of the choice."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def described(text: str, flashinfer: str | None = None) -> Machine:
 def pretended(
     capability: tuple[int, int], flashinfer: str | None, *, no_nvcc: str | None = None, name: str = "a GPU"
 ) -> Machine:
-    """A machine whose "GPU" is the CPU, so that a gate there can run."""
+    """A machine whose "GPU" is the CPU, so that gates can run."""
     return Machine(name, capability, 148, None, flashinfer, None, no_nvcc, CPU)
 
 
 def forget() -> None:
-    """Empties everything that is kept for the process."""
+    """Empties all caches of the process."""
     dispatch.forget()
     limits.installed_version.cache_clear()
     limits.cannot_compile.cache_clear()
@@ -42,7 +42,7 @@ def forget() -> None:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
-    """Gates are made on this machine from now on, with PyTorch in the place of the cuda kernels."""
+    """From now on, gates are made for this machine, and PyTorch's operations replace the CUDA kernels."""
     forget()
     monkeypatch.setattr(dispatch, "machine_of", lambda device: machine)
     for candidate in CANDIDATES:
@@ -53,7 +53,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
 
 @contextmanager
 def router_gemm_up_to(num_tokens: int) -> Iterator[None]:
-    """Whatever a table says of router_gemm and of cuBLAS."""
+    """Overrides the cost table's choice between router_gemm and cuBLAS."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policies, "gemm_tokens", cache(lambda problem: num_tokens))
         dispatch.forget()

@@ -1,4 +1,4 @@
-"""Gates for the tests of what a gate notices, and whether they route as new ones would."""
+"""Gates for the tests of noticing, and a comparison with new gates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IDS = there(token_ids(5))
 
 
 def routed_as(gate: Gate, **given: Tensor) -> bool:
-    """True if the gate routes as a new one with the tensors that it has by now."""
+    """True if the gate routes like a new gate with the same tensors."""
     names = ("bias", "e_score_correction_bias", "input_scale", "per_expert_scale", "global_scale", "tid2eid")
     now = {name: part for name in names if (part := getattr(gate, name)) is not None}
     expected = Gate(gate.spec, gate.weight.detach().clone(), **now, frozen=gate.frozen)(HIDDEN, **given)
@@ -42,7 +42,7 @@ def routed_as(gate: Gate, **given: Tensor) -> bool:
 
 
 def record_prepared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The weights that were prepared since."""
+    """A list to which every prepared weight is added from now on."""
     weights: list[Tensor] = []
     prepare = Dispatch.prepare
 

@@ -1,6 +1,6 @@
-"""The functions of moegate on the device of this run: arguments go there, results come back to the CPU.
+"""The functions of moegate on the device of this run: arguments are copied to the device, results to the CPU.
 
-Tests draw and compare on the CPU, so that a run with `--device cuda` sees the same numbers and the same oracle.
+Tests draw and compare on the CPU, so that runs with `--device cuda` have the same numbers and the same oracle.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def there(value: Tensor) -> Tensor: ...
 @overload
 def there(value: object) -> object: ...
 def there(value: object) -> object:
-    """What is a tensor on the CPU, on the device of this run; everything else as it is.
+    """Copies tensors from the CPU to the device of this run; other values are returned unchanged.
 
-    Strides and offset stay: rows that are apart, or all one, are what some tests are about.
+    Strides and storage offset are kept, since some tests are about rows that are apart or all the same.
     """
     if not isinstance(value, Tensor) or value.device.type != "cpu" or DEVICE.type == "cpu":
         return value
@@ -40,7 +40,7 @@ def all_there(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def back(routing: Routing) -> Routing:
-    """The routing on the CPU; it must come from the device of this run."""
+    """Copies a routing to the CPU; asserts that it comes from the device of this run."""
     for part in routing:
         assert part is None or part.device.type == DEVICE.type
     return Routing(*(None if part is None else part.cpu() for part in routing))  # type: ignore[arg-type]
@@ -64,5 +64,5 @@ def route(hidden: Tensor, weight: Tensor, spec: RouterSpec, **given: Any) -> Rou
 
 
 def gate_there(spec: RouterSpec, weight: Tensor, **given: Any) -> Gate:
-    """A gate whose tensors are on the device; it takes `there(hidden)`."""
+    """A gate with tensors on the device, to be called with `there(hidden)`."""
     return Gate(spec, there(weight), **all_there(given))

@@ -1,6 +1,6 @@
-"""Which routers are held against Transformers, in which dtype; `python tests/support/router_cases.py` prints the list.
+"""The routers that are compared with Transformers, and their dtypes.
 
-docs/checked_rows.md is that list: `python tests/support/router_cases.py > docs/checked_rows.md` writes it anew.
+`python tests/support/router_cases.py > docs/checked_rows.md` writes the list.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from moegate.configs.model_types import model_types
 
 
 class Rounding(NamedTuple):
-    """What a class rounds to bfloat16, in a bfloat16 model, beyond what a RouterSpec can say."""
+    """The roundings to bfloat16 that a class makes in a bfloat16 model, and a RouterSpec cannot express."""
 
     of_weights: int
-    """roundings that a weight has gone through, one after another or in the sum that it is divided by"""
+    """roundings of a weight, including those of the renormalising sum"""
     of_score: float
-    """... and the score that the choice is made by"""
+    """roundings of the score in the choice key"""
     of_input: int
-    """... and the gate's input"""
+    """roundings of the gate's input"""
     where: str
 
 
-# These classes are compared exactly in float32; in bfloat16 within these roundings. A sum that a score is divided by
-# carries the roundings of the scores and one of its own; a root halves a relative error.
+# These classes are compared exactly in float32, and within these roundings in bfloat16. Dividing by a sum adds the
+# roundings of the scores and one of the sum; a root halves a relative error.
 ROUNDINGS = {
     "cohere2_moe": Rounding(4, 0, 0, "the sigmoid, the sum and the quotient"),
     "dbrx": Rounding(4, 1, 0, "the softmax, the norm and the quotient"),
@@ -40,10 +40,10 @@ ROUNDINGS = {
     "mistral4": Rounding(5, 1, 0, "the softmax, the sum, the quotient and the product"),
 }
 
-# Transformers loads a config of this type as one of that type.
+# Transformers loads a config of the first type as one of the second type.
 LOADED_AS = {"kimi_k2": "deepseek_v3"}
 
-# What a class wants to be told beyond the part of a config that the catalog holds.
+# Config keys that a class needs beyond the part of the config in the catalog.
 _DBRX_SIZE = 6144
 NEEDED: dict[str, dict[str, Any]] = {
     "dbrx": {
@@ -58,7 +58,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 HASH_LAYER: dict[str, Any] = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "vocab_size": 512}
 
-# Tiny sizes of the types that tiny_models has no model for.
+# Tiny sizes for types without a model in tiny_models.
 _NO_TINY_MODEL: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": {},
     "dots3_note_text": {},
@@ -72,7 +72,7 @@ _NO_TINY_MODEL: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {},
 }
 
-# Settings that lead a class through another branch than its tiny model's do.
+# Settings for branches of a class that its tiny model does not run.
 VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     ("axk2", "groups", tiny_models.GROUPS),
     ("cohere2_moe", "softmax", {"expert_selection_fn": "softmax"}),
@@ -104,28 +104,28 @@ class Case:
 
     @property
     def rounded(self) -> Rounding | None:
-        """What the class rounds beyond its spec."""
+        """The roundings of the class beyond its spec."""
         return ROUNDINGS.get(self.model_type) if self.dtype == "bfloat16" else None
 
     @property
     def rounds_weights(self) -> bool:
-        """The class casts its weights, last, to the model's dtype, which topk_weights_dtype = "bfloat16" describes."""
+        """True if the class finally casts its weights to the model's dtype, as topk_weights_dtype = "bfloat16" says."""
         return self.dtype == "bfloat16" and model_types()[self.model_type].casts_weights
 
 
 def exact_dtype(model_type: str) -> str:
-    """The dtype of the model in which a class computes exactly what its spec says."""
+    """The model's dtype in which a class computes exactly what its spec says."""
     return "float32" if model_type in ROUNDINGS else "bfloat16"
 
 
 def transformers_type(model: Model) -> str | None:
-    """The model type under which Transformers has a router class for a row of the catalog, if it has one."""
+    """The model type with a router class in Transformers for a row of the catalog; None: there is no class."""
     name = LOADED_AS.get(model.model_type, model.model_type)
     return name if name in transformers_routers.model_types() else None
 
 
 def row_overrides(model: Model) -> dict[str, Any]:
-    """The row's config as the config class takes it."""
+    """The row's config as keyword arguments of the config class."""
     config = {key: value for key, value in model.config.items() if key not in ("model_type", "dtype")}
     if "mlp_layer_types" in config:
         config.update(HASH_LAYER)
@@ -139,7 +139,7 @@ def tiny_overrides(model_type: str) -> dict[str, Any]:
 
 
 def full_cases() -> list[Case]:
-    """Every row of the catalog that has a class, at its full size."""
+    """Every row of the catalog with a class, at its full size."""
     cases = []
     for model in models():
         model_type = transformers_type(model)
@@ -153,7 +153,7 @@ def full_cases() -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    """Every type that has a class, and the variants, each in float32 and bfloat16."""
+    """Every type with a class, and the variants, each in float32 and bfloat16."""
     types = {name: (name, tiny_overrides(name)) for name in transformers_routers.model_types()}
     variants = {
         f"{model_type}, {name}": (model_type, tiny_overrides(model_type) | overrides)
@@ -163,7 +163,7 @@ def tiny_cases() -> list[Case]:
         Case(f"{name} {dtype}", model_type, overrides, dtype, 256, layer=_layer(model_type))
         for name, (model_type, overrides) in (types | variants).items()
         for dtype in ("float32", "bfloat16")
-        if f"{name} {dtype}" != "mistral4, groups bfloat16"  # its roundings may swap groups
+        if f"{name} {dtype}" != "mistral4, groups bfloat16"  # the roundings may swap groups
     ]
     in_hash_layer = {**tiny_overrides("deepseek_v4"), **HASH_LAYER, "mlp_layer_types": ["hash_moe"]}
     for dtype in ("float32", "bfloat16"):
@@ -172,7 +172,7 @@ def tiny_cases() -> list[Case]:
 
 
 def _layer(model_type: str) -> int | None:
-    return 1 if model_type == "dots3_note_vision_encoder" else None  # its layers differ: the adapter takes the last
+    return 1 if model_type == "dots3_note_vision_encoder" else None  # the layers differ; the adapter uses the last
 
 
 def checked_rows() -> str:

@@ -1,4 +1,4 @@
-"""Hidden states for a gate: random ones, and ones whose best experts are so far apart that no rounding swaps them."""
+"""Hidden states for a gate: random ones, and separated ones, whose best experts no rounding can swap."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def random_hidden(spec: RouterSpec, tokens: int, dtype: torch.dtype, seed: int) 
 
 
 def separated_hidden(spec: RouterSpec, weight: Tensor, tensors: RouterTensors, tokens: int, seed: int) -> Tensor:
-    """[tokens, K] bfloat16: the k + 2 best experts of each token, random ones, have keys well apart.
+    """[tokens, K] bfloat16: the keys of each token's k + 2 best experts, chosen at random, are well apart.
 
-    Where so many are chosen of each group, one more of each has.
+    With select_per_group: the keys of one expert more than are chosen of each group.
 
-    Logits in bfloat16 leave few values between two experts of a random token: ties are frequent there, and
-    which of two tied experts a `topk` takes is no property of a model. So the logits are drawn first, and
-    the hidden state is the least one that leads to them, W^T (W W^T)^-1 logits.
+    With logits in bfloat16, random tokens have many ties, and which of two tied experts a `topk` chooses is no property
+    of a model. So the logits are drawn first; the hidden state is the smallest one with these logits, W^T (W W^T)^-1
+    logits.
     """
     generator = torch.Generator().manual_seed(seed)
     if spec.scoring_func in _INVERSE:
@@ -38,7 +38,7 @@ def separated_hidden(spec: RouterSpec, weight: Tensor, tensors: RouterTensors, t
     wide = weight.double()
     hidden = torch.linalg.solve(wide @ wide.T, logits.T).T @ wide
     if tensors.input_scale is not None:
-        hidden = hidden / tensors.input_scale.double()  # the norm behind it keeps the ratios of the logits
+        hidden = hidden / tensors.input_scale.double()  # the norm of the gate keeps the ratios of the logits
     rounded: Tensor = hidden.to(torch.bfloat16)
     return rounded
 
@@ -50,7 +50,7 @@ def _num_best(spec: RouterSpec) -> int:
 
 
 def _is_left(spec: RouterSpec, order: Tensor) -> Tensor:
-    """[tokens, E] -> the same, True for experts that are not among the first of their group, by that order."""
+    """Orders [tokens, E] -> True for experts that are not among the first of their group."""
     if not spec.select_per_group:
         return torch.zeros_like(order, dtype=torch.bool)
     ranks: Tensor = order.unflatten(-1, (spec.n_group, -1)).argsort(dim=-1).argsort(dim=-1)
@@ -58,7 +58,7 @@ def _is_left(spec: RouterSpec, order: Tensor) -> Tensor:
 
 
 def _separated_logits(spec: RouterSpec, tokens: int, generator: torch.Generator) -> Tensor:
-    """The best from 4..7 on, each 1/16 to 1/8 of itself below the one before it: 8 to 32 bfloat16 steps."""
+    """Best logits that descend from 4..7 in steps of 1/16 to 1/8 of themselves, which are 8 to 32 bfloat16 ulps."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -72,19 +72,19 @@ def _separated_logits(spec: RouterSpec, tokens: int, generator: torch.Generator)
 
 
 def _logits_of_separated_keys(spec: RouterSpec, bias: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
-    """Keys, scores plus bias: the best from 0.8 on, each 0.02 to 0.035 below the one before it, the rest below 0.42."""
+    """Logits whose keys (score plus bias) descend from 0.8 in steps of 0.02 to 0.035; other keys are below 0.42."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
     best = _num_best(spec)
     scores = 0.1 + (0.32 - bias).clamp(min=0.02) * uniform(tokens, spec.num_selectable)
-    # Experts with a large bias come last: no score below 1 gives them such a key.
+    # Experts with a large bias come last, since no score below 1 gives them such a key.
     order = uniform(tokens, spec.num_selectable) + 2 * (bias.abs() > 0.15)
     order = (order + 4 * _is_left(spec, order)).argsort(dim=-1)[:, :best]
     steps = 0.02 + 0.015 * uniform(tokens, best)
     if spec.select_per_group:
-        steps = steps * min(1, 10 / best)  # one more of each group is more than two
+        steps = steps * min(1, 10 / best)  # one expert more in each group can be more than two in all
     keys = 0.8 - steps.cumsum(dim=-1)
     logits = _INVERSE[spec.scoring_func](scores.scatter(1, order, keys - bias[order]))
     if spec.logit_softcapping is not None:

@@ -1,4 +1,4 @@
-"""Specs and tensors that several tests draw from."""
+"""Specs and tensors for several tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from moegate import RouterSpec
 from moegate.routing import RouterTensors
 
-# One spec for each way through the contract, at sizes that catch an assumption about powers of two.
+# One spec for each branch of the contract, at sizes that are no powers of two.
 SPECS: dict[str, RouterSpec] = {
     "softmax": RouterSpec(64, 60, 4),
     "softmax renormalised": RouterSpec(64, 128, 8, renormalize=True),
@@ -79,7 +79,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def tensors_of(spec: RouterSpec, seed: int = 0) -> RouterTensors:
-    """Random small tensors, just those that the spec asks for."""
+    """Random small tensors: exactly those that the spec asks for."""
     g = generator(seed)
     rows = torch.rand(VOCABULARY, spec.num_experts, generator=g)
     return RouterTensors(

@@ -2,7 +2,7 @@
 
     compute-sanitizer --tool racecheck python tests/support/sanitized.py
 
-Its allocator keeps nothing (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that a byte beyond a tensor is nobody's.
+PyTorch's caching allocator is off (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that a byte beyond a tensor is unallocated.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from moegate.selection.select_kernel import BoundSelect
 
 _FEW, _ALL = (1, 9), (1, 8, 9, 17, 33, 64)
 _DOTS = (1, 3)
-_MORE, _SOME = 150, 600  # router_gemm in groups of tokens; a selection in blocks of one warp
-_MANY = 1100  # a selection's blocks have several warps there; cuBLAS, whose findings are not ours, stays out
-# At their real size: products of one, three and again three parts, and an input norm, over clusters of blocks.
+_MORE, _SOME = 150, 600  # router_gemm with several token groups; a selection in blocks of one warp
+_MANY = 1100  # a selection in blocks of several warps; cuBLAS is left out, since its findings are not moegate's
+# At their real size: GEMMs with one and with three terms, and an input norm, over clusters of blocks.
 _REAL = ("deepseek-v3", "minimax-m2", "longcat-flash", "gemma-4-26b-a4b")
 
 
 def beside_cublas(weight: Tensor, spec: RouterSpec, tensors: RouterTensors) -> None:
-    """What runs before and after it."""
+    """Runs the kernels in front of cuBLAS and behind it."""
     bound = bound_cublas(spec, weight, tensors)
     device, rows = weight.device, len(weight)
     factors = None
@@ -43,12 +43,12 @@ def beside_cublas(weight: Tensor, spec: RouterSpec, tensors: RouterTensors) -> N
         # A caller's logits may start anywhere.
         room = torch.empty(tokens * rows + 1, dtype=bound._problem.logits_dtype, device=device)
         logits = room[first:][: tokens * rows].view(tokens, rows)
-        parts = (
+        outputs = (
             torch.empty(output.shape(tokens), dtype=output.dtype, device=device) if output.is_there else None
             for output in outputs_of(spec)
         )
         ids = token_ids(tokens).cuda() if spec.hash_routing else None
-        out = Routing(*parts)._replace(logits=logits)  # type: ignore[arg-type]
+        out = Routing(*outputs)._replace(logits=logits)  # type: ignore[arg-type]
         call = a_call(sums[0], weight, tensors, input_ids=ids, out=out)
         select(call, PartialSums(sums, None if factors is None else factors[:tokens]))
         if factors is None:
@@ -56,7 +56,7 @@ def beside_cublas(weight: Tensor, spec: RouterSpec, tensors: RouterTensors) -> N
 
 
 def main() -> None:
-    """Routes through every way of the contract, and a few routers at their real size."""
+    """Routes through every branch of the contract, and a few routers at their real size."""
     with torch.no_grad():
         small = [(name, spec, _FEW) for name, spec in SPECS.items()]
         for name, spec, tokens in [*small, *((name, get_spec(name), _ALL) for name in _REAL)]:

@@ -1,7 +1,6 @@
-"""Configs of types with sigmoid routers, and the specs that they mean.
+"""Configs of types with sigmoid routers, with their specs.
 
-The keys about routing alone: of the model that is named, or those that the config class named reads. The files as they
-were published are in data/configs.
+Only the routing keys, of the named model or of the named config class. The published files are in data/configs.
 """
 
 from __future__ import annotations

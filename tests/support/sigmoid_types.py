@@ -1,4 +1,4 @@
-"""By model type, a config as its readers know them (the keys about routing) and the spec that the config means."""
+"""By model type: a config, as its readers define the routing keys, and the config's spec."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ ALICE: Config = {
 }
 SOFTMAX: Config = {"hidden_size": 1024, "num_experts": 128, "num_experts_per_tok": 4, "norm_topk_prob": True}
 
-# By model type: what a config of the type says beside it, and the spec.
+# By model type: the other keys of a config, and the spec.
 TYPES: dict[str, tuple[Config, RouterSpec]] = {
     "joyai_llm_flash": (DEEPSEEK, DEEPSEEK_SPEC),
     "dots_vlm": (DEEPSEEK, DEEPSEEK_SPEC),
@@ -221,7 +221,7 @@ TYPES: dict[str, tuple[Config, RouterSpec]] = {
     ),
 }
 
-# By composite type: the key of the config inside it, which states no type, and the entry of TYPES that the config is.
+# By composite type: the key of the inner config, which states no type, and the inner config's entry of TYPES.
 WRAPPED = {
     "bailing_moe_v3_vl": ("text_config", "bailing_moe_v2_5"),
     "bailingmm_moe_v2_lite": ("llm_config", "bailing_moe_v2_5"),

@@ -1,4 +1,4 @@
-"""Checkpoints of a few small tensors, written by hand: what no tiny model of Transformers would save."""
+"""Checkpoints of a few small tensors, written by hand, which no tiny model of Transformers would save."""
 
 import json
 import re
@@ -25,7 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def config_of(model_type: str, **more: Any) -> dict[str, Any]:
-    """A config.json with a router of 16 experts for 64 numbers; None leaves a key out."""
+    """A config.json of a router with 16 experts and hidden size 64; None leaves a key out."""
     shared = {"hidden_size": HIDDEN, "num_experts_per_tok": TOP_K, "torch_dtype": "bfloat16"}
     config = {"model_type": model_type, **shared, **CONFIGS[model_type], **more}
     return {key: value for key, value in config.items() if value is not None}
@@ -56,7 +56,7 @@ def bias(seed: int = 0) -> Tensor:
 
 
 def refused(path: Any, *words: str, error: type[Exception] = ValueError, layer: Any = 1, **options: Any) -> str:
-    """The message with which a gate is not read, and which has all these words in it."""
+    """Asserts that a gate is refused with a message that has all these words; returns the message."""
     with pytest.raises(error, match=re.escape(words[0])) as caught:
         Gate.from_checkpoint(path, layer, **options)
     assert type(caught.value) is error

@@ -1,4 +1,4 @@
-"""Configs of a few keys, and the specs that two of them mean."""
+"""Configs of a few keys, and the specs of two of them."""
 
 from __future__ import annotations
 

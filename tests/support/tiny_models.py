@@ -1,4 +1,4 @@
-"""Tiny models of Transformers' MoE families, for tests that need a whole checkpoint.
+"""Tiny models of Transformers' MoE families, for tests with a whole checkpoint.
 
 `tiny_model("deepseek_v3")` gives a model with two layers, a hidden size of 64 and 16 experts, on the CPU, in
 a fraction of a second. Every tensor of a router holds random values, also those that Transformers initialises
@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 EXPERTS = 16
 TOP_K = 4
 
-# Sizes that make any family small. A config class takes those that it knows.
+# Sizes that make any family small. A config class gets those that it has.
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -73,8 +73,8 @@ MAMBA = {
     "mamba_chunk_size": 16,
 }
 
-# What a family needs beyond SMALL. Settings that a router branches on are set so that they matter (groups, a
-# soft-cap, a scaling factor), also where the family's default would switch them off.
+# What a family needs beyond SMALL. Settings with a branch in the router are set so that the branch runs (groups, a
+# soft cap, a scaling factor), also where the family's default would switch them off.
 TINY: dict[str, dict[str, Any]] = {
     "afmoe": {"num_dense_layers": 1, "route_scale": 2.0},
     "aria_text": {},
@@ -174,7 +174,7 @@ TINY: dict[str, dict[str, Any]] = {
     "unlimited_ocr_text": MOE_LAYERS,
 }
 
-# Text models that no auto class finds by their config.
+# Text models that no auto class finds by config.
 CLASSES: dict[str, str] = {
     "deepseek_ocr2_text": "DeepseekOcr2TextModel",
     "ernie4_5_vl_moe_text": "Ernie4_5_VLMoeTextModel",
@@ -191,13 +191,13 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
 
 
 def small_sizes(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """Those of the small sizes that a config class knows."""
+    """The small sizes that a config class has."""
     known = getattr(config_class, "__dataclass_fields__", {})
     return {key: value for key, value in SMALL.items() if key in known}
 
 
 def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
-    """A tiny model in eval mode, the same for the same arguments."""
+    """A tiny model in eval mode; equal arguments give equal models."""
     config = tiny_config(model_type, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -218,7 +218,7 @@ def _model_class(model_type: str, config: PreTrainedConfig) -> type[PreTrainedMo
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """As from_pretrained does: the tensors that the family keeps in float32 stay so."""
+    """Casts as from_pretrained does: tensors that the family keeps in float32 stay in float32."""
     pinned = model._keep_in_fp32_modules_strict or ()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and not any(part in name for part in pinned):

@@ -1,8 +1,8 @@
-"""Transformers' own router classes behind one interface, for tests that hold our routers against them.
+"""Transformers' own router classes behind one interface, for tests that compare moegate's routers with them.
 
 `build("deepseek_v3", {"n_group": 8}, torch.bfloat16, seed=0)` constructs the router class alone (never a
 whole model, so that full sizes stay cheap), fills it with random values and returns something to call. Where
-a model does part of the routing outside of that class, the adapter does that part and says where it is from.
+a model does a part of the routing outside of that class, the adapter does this part and names its source.
 """
 
 import importlib
@@ -34,9 +34,9 @@ class Quirk:
 
     construct: Callable[[type[nn.Module], PreTrainedConfig], nn.Module] | None = None
     names: dict[str, str] = field(default_factory=dict)
-    """role -> name of the tensor in the router, where that is not the role itself"""
+    """role -> name of the tensor in the router, where the two differ"""
     bias_is_argument: bool = False
-    """the correction bias lives on the block around the router, which passes it to each call"""
+    """the correction bias belongs to the block around the router, which passes it to each call"""
     unpack: Callable[["TransformersRouter", Any], Output] | None = None
     batch_dimension: bool = False
     float32_weight: bool = False
@@ -65,7 +65,7 @@ class TransformersRouter:
         return self.read(self.router(*arguments))
 
     def read(self, output: Any) -> Output:
-        """What the router class returned, in one form for all."""
+        """The result of a router class, in one form for all classes."""
         if self._quirk.unpack is None:
             logits, weights, ids = output
             shared = None
@@ -79,7 +79,7 @@ class TransformersRouter:
 
 
 def as_routing(output: Output, exact_logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Routing:
-    """A class's output as `verify_routing` takes it, in the order of the exact keys: the class's topk need not sort."""
+    """A class's output for `verify_routing`, in the order of the exact keys, since a class's topk need not sort."""
     _, ids, weights, shared = output
     if not spec.hash_routing:
         keys = choice_keys(finite_logits(exact_logits, torch.float64), spec, tensors)
@@ -98,9 +98,9 @@ def build(
     seed: int,
     hash_routing: bool = False,
 ) -> TransformersRouter:
-    """The router of a model_type, with the config class's defaults but for `config_overrides`.
+    """The router of a model_type, with the config class's defaults and `config_overrides`.
 
-    hash_routing: of the two routers of DeepSeek-V4, the one of its first layers.
+    hash_routing: the router of DeepSeek-V4's first layers, in place of that of its other layers.
     """
     config = CONFIG_MAPPING[model_type](**config_overrides)
     config.dtype = dtype
@@ -160,7 +160,7 @@ def _random(
 def _assign(router: nn.Module, name: str, value: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     module = router.get_submodule(parent)
-    # Set, not copied into: a tensor pinned to float32 would keep the dtype that `.to(dtype)` gave to it.
+    # Replaced, since a copy into a tensor that is pinned to float32 would keep the dtype that `.to(dtype)` gave it.
     getattr(module, leaf).data = value.clone()
 
 
@@ -178,7 +178,7 @@ def _modeling(config_class: type[PreTrainedConfig]) -> ModuleType:
     return importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
 
 
-# What the families return instead of (logits, weights, ids).
+# Families that return something else than (logits, weights, ids).
 
 
 def _gemma4(_: TransformersRouter, output: Any) -> Output:
@@ -192,7 +192,7 @@ def _inkling(_: TransformersRouter, output: Any) -> Output:
 
 
 def _llama4(adapter: TransformersRouter, output: Any) -> Output:
-    scores, logits = output  # scores of all experts, 0 where not selected; the class selects as the next line does
+    scores, logits = output  # scores of all experts, 0 where not selected; the next line selects as the class does
     ids = logits.topk(adapter.router.top_k, dim=1).indices
     return logits, scores.gather(1, ids), ids, None
 
@@ -208,7 +208,7 @@ def _dbrx(adapter: TransformersRouter, output: Any) -> Output:
 
 
 def _jetmoe(adapter: TransformersRouter, output: Any) -> Output:
-    order, _, sorted_weights, _, logits = output  # weights in the order of the experts: put them back
+    order, _, sorted_weights, _, logits = output  # weights sorted by expert; restore the order of the choice
     ids = logits.topk(adapter.router.top_k, dim=1).indices
     weights = torch.empty_like(sorted_weights)
     weights[order] = sorted_weights
@@ -235,7 +235,7 @@ QUIRKS: dict[str, Quirk] = {
         unpack=_dbrx,
     ),
     "diffusion_gemma_text": _GEMMA4,
-    # Every layer has a number of experts of its own; the config's general numbers are those of the last one.
+    # Every layer has its own number of experts; the config's general numbers are those of the last layer.
     "dots3_note_vision_encoder": Quirk(
         construct=lambda router, config: router(config.per_layer_config[config.num_hidden_layers - 1]),
         bias_is_argument=True,
@@ -267,7 +267,7 @@ QUIRKS: dict[str, Quirk] = {
         float32_weight=True,
         bias_std=lambda num_experts: 1 / num_experts,
     ),
-    # Engines hold the gates of MiniMax-M2, M3 and Step in float32. No class of Transformers pins them, but
+    # Engines keep the gates of MiniMax-M2, M3 and Step in float32. No class of Transformers pins them, but
     # these multiply in the dtype of the weight.
     "minimax_m2": Quirk(bias_is_argument=True, float32_weight=True),
     "minimax_m3_vl_text": Quirk(float32_weight=True),

@@ -21,34 +21,34 @@ class Model:
     """A named model."""
 
     name: str
-    """As `get_spec` takes it."""
+    """The name for `get_spec`."""
     also: tuple[str, ...]
     """Other models with exactly this router."""
     source: str
-    """Where its numbers can be checked."""
+    """Where the model's numbers can be checked."""
     note: str | None
-    """What a user should know of the model's router, if anything."""
+    """A remark for users on the model's router, if any."""
     config: dict[str, Any]
-    """The part of its config.json that the router depends on."""
+    """The part of the model's config.json that the router depends on."""
 
     @property
     def spec(self) -> RouterSpec:
-        """What its router computes."""
+        """What the model's router computes."""
         return RouterSpec.from_config(self.config)
 
     @property
     def model_type(self) -> str:
-        """Its `model_type` in config.json."""
+        """The model's `model_type` in config.json."""
         return str(self.config["model_type"])
 
     @property
     def semantics_source(self) -> str:
-        """Where the behaviour of its model type can be checked."""
+        """Where the behaviour of the model type can be checked."""
         return model_types()[self.model_type].source
 
     @property
     def semantics_note(self) -> str | None:
-        """What the reference of its model type does that a spec cannot say, if anything."""
+        """What the model type's reference computes that a spec cannot express, if anything."""
         model_type = model_types()[self.model_type]
         notes = [model_type.note, _CASTS_WEIGHTS if model_type.casts_weights else None]
         return "; ".join(note for note in notes if note) or None

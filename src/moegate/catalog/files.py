@@ -1,4 +1,4 @@
-"""Which safetensors file of a local checkpoint holds which tensor, and what is in it."""
+"""The safetensors files of a local checkpoint: which file holds which tensor, and reading tensors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_path(path: object) -> Path:
 
 
 def explain_no_config(config_file: Path) -> None:
-    """Raises what explains that a folder has no config.json, if anything does."""
+    """Raises an explanation if a folder without config.json is recognised as something else than a checkpoint."""
     folder = config_file.parent
     if config_file.exists():
         return
@@ -75,7 +75,7 @@ def tensor_files(place: Path) -> dict[str, Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The file of each tensor as the index has it: names of files in its own folder."""
+    """The file name of each tensor, from the index; files outside of the index's folder are refused."""
     text = ""
     try:
         text = index.read_text(encoding="utf-8")
@@ -103,15 +103,15 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _stays_inside(entry: str) -> bool:
-    """Whether the text of an index entry stays in the folder, on Windows, too. Symlinks may leave: hub caches do."""
-    as_windows = PureWindowsPath(entry)  # takes / and \ for separators
+    """True if an index entry is a path inside of the folder, also on Windows; symbolic links are not followed."""
+    as_windows = PureWindowsPath(entry)  # both / and \ are separators
     return bool(as_windows.name) and not as_windows.anchor and ".." not in as_windows.parts and "\0" not in entry
 
 
 def _without_index(folder: Path) -> dict[str, Path]:
-    """The files of a checkpoint without an index: model.safetensors, or its shards, or what there is.
+    """The file of each tensor in a folder without an index: model.safetensors, or else its shards, or else all files.
 
-    An average of the weights, an adapter or the same model under the names of its authors may lie beside them.
+    Other safetensors files may be in the folder: averaged weights, an adapter, the model in its authors' format.
     """
     found = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     chosen = (
@@ -134,7 +134,7 @@ def _without_index(folder: Path) -> dict[str, Path]:
 
 
 def _others(folder: Path) -> str:
-    """What the folder holds instead, for an error."""
+    """For an error: another format or an adapter that the folder holds instead."""
     for file in sorted(folder.iterdir()):
         if file.suffix in _OTHER_FORMATS:
             return f", but {file.name} ({_OTHER_FORMATS[file.suffix]}); convert it to safetensors first"
@@ -155,31 +155,31 @@ def _opened(file: Path) -> Any:
 
 
 def files_of(folder: Path, files: Mapping[str, Path]) -> set[Path]:
-    """Every file that a reader of the checkpoint looks at, there or not, and all that lies in its folder beside them.
+    """All files of a checkpoint: those that a reader opens, there or not, and all other files in the folder.
 
-    That is the checkpoint's, too: a tokenizer, a licence, another format.
+    Other files belong to the checkpoint too: a tokenizer, a licence, another format.
     """
     there = (path for path in folder.rglob("*") if not path.is_dir())
     return {folder / "config.json", folder / _INDEX, *files.values(), *there}
 
 
 def is_part(file: Path, folder: Path, parts: Iterable[Path]) -> bool:
-    """Whether a file is one of a checkpoint's, by whatever name, or would be taken for one once it is there.
+    """True if a file is one of a checkpoint's under any name, or would be read as a shard once written.
 
     Args:
         file: A file that may be missing.
-        folder: The checkpoint's.
+        folder: The checkpoint's folder.
         parts: The files of the checkpoint.
     """
     target = Path(os.path.realpath(file))
-    names = (file, target)  # a link's own name counts: a reader of the folder follows the link
+    names = (file, target)  # both count, since a reader of the folder follows symbolic links
     is_shard = any(name.suffix == ".safetensors" and is_same(name.parent, folder) for name in names)
     return is_shard or any(is_same(target, part) for part in parts)
 
 
 def is_same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file or folder, or would if it were there."""
-    # realpath, since Path.resolve raises a RuntimeError where a link leads to itself
+    """True if two paths lead to the same file or folder, which may be missing."""
+    # realpath, since Path.resolve raises a RuntimeError for a link that leads to itself
     return os.path.realpath(one) == os.path.realpath(other) or (one.exists() and other.exists() and one.samefile(other))
 
 
@@ -191,7 +191,7 @@ class Reader:
         self._opened: dict[Path, Any] = {}
 
     def read(self, name: str) -> Tensor:
-        """The tensor as it is stored, in memory that is the file's."""
+        """The tensor as stored, a view of the mapped file."""
         file = self._files[name]
         try:
             if file not in self._opened:

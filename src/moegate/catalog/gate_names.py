@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are the gate of each layer: what users named, or else the catalog's names for them."""
+"""Finds the tensors of each layer's gate in a checkpoint, by the names that users gave or that the catalog knows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from moegate.spec import RouterSpec
 
 
 class GateNames:
-    """The gates of a checkpoint by name; nothing is read.
+    """The gates of a checkpoint, found by names alone; no tensor is read.
 
     Args:
         tensors: The names of all tensors.
-        model_type: What names to look for.
-        given: What users named, by role: see `Gate.from_checkpoint`.
-        quant_method: What config.json says, for formats that names alone do not tell.
+        model_type: Has the names to look for.
+        given: The names that users gave, by role: see `Gate.from_checkpoint`.
+        quant_method: The `quant_method` of config.json, for formats that cannot be recognised by names alone.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class GateNames:
         return f"no layer has a {names}" + (f" (layers of {beside} are not the model's)" if beside else "")
 
     def may_have(self, layer: int) -> bool:
-        """Whether there is a gate in the layer; a weight that users named may be in a layer that nobody else knows."""
+        """True if the layer has a gate; with a weight named by users, any layer may have one."""
         return "weight" in self._given or (layer in self._names.layers and self._has_gate(layer))
 
     def _has_gate(self, layer: int) -> bool:
@@ -57,7 +57,7 @@ class GateNames:
         return any(tail in there for tail in names) or self._other_form(layer) is not None
 
     def _other_form(self, layer: int) -> tuple[str, str] | None:
-        """The name behind "layers.L." and the format of a gate that is no plain weight."""
+        """The name behind "layers.L." and the format of a gate that is stored in a quantised format."""
         for tail, _ in alternatives(self._model_type, "weight"):
             module = tail.removesuffix(".weight")
             form = format_of(self._names.leaves(layer, module), self._quant_method)
@@ -66,16 +66,16 @@ class GateNames:
         return None
 
     def check_given_for(self, layers: Sequence[int]) -> None:
-        """Refuses one and the same tensor for several layers."""
+        """Refuses a name without {layer} for several layers."""
         for role, name in self._given.items():
             if len(layers) > 1 and name in self._tensors:
                 raise ValueError(f"tensors: {role} = {name!r}, for several layers; allowed: {{layer}} in the name")
 
     def weight(self, layer: int) -> Found:
-        """Where the weight of the layer's gate is, in a form that can be read.
+        """Finds the weight of the layer's gate.
 
         Raises:
-            ValueError: It is missing, there twice, in a format that cannot be read, or has an adapter.
+            ValueError: The weight is missing, there twice, in an unreadable format, or has an adapter.
         """
         if "weight" in self._given:
             return self.tensor("weight", layer)
@@ -97,15 +97,15 @@ class GateNames:
             )
 
     def tensor(self, role: str, layer: int, weight: Found | None = None) -> Found:
-        """Where a tensor of the layer's gate is.
+        """Finds a tensor of the layer's gate.
 
         Args:
-            role: Which.
+            role: The tensor's role.
             layer: The layer.
-            weight: Where its weight is, with which the other tensors are.
+            weight: The weight found for this layer; the other tensors are in the same part of the model.
 
         Raises:
-            ValueError: It is missing, or there twice.
+            ValueError: The tensor is missing, or there twice.
         """
         if role in self._given:
             found = self._given_tensor(role, layer)
@@ -124,7 +124,7 @@ class GateNames:
         return found
 
     def _given_tensor(self, role: str, layer: int) -> Found | None:
-        """The tensor that the user named, by a full name or by what stands behind "layers.L."."""
+        """The tensor that the user named, by its full name or by the part of the name behind "layers.L."."""
         name = self._given[role].replace("{layer}", str(layer))
         takes = dict(alternatives(self._model_type, role))
         if name in self._tensors:
@@ -133,21 +133,21 @@ class GateNames:
         return self._names.find(layer, role, [(name, takes.get(name))])
 
     def refuse_strays(self, layer: int, weight: Found, read: Collection[str], spec: RouterSpec) -> None:
-        """A bias that the gate does not add, or a scale or table of experts, would have it route as no model does.
+        """Refuses a layer with a router tensor that the spec ignores: without the tensor, the gate would route wrongly.
 
         Args:
             layer: The layer.
-            weight: Where its weight is.
-            read: The names of the tensors that the gate has.
+            weight: The weight found for this layer.
+            read: The names of the tensors that the gate reads.
             spec: What the gate computes.
 
         Raises:
-            ValueError: There is such a tensor.
+            ValueError: The layer has such a tensor: a bias, a scale or a table of experts.
         """
         unwanted = [wanted.name for wanted in inputs_of(spec) if not wanted.is_needed]
         tails = strays(self._names.layers.get(layer, {}), weight.module, unwanted)
         ignored = set(self._model_type.other_tensors)
-        if spec.hash_routing:  # a table leaves a correction bias nothing to choose, and some checkpoints have one
+        if spec.hash_routing:  # some checkpoints have a correction bias beside the table, which has no effect
             ignored.update(tail for tail, _ in alternatives(self._model_type, "e_score_correction_bias"))
         names = [name for tail in tails if tail not in ignored for name in self._names.names(layer, tail, weight.part)]
         stray = [name for name in names if name not in read]

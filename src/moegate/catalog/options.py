@@ -1,4 +1,4 @@
-"""What users ask of a checkpoint, checked."""
+"""Checks of the arguments of `Gate.from_checkpoint`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SpecOrChange = RouterSpec | Callable[[RouterSpec], RouterSpec]
 
 
 def check_spec(spec: object) -> Any:
-    """A `SpecOrChange`, or None."""
+    """Returns a `SpecOrChange` or None; anything else is a TypeError."""
     if spec is None or isinstance(spec, RouterSpec) or callable(spec):
         return spec
     allowed = "a RouterSpec, or a function from the one that was found to another"
@@ -20,7 +20,7 @@ def check_spec(spec: object) -> Any:
 
 
 def check_names(tensors: object) -> dict[str, str]:
-    """Names of tensors by role."""
+    """Returns names of tensors by role; unknown roles and other types are errors."""
     if tensors is None:
         return {}
     if not isinstance(tensors, Mapping):

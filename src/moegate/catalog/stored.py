@@ -1,4 +1,4 @@
-"""How checkpoints store a gate: FP8 with its scales, which is dequantised, and formats that are told by name."""
+"""Stored forms of a gate: FP8, which is dequantised by its scales, and other quantised formats, which are refused."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from moegate.catalog.layer_names import ROLES
 from moegate.routing import FLOATS, INTEGERS, inputs_of
 from moegate.spec import RouterSpec
 
-# Tensors that stand beside each other where a format stores a linear layer, the telling one first; more special
-# formats first. Read in Transformers 5.24 (quantizers/, integrations/), vLLM 0.33 (model_executor/layers/quantization/)
-# and MLX (nn/layers/quantized.py).
+# The tensors by which a quantised format of a linear layer is recognised; more specific formats come first. Sources:
+# Transformers 5.24 (quantizers/, integrations/), vLLM 0.33 (model_executor/layers/quantization/), MLX
+# (nn/layers/quantized.py).
 _FORMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("compressed-tensors NVFP4", ("weight_packed", "weight_global_scale")),
     ("compressed-tensors", ("weight_packed",)),
@@ -45,18 +45,18 @@ _ADAPTERS = ("lora_*", "hada_*", "lokr_*", "oft_*", "boft_*", "ia3_*", "vera_*",
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 FLOAT8_SCALES = ("weight_scale_inv", "weight_scale", "scale")
-"""What a float8 weight is multiplied by, beside it: DeepSeek-V3's name, that of compressed-tensors and ModelOpt, and
-that of DeepSeek's own files (their inference/kernel.py, weight_dequant: the "inverse" is a factor, too)."""
+"""The names of a float8 weight's scales, which are factors: DeepSeek-V3's, compressed-tensors' and ModelOpt's, and that
+of DeepSeek's own files (weight_dequant in their inference/kernel.py: the "inverse" is a factor as well)."""
 ALLOWED = "bfloat16, float16 or float32, or float8 with a weight_scale_inv or weight_scale"
-_BLOCK = 128  # DeepSeek-V3's, and of all that took over its format
+_BLOCK = 128  # of DeepSeek-V3 and all formats derived from it
 
 
 def format_of(leaves: Sequence[str], quant_method: object = None) -> tuple[str, str] | None:
-    """The format that tensors under a gate's own name tell of, and the one that tells; None: a plain weight.
+    """The tensor by which a quantised format is recognised, and the format; None: a plain weight.
 
     Args:
-        leaves: What stands behind the gate's name, as "qweight".
-        quant_method: What config.json says, where names alone do not tell.
+        leaves: The names behind the gate's name, such as "qweight".
+        quant_method: The `quant_method` of config.json, for formats that cannot be recognised by names alone.
     """
     for name, marks in _FORMATS:
         found = [[leaf for leaf in leaves if fnmatchcase(leaf, mark)] for mark in marks]
@@ -70,12 +70,12 @@ def format_of(leaves: Sequence[str], quant_method: object = None) -> tuple[str, 
 
 
 def adapters(leaves: Sequence[str]) -> list[str]:
-    """The tensors of adapters that are not merged into the gate's weight."""
+    """The tensors among these that belong to adapters, which are not merged into the gate's weight."""
     return [leaf for leaf in leaves if any(fnmatchcase(leaf, pattern) for pattern in _ADAPTERS)]
 
 
 def dequantised(weight: Tensor, scale: Tensor, names: tuple[str, str], block: tuple[int, int] | None) -> Tensor:
-    """A float8 weight [R, C] times its scale, in float32.
+    """A float8 weight [R, C] multiplied by its scale, in float32.
 
     Args:
         weight: Of a dtype of `FLOAT8`.
@@ -113,7 +113,7 @@ def dequantised(weight: Tensor, scale: Tensor, names: tuple[str, str], block: tu
 
 
 def block_size(stated: object) -> tuple[int, int] | None:
-    """The rows and columns of an FP8 block that a config states."""
+    """The rows and columns of an FP8 block, if a config states them."""
     if not isinstance(stated, (list, tuple)) or len(stated) != 2:
         return None
     rows, columns = stated
@@ -121,18 +121,18 @@ def block_size(stated: object) -> tuple[int, int] | None:
 
 
 def _is_microscaled(scale: Tensor, rows: int, columns: int) -> bool:
-    """Whether the scales are powers of two for 32 columns each, as the OCP's MX formats have them."""
+    """True if each scale is a power of two for 32 columns, as in the OCP's MX formats."""
     is_fine = scale.dim() == 2 and scale.shape[0] == rows and 32 * scale.shape[1] == columns
     return is_fine and scale.dtype == torch.float8_e8m0fnu
 
 
 def _blocks(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """How many blocks there are; the last of a row or column may be cut."""
+    """The numbers of blocks in both dimensions; the last block of a row or column may be incomplete."""
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
 def _inferred_block(shape: tuple[int, int], scale: Tensor) -> tuple[int, int] | None:
-    """128 x 128 where that gives so many scales, else blocks of which none is cut; None: no such blocks."""
+    """128 x 128 if the number of scales fits, else the size of equal blocks without a remainder; None: neither fits."""
     if scale.dim() != 2:
         return None
     if tuple(scale.shape) == _blocks(shape, (_BLOCK, _BLOCK)):
@@ -143,9 +143,9 @@ def _inferred_block(shape: tuple[int, int], scale: Tensor) -> tuple[int, int] | 
 
 
 def shaped(role: str, tensor: Tensor, name: str, take: str | None, spec: RouterSpec) -> Tensor:
-    """A stored tensor in the shape and dtype that `Gate` takes, in memory of its own.
+    """A stored tensor in the shape and dtype for `Gate`, in memory of its own.
 
-    A tensor as it was read is a view of the whole file, which it would keep mapped, and change with.
+    A tensor as read is a view of the file: it would keep the file mapped, and change when the file changes.
     """
     wanted = next(each for each in inputs_of(spec) if each.name == role)
     shape = tuple(size if isinstance(size, int) else (*tensor.shape, 0)[0] for size in wanted.shape)
@@ -162,7 +162,7 @@ def shaped(role: str, tensor: Tensor, name: str, take: str | None, spec: RouterS
 
 
 def _taken(tensor: Tensor, name: str, take: str | None, shape: tuple[int, ...]) -> Tensor:
-    """What a gate takes of a stored tensor, by an entry of configs/types/README.md."""
+    """A stored tensor, transformed by an entry's `take` (configs/types/README.md)."""
     if take is None:
         return tensor
     if tensor.dim() != 2 or len(tensor) == 0:

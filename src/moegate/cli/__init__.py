@@ -44,15 +44,15 @@ def main() -> None:
     """Runs the command line on `sys.argv`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that has no █ gets a ? in its place
+            stream.reconfigure(errors="replace")  # prints ? for characters that the terminal's encoding lacks
     try:
         try:
             app(prog_name="moegate")
         finally:
-            if sys.stdout is not None:  # closed by the caller
+            if sys.stdout is not None:  # None if the caller closed it
                 sys.stdout.flush()
     except OSError as error:
-        if error.filename is not None:  # of no stream
+        if error.filename is not None:  # an error of a file, not of standard output
             raise
         _leave_stdout()
         if error.errno != errno.EPIPE:
@@ -61,6 +61,6 @@ def main() -> None:
 
 
 def _leave_stdout() -> None:
-    """What is still to be written goes nowhere, so that Python does not try once more when it ends."""
+    """Discards what is not written yet, so that Python does not try to write it again at exit."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""`moegate bench`: moegate and its peers side by side on this GPU, as a table, JSON and a page with plots."""
+"""`moegate bench`: moegate and its peers on this GPU, as a table, JSON and a page with plots."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moegate.measure.bench import Case, Source
     from moegate.measure.record import Record
 
-_NAME_WIDTH, _TIME_WIDTH, _EXPERTS_WIDTH = 20, 8, 12  # of a table's columns, at least, with the blanks behind each
+_NAME_WIDTH, _TIME_WIDTH, _EXPERTS_WIDTH = 20, 8, 12  # least widths of a table's columns, including padding
 
 
 def bench(
@@ -51,9 +51,8 @@ def bench(
 ) -> None:
     """Measure moegate and its installed peers on this GPU: cold, hot, and in a chain behind another kernel.
 
-    Every result is held against float64, and a wrong one has no time. Can be stopped at any time; with --out the
-    same command goes on. Exit status: 130 if it was stopped, 2 where there is no GPU for it, or no plotly for the page
-    of --render.
+    Every result is compared with float64, and a wrong result has no time. The command can be stopped at any time; with
+    --out the same command resumes. Exit status: 130 if stopped, 2 without a GPU, or without plotly for --render.
     """
     if render is not None:
         if sources or tokens or out is not None:
@@ -123,7 +122,7 @@ def _run(record: Record, todo: list[Case]) -> None:
 
 
 def _check_folder(out: Path) -> None:
-    """Makes the folder of --out, so that what cannot be written is told before anything is measured."""
+    """Makes the folder of --out, and reports what cannot be written before anything is measured."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file; allowed: a folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -156,7 +155,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _write_page(folder: Path, content: dict[str, Any]) -> bool:
-    """False, with a line that says why, where plotly is missing."""
+    """Writes the page; without plotly, prints one line about it and returns False."""
     try:
         from moegate.report.page import page
     except ImportError:
@@ -174,7 +173,7 @@ def _write_page(folder: Path, content: dict[str, Any]) -> bool:
 
 
 def _print(content: dict[str, Any], out: Console) -> None:
-    """Tables for each model and way, with as many numbers of tokens across as the console has room for."""
+    """Prints tables for each model and way, each as wide as the console."""
     from moegate.report.numbers import WAYS, columns, origins, verdicts
 
     for line in origins(content["runs"]):
@@ -191,16 +190,16 @@ def _print(content: dict[str, Any], out: Console) -> None:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    """Candidates down, numbers of tokens across."""
+    """Contestants down, numbers of tokens across."""
     from moegate.report.numbers import agreement, cell, label
 
     table = new_table()
-    table.add_column("candidate, µs a call", overflow="fold")
+    table.add_column("contestant, µs a call", overflow="fold")
     for row in rows:
         table.add_column(f"M={row['tokens']}", justify="right", no_wrap=True)
     table.add_column("same experts", justify="right", width=_EXPERTS_WIDTH)
-    for name in dict.fromkeys(name for row in rows for name in row["candidates"]):
-        found = [row["candidates"].get(name, {}) for row in rows]
+    for name in dict.fromkeys(name for row in rows for name in row["contestants"]):
+        found = [row["contestants"].get(name, {}) for row in rows]
         cells = [cell(each) for each in found]
         if set(cells) != {""}:
             table.add_row(label(name), *cells, agreement(found))

@@ -1,4 +1,4 @@
-"""`moegate check`: what this machine has, and every backend held against the contract on it."""
+"""`moegate check`: the machine, and every backend on it checked against the contract."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moegate.contract.verify import Verdict
     from moegate.spec import RouterSpec
 
-# Between them they use every field of a spec that the catalog uses.
+# Together they use every field of a spec that the catalog uses.
 MODELS = (
     "deepseek-v3",
     "deepseek-v2",
@@ -36,13 +36,13 @@ MODELS = (
     "inkling",
 )
 TOKENS = (1, 17, 256)
-_NARROW = 60  # of a console in which a table would leave no room for names
+_NARROW = 60  # columns of a console; below, a table has no room for names
 
 
 def check(as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False) -> None:
-    """Show what this machine has, and hold every backend against float64 on routers of the catalog.
+    """Show this machine, and compare every backend with float64 on routers of the catalog.
 
-    Random weights and hidden states in the models' real sizes. Exit status: 1 if a check failed.
+    Weights and hidden states are random, in the models' real sizes. Exit status: 1 if a check failed.
     """
     from moegate.choice.candidates import BACKENDS
     from moegate.cli.machine import describe_machine, devices
@@ -113,7 +113,7 @@ def _compare(backend: str, device: torch.device, spec: RouterSpec, tokens: int) 
     try:
         gate = Gate(spec, weight, **tensors._asdict(), frozen=True, backend=backend)
         routing = gate(hidden, input_ids=input_ids, return_logits=True)
-    except Exception as error:  # whatever a broken backend raises is the finding
+    except Exception as error:  # whatever a broken backend raises is reported
         message = " ".join(str(error).split())
         return Verdict(rows=tokens, problems=[f"{type(error).__name__}: {message}"])
     return verify_call(routing, hidden, weight, spec, tensors, input_ids)
@@ -153,7 +153,7 @@ def _print_checks(checks: list[dict[str, Any]], out: Console) -> None:
 
 
 def _named_cells(rows: list[dict[str, Any]]) -> list[str | Text]:
-    """A router's checks in a sentence."""
+    """A router's checks, for one line of text."""
     error, share, excused, verdict = _cells(rows)
     return [verdict, f"logits off by {error}, {share} of bound", f"{excused} excused"]
 

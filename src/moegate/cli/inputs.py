@@ -1,4 +1,4 @@
-"""What `moegate route` routes: a gate and the hidden states for it, from a name, a folder or a file."""
+"""Loads what `moegate route` routes: a gate and its hidden states, from a name, a folder or a file."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Job:
     """A gate and its inputs."""
 
     title: str
-    """What is routed, for people: "deepseek-v3" or a folder with its layer."""
+    """For users: "deepseek-v3", or a folder with its layer."""
     gate: Gate
     hidden: Tensor
     input_ids: Tensor | None
     origin: str
-    """Where the numbers come from."""
+    """For users: where weights and hidden states come from."""
     layer: int | None = None
-    """Of a checkpoint."""
+    """The layer; None: a named model."""
 
     @property
     def weight(self) -> Tensor:
@@ -55,7 +55,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What gates are given: the hidden states of a file, or random ones."""
+    """The source of hidden states: a file, or a generator of random numbers."""
 
     file: Path | None
     tokens: int
@@ -64,12 +64,12 @@ class Inputs:
 
     @property
     def origin(self) -> str:
-        """Where they come from."""
+        """For users: where the hidden states come from."""
         return "random hidden states" if self.file is None else f"hidden states of {self.file}"
 
     @cached_property
     def _stored(self) -> dict[str, Tensor]:
-        """What the file holds, read once for all layers."""
+        """The tensors of the file, read once for all layers."""
         assert self.file is not None
         if not self.file.is_file():
             raise ValueError(f"--hidden: no file {self.file}")
@@ -94,26 +94,26 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Jobs:
-    """What `moegate route` runs: a named model, or layers of a checkpoint."""
+    """The jobs of a run of `moegate route`: a named model, or layers of a checkpoint."""
 
     title: str
-    """What is routed, for people: "deepseek-v3" or a folder."""
+    """For users: "deepseek-v3", or a folder."""
     layers: list[int]
-    """Of a checkpoint; empty: of a named model."""
+    """The layers; empty: a named model."""
     _load: Callable[[], Iterator[Job]]
     _checkpoint: Checkpoint | None = None
 
     def check_out(self, out: Path) -> None:
-        """Refuses to write what is read.
+        """Refuses an output file that belongs to the checkpoint.
 
         Raises:
-            ValueError: The file is one of the checkpoint's, or would be taken for one.
+            ValueError: The file is one of the checkpoint's, or would be read as one.
         """
         if self._checkpoint is not None and self._checkpoint.has_part(out):
             raise ValueError(f"--out: {out} is a file of the checkpoint; allowed: another file")
 
     def __iter__(self) -> Iterator[Job]:
-        """The gates with their inputs; one after another, so that only one is in memory."""
+        """The gates with their inputs, loaded one at a time."""
         return self._load()
 
 
@@ -123,12 +123,12 @@ def load_jobs(source: str, layers: str | None, inputs: Inputs, change: Callable[
     Args:
         source: A name, or a checkpoint's path.
         layers: The text of --layer.
-        inputs: What the gates are given.
-        change: What to make of the specs that are found.
+        inputs: The source of hidden states.
+        change: Changes each spec that is found.
 
     Raises:
-        ValueError: Here or while they are loaded: an unknown name, a folder or a file that does not hold what it
-            should, layers that it does not have.
+        ValueError: Here or while the jobs are loaded: an unknown name, a folder or file with other contents than
+            needed, missing layers.
     """
     folder = _folder(source)
     if folder is None:
@@ -159,7 +159,7 @@ def _jobs_of(checkpoint: Checkpoint, layers: list[int], folder: Path, inputs: In
 
 
 def parse_layers(text: str, checkpoint: Checkpoint) -> list[int]:
-    """The layers that a text such as 3,5-7 means; all: every one of the checkpoint."""
+    """The layers of a text such as 3,5-7; of "all": every layer of the checkpoint."""
     if text == "all":
         if not checkpoint.layers:
             raise ValueError(f"--layer: {checkpoint.explain_no_layers()}, in {checkpoint.place}")
@@ -170,13 +170,13 @@ def parse_layers(text: str, checkpoint: Checkpoint) -> list[int]:
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(f"--layer: got {text!r}; allowed: all, 3, 3-8, 3,5-7; {checkpoint.gates.describe()}")
         last = int(match[2] or match[1])
-        checkpoint.check_has_gate(last)  # before so many numbers are made
+        checkpoint.check_has_gate(last)  # before a large range is made
         layers.update(range(int(match[1]), last + 1))
     return sorted(layers)
 
 
 def change_of(logits_dtype: str | None, top_k: int | None) -> Callable[[RouterSpec], RouterSpec]:
-    """What options make of a spec.
+    """The change of specs that the options ask for.
 
     Raises:
         ValueError: A dtype that logits cannot have.
@@ -189,9 +189,9 @@ def change_of(logits_dtype: str | None, top_k: int | None) -> Callable[[RouterSp
 
 
 def load_spec(source: str) -> tuple[str, RouterSpec]:
-    """A title and what the router computes: of a name, or of a folder with a config.json, at most of its layers.
+    """A title and a spec, from a name or a folder with a config.json.
 
-    A .safetensors file stands for its folder, whose path is the title.
+    The spec is the rule of most layers. A .safetensors file stands for its folder, whose path is the title.
 
     Raises:
         ValueError: An unknown name, or a folder whose config.json is missing, broken or unknown.
@@ -206,10 +206,10 @@ def load_spec(source: str) -> tuple[str, RouterSpec]:
 
 
 def check_reads_not(out: Path, titles: Iterable[str]) -> None:
-    """Refuses to write into what `load_spec` read; named models have no folder.
+    """Refuses an output file that belongs to a folder that `load_spec` read.
 
     Raises:
-        ValueError: The file is one of a source's, or would be taken for one.
+        ValueError: The file is one of a checkpoint's, or would be read as one.
     """
     for folder in map(Path, titles):
         if folder.is_dir() and is_part(out, folder, files_of(folder, {})):
@@ -217,8 +217,8 @@ def check_reads_not(out: Path, titles: Iterable[str]) -> None:
 
 
 def _folder(source: str) -> Path | None:
-    """The source as a checkpoint's folder or file, of a config.json the folder; None: a name, or a misspelt one."""
-    path = Path(os.path.expanduser(source))  # Path.expanduser raises for unknown users
+    """The source as a path: a checkpoint's folder or file, or the folder of a config.json; None: a name."""
+    path = Path(os.path.expanduser(source))  # not Path.expanduser, which raises for unknown users
     path = path.parent if path.name == "config.json" else path
     is_path = os.sep in source or source.startswith((".", "~"))
     if is_path or (source.lower() not in catalog.names() and path.exists()):

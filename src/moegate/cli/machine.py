@@ -1,4 +1,4 @@
-"""What this machine is: CPU, GPUs, versions."""
+"""Describes this machine: CPU, GPUs, versions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, after a try; None: the GPU if there is one.
+    """The device of that name, after a test that it works; None: the GPU if there is one.
 
     Raises:
-        ValueError: No such device here.
+        ValueError: There is no such device.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,13 +35,13 @@ def devices() -> list[torch.device]:
 
 
 def other_accelerator() -> str | None:
-    """What PyTorch has beside the CPU and "cuda" (NVIDIA and AMD): "mps", "xpu", ...; None: nothing."""
+    """PyTorch's accelerator, if it is not "cuda" (NVIDIA and AMD): "mps", "xpu", ...; None: there is none."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return None if found is None or found.type == "cuda" else found.type
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is: "NVIDIA H200", or the CPU with its threads in use."""
+    """A device's name for users: "NVIDIA H200", or the CPU with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -51,7 +51,7 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """The CPU's name, as Linux and macOS tell it."""
+    """The CPU's name, from /proc/cpuinfo or Python's platform module."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -61,7 +61,7 @@ def cpu_name() -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """The facts that decide which backends run, and how fast."""
+    """The properties that decide which backends run, and how fast."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

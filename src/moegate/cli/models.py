@@ -16,7 +16,7 @@ from moegate.cli.output import complain, console, new_table, print_json
 from moegate.spec import RouterSpec
 
 _SCORES = {"softmax": "softmax", "sigmoid": "sigmoid", "sqrtsoftplus": "√softplus", "identity": "logit"}
-_NARROW = 100  # columns; below, the few very long names are folded
+_NARROW = 100  # columns of a console; below, very long names are folded
 
 
 def models(

@@ -1,4 +1,4 @@
-"""What the commands share: the console, JSON, and errors in one line."""
+"""Output of all commands: the console, tables, JSON, and errors in one line."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ from rich.table import Table
 from moegate.whole_file import why_no_file
 
 MAX_TOKENS = 1 << 20
-"""The most tokens that a command takes."""
+"""The largest number of tokens that a command accepts."""
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that prints text as it stands: no markup, no guessed highlights."""
+    """A console that prints text unchanged: no markup, no highlighting, no emoji."""
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
 def new_table() -> Table:
-    """A table with a rule under its head, two blanks between its columns."""
+    """A table with a rule under the head and two blanks between columns."""
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
 
 
 def print_json(value: object) -> None:
-    """Prints JSON; a NaN or an infinity, which JSON does not have, becomes null.
+    """Prints JSON. NaN and infinities, which JSON lacks, become null.
 
-    Where the output cannot take every letter, those beyond ASCII are escaped.
+    Characters beyond ASCII are escaped, unless the output's encoding is UTF.
     """
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
     typer.echo(json.dumps(_strict(value), indent=2, ensure_ascii=not encoding.startswith("utf"), allow_nan=False))
 
 
 def complain(message: object) -> None:
-    """One line on stderr."""
+    """Prints one line on stderr."""
     typer.echo(f"moegate: {' '.join(str(message).split())}", err=True)
 
 
 def fail(message: object) -> NoReturn:
-    """One line on stderr, and exit status 2."""
+    """Prints one line on stderr and ends with exit status 2."""
     complain(message)
     raise typer.Exit(2)
 
 
 def check_out(option: str, out: Path) -> None:
-    """Checks that an option names a file that can be written: a new one, or one to be replaced.
+    """Checks that an option names a file that can be written: a new file, or one to be replaced.
 
     Raises:
-        ValueError: A folder, device, pipe or socket; a link that leads to itself; or its folder is not there.
+        ValueError: A folder, device, pipe or socket; a symbolic link to itself; a file in a missing folder.
     """
-    if os.path.islink(os.path.realpath(out)):  # realpath follows every link but those that end nowhere
+    if os.path.islink(os.path.realpath(out)):  # realpath leaves only cyclic links unresolved
         raise ValueError(f"{option}: {out} is a symbolic link that leads back to itself; allowed: a file")
     reason = why_no_file(out)
     if reason is not None:
@@ -67,7 +67,7 @@ def check_out(option: str, out: Path) -> None:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Around what users' arguments go through: an error there is theirs, and needs no traceback."""
+    """Turns exceptions of users' arguments into one line on stderr, without a traceback."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:

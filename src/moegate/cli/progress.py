@@ -1,4 +1,4 @@
-"""A progress bar for measurements, and the one thing they need."""
+"""A progress bar for measurements, and the check for a GPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moegate.cli.output import console, fail
 
 INTERRUPTED = 130
-"""The exit status of a measurement that was stopped: 128 + SIGINT, as shells have it."""
+"""The exit status of a measurement that was stopped: 128 + SIGINT, as in shells."""
 
 
 def need_gpu(what: str) -> None:
-    """Ends with a line that says what is missing, unless PyTorch has an NVIDIA GPU that the kernels run on."""
+    """Fails with one line unless PyTorch has an NVIDIA GPU on which the kernels run."""
     import torch
 
     from moegate.choice.machines import machine_of
@@ -31,10 +31,10 @@ def need_gpu(what: str) -> None:
 
 @contextmanager
 def progress_bar(first: str | None = "compiling") -> Iterator[Progress]:
-    """A bar on stderr with the time gone and the time left; on no terminal, lines that are printed on it.
+    """A bar on stderr with the elapsed and the remaining time. Without a terminal: no bar; callers print lines.
 
     Args:
-        first: The first of these lines, where something takes long before the bar moves.
+        first: The first of these lines, printed here, since the first step may be slow.
     """
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -1,4 +1,4 @@
-"""`moegate route`: a model's router, run and held against the contract."""
+"""`moegate route`: runs a model's router and checks the result against the contract."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def route(
     device: _Device = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Run a model's router: show where tokens go, how exact the logits are, and how long a call takes.
+    """Run a model's router: show the experts of tokens, the load, the error of the logits, and the time of a call.
 
-    A named model gets random weights of realistic size; a checkpoint folder (config.json and safetensors)
-    its own. Several layers get a row each, and their names in --out and an object each in --json. Tokens whose weights
-    are NaN, as those of NaN hidden states are, are counted and left out of the load; that is what the contract says of
-    them, and no failure. Exit status: 1 if the result breaks the contract, 2 for wrong arguments.
+    A named model gets random weights of realistic size; a checkpoint folder (config.json and safetensors) has its own.
+    Several layers get a row each, and an object each in --json; their names are in --out. Tokens with NaN weights, such
+    as those of NaN hidden states, are counted and left out of the load; the contract defines them, so they are no
+    failure. Exit status: 1 if the result breaks the contract, 2 for wrong arguments.
     """
     with errors_in_one_line():
         from moegate.cli.inputs import DEFAULT_TOKENS, Inputs, change_of, load_jobs

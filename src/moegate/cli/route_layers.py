@@ -1,4 +1,4 @@
-"""What `moegate route` does with several layers of a checkpoint: a row for each."""
+"""`moegate route` for several layers of a checkpoint: a row for each layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from moegate.cli.route_report import Summary, summarise
 from moegate.spec import RouterSpec
 from moegate.whole_file import replacing
 
-_ANY_WIDTH = 1000  # of a console that no table fills
+_ANY_WIDTH = 1000  # of a console that is wider than any table
 
 
 def route_layers(jobs: Jobs, out: Path | None, as_json: bool) -> None:
@@ -53,7 +53,7 @@ def route_layers(jobs: Jobs, out: Path | None, as_json: bool) -> None:
 
 
 def _summaries(jobs: Jobs) -> Iterator[Summary]:
-    """The summary of each layer, with a bar, or a line for each where there is no terminal."""
+    """The summary of each layer, with a progress bar, or a line for each layer if there is no terminal."""
     with progress_bar(first=None) as bar:
         task = bar.add_task("routing", total=len(jobs.layers))
         for job in jobs:
@@ -71,9 +71,9 @@ def _progress(summary: Summary) -> str:
 
 
 def _by_layer(summary: Summary) -> dict[str, Tensor]:
-    """What is written of a layer: "layers.3.topk_ids" and so on."""
-    parts = summary.routing._asdict().items()
-    return {f"layers.{summary.job.layer}.{name}": part.contiguous() for name, part in parts if part is not None}
+    """The tensors to write for a layer, by name: "layers.3.topk_ids" and so on."""
+    tensors = summary.routing._asdict().items()
+    return {f"layers.{summary.job.layer}.{name}": each.contiguous() for name, each in tensors if each is not None}
 
 
 def _write(out: Path, tensors: dict[str, Tensor], source: str, facts: list[dict[str, Any]]) -> None:
@@ -86,7 +86,7 @@ def _write(out: Path, tensors: dict[str, Tensor], source: str, facts: list[dict[
 
 
 def _print(title: str, facts: Sequence[dict[str, Any]], out: Console) -> None:
-    """The rows, under what they have in common."""
+    """Prints what the layers have in common, then the rows."""
     first = facts[0]
     layers = f"  layers {ranges([fact['layer'] for fact in facts])}, {first['tokens']} tokens"
     out.print(Text(title, style="bold cyan").append(layers, style="not bold default"))
@@ -112,7 +112,7 @@ def _has_nan(facts: Sequence[dict[str, Any]]) -> bool:
 
 
 def _table(facts: Sequence[dict[str, Any]]) -> Table:
-    """A row a layer; a column of NaN tokens where any layer has some."""
+    """A row a layer; a column of NaN tokens if any layer has NaN tokens."""
     names = list(_cells(facts[0]))
     if not _has_nan(facts):
         names.remove("NaN")
@@ -126,7 +126,7 @@ def _table(facts: Sequence[dict[str, Any]]) -> Table:
 
 
 def _lines(fact: dict[str, Any]) -> Text:
-    """What a row says, for a console that is too narrow for the table."""
+    """A row as one line of text, for a console that is too narrow for the table."""
     cells = _cells(fact)
     nan = f"NaN {cells['NaN']}, " if fact["nan_tokens"] else ""
     numbers = ", ".join(f"{name} {cells[name]}" for name in ("least", "mean", "most", "idle"))
@@ -136,7 +136,7 @@ def _lines(fact: dict[str, Any]) -> Text:
 
 
 def _routers(facts: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
-    """The layers of each router, by what the router is."""
+    """The layers of each router, by the router's description."""
     found: dict[str, list[int]] = {}
     for fact in facts:
         spec = RouterSpec(**fact["spec"])
@@ -146,7 +146,7 @@ def _routers(facts: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
 
 
 def _cells(fact: dict[str, Any]) -> dict[str, str]:
-    """What a row says, by the names of its columns."""
+    """The cells of a row, by column name."""
     load = fact["load"]["experts"] + fact["load"]["zero_experts"]
     return {
         "layer": f"{fact['layer']}",

@@ -1,4 +1,4 @@
-"""What `moegate route` tells about a routing."""
+"""The report of `moegate route` on a routing."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from moegate.routing import Routing
 from moegate.spec import RouterSpec
 
 _TOKENS_SHOWN = 4
-_NAME_WIDTH, _PAIR_WIDTH = 14, 16  # of the columns of a table of tokens
+_NAME_WIDTH, _PAIR_WIDTH = 14, 16  # of the columns in the table of tokens
 _LEVELS = "▁▂▃▄▅▆▇█"
-_PER_LINE = (64, 32, 16)  # bars, as many as the console has room for behind an id
+_PER_LINE = (64, 32, 16)  # bars a line; the largest number that fits the console
 _ID_WIDTH = 10
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All facts of a run."""
+    """The results of a run."""
 
     job: Job
     routing: Routing
     backend: str
     device: str
     load: Tensor
-    """[E] int64: the tokens of each selectable id, without those that are NaN."""
+    """[E] int64: the number of tokens of each selectable id, without NaN tokens."""
     nan_tokens: int
-    """With a NaN weight, which says nothing about experts."""
+    """The number of tokens with a NaN weight, whose ids mean nothing."""
     comparison: Verdict
     timing: Timing
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: everything, but ids and weights of the first tokens only."""
+        """The content of --json: everything, except that ids and weights are of the first tokens only."""
         spec = self.job.gate.spec
-        parts = {name: part for name, part in self.routing._asdict().items() if part is not None and name != "logits"}
+        outputs = {name: each for name, each in self.routing._asdict().items() if each is not None and name != "logits"}
         load = self.load.tolist()
         return {
             "source": self.job.title,
@@ -56,7 +56,7 @@ class Summary:
             "weight_dtype": _short(self.job.weight),
             "backend": self.backend,
             "device": {"type": str(self.job.hidden.device), "name": self.device},
-            "first_tokens": {name: part[:_TOKENS_SHOWN].tolist() for name, part in parts.items()},
+            "first_tokens": {name: each[:_TOKENS_SHOWN].tolist() for name, each in outputs.items()},
             "nan_tokens": self.nan_tokens,
             "load": {"experts": load[: spec.num_experts], "zero_experts": load[spec.num_experts :]},
             "logits": {
@@ -81,7 +81,7 @@ def summarise(job: Job, routing: Routing) -> Summary:
         comparison = verify_call(routing, job.hidden, job.weight, spec, job.tensors, job.input_ids)
     is_nan = routing.topk_weights.isnan().any(dim=-1)
     in_range = routing.topk_ids[~is_nan].flatten().long().cpu()
-    in_range = in_range[(in_range >= 0) & (in_range < spec.num_selectable)]  # a broken backend is reported, too
+    in_range = in_range[(in_range >= 0) & (in_range < spec.num_selectable)]  # a broken backend returns others
     load = torch.bincount(in_range, minlength=spec.num_selectable)
     timing = time_call(lambda: job.gate(job.hidden, input_ids=job.input_ids), device)
     backend, nan_tokens = job.gate.explain(len(job.hidden)).backend, int(is_nan.sum())
@@ -89,7 +89,7 @@ def summarise(job: Job, routing: Routing) -> Summary:
 
 
 def print_report(summary: Summary, out: Console) -> None:
-    """Prints the summary for people."""
+    """Prints the summary as text."""
     _print_head(summary, out)
     _print_tokens(summary, out)
     _print_load(summary, out)
@@ -167,7 +167,7 @@ def _print_load(summary: Summary, out: Console) -> None:
 
 
 def _print_loads(label: str, what: str, load: list[int], first_id: int, highest: int, out: Console) -> None:
-    """Eight levels up to the highest load of all, a dot for none; the ids of a line in front of it."""
+    """Prints bars of eight levels up to the highest load, a dot for no load, behind the first id of each line."""
     busiest = max(range(len(load)), key=load.__getitem__)
     who = f" (id {first_id + busiest})" if load[busiest] else ""
     spread = f"min {min(load)}, mean {sum(load) / len(load):.1f}, max {load[busiest]} tokens{who}"
@@ -175,8 +175,8 @@ def _print_loads(label: str, what: str, load: list[int], first_id: int, highest:
     per_line = next((bars for bars in _PER_LINE if bars + _ID_WIDTH <= out.width), _PER_LINE[-1])
     width = max(1, min(4, per_line // len(load)))  # a few experts get wide bars
     for start in range(0, len(load), per_line):
-        part = load[start : start + per_line]
-        bars = "".join(_bar(value, highest) * width + (" " if width > 1 else "") for value in part)
+        line = load[start : start + per_line]
+        bars = "".join(_bar(value, highest) * width + (" " if width > 1 else "") for value in line)
         out.print(Text(f"{first_id + start:>8}  ").append(bars.rstrip(), style="cyan"), soft_wrap=True)
 
 

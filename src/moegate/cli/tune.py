@@ -1,4 +1,4 @@
-"""`moegate tune`: a cost table of this machine."""
+"""`moegate tune`: measures a cost table of this machine."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def tune(
 ) -> None:
     """Measure this GPU: the cost table by which plans choose, and which `moegate explain` cites.
 
-    A spread of the catalog, from which the times of other shapes are inferred. Takes a few minutes, in CUDA graphs
-    behind another kernel. Can be stopped at any time (Ctrl-C, kill); the same command goes on. Exit status: 130 if it
-    was stopped, 2 where there is no GPU for it.
+    Measures a sample of the catalog, in CUDA graphs behind another kernel; times of other shapes are inferred from it.
+    The measurement needs a few minutes and can be stopped at any time (Ctrl-C, kill); the same command resumes. Exit
+    status: 130 if stopped, 2 without a GPU.
     """
     need_gpu("moegate tune")
     with errors_in_one_line():
@@ -50,14 +50,14 @@ def tune(
         machine = session.machine
         command = shlex.join(["moegate", "tune", *(sources or []), *([] if out is None else ["--out", str(out)])])
         path = out or user_file(machine.name)
-        path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before anything is measured
+        path.parent.mkdir(parents=True, exist_ok=True)  # reports a folder that cannot be made before measuring
         check_out("--out" if out else "the cache folder", path)
         tuning = Tuning(Path(os.path.realpath(path)), machine, made_by(command), more)
     run(tuning, lambda spec, tokens: session.measure(spec, tokens, WAY))
 
 
 def run(tuning: Tuning, measure: Measure) -> None:
-    """Measures what is missing, with a bar; a stop is no failure, and says how to go on."""
+    """Measures the missing cases with a progress bar; after an interrupt, prints how to resume."""
     import torch
 
     every, missing = tuning.cases(), tuning.missing()
@@ -84,6 +84,6 @@ def run(tuning: Tuning, measure: Measure) -> None:
 
 
 def _line(row: Row) -> str:
-    """A row, for a log."""
+    """A row as one line of a log."""
     times = ", ".join(f"{key} {us:.2f}" for key, us in row.us.items())
     return f"{row.model} M={row.tokens}: {times}"

@@ -1,1 +1,1 @@
-"""What a Hugging Face config.json says of its router, as plain fields; what they mean, `moegate.spec` knows."""
+"""Reads a Hugging Face config.json into the fields of a RouterSpec, as a dict; `moegate.spec` defines the fields."""

@@ -1,4 +1,4 @@
-"""From a Hugging Face config.json to the fields of a RouterSpec, by the tables of types/."""
+"""Translates a Hugging Face config.json into the fields of a RouterSpec, by the tables of types/."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class Found(NamedTuple):
     """The value of one RouterSpec field."""
 
     value: Any
-    """`_ABSENT`: the table says nothing, so that RouterSpec's own default holds."""
+    """`_ABSENT`: neither config nor table states one; RouterSpec's default applies."""
     by: str | None = None
-    """The config key that decided; None: the table alone."""
+    """The config key with the value; None: the value is the table's."""
 
 
 class RouterFields(NamedTuple):
-    """What a config says of its router."""
+    """The router that a config states."""
 
     model_type: str
     fields: dict[str, Any]
-    """By name, what RouterSpec is to be made of."""
+    """The arguments of RouterSpec."""
     read_from: dict[str, str]
-    """The config key that decided a field."""
+    """By field, the config key with the value."""
 
 
 def router_fields(config: object, *, layer: object = None) -> RouterFields:
@@ -41,7 +41,7 @@ def router_fields(config: object, *, layer: object = None) -> RouterFields:
     _check_has_experts(values, model_type)
     found = {name: _field(name, values, model_type, layer) for name in model_type.fields}
     fields = {name: field.value for name, field in found.items() if field.value is not _ABSENT}
-    if fields["num_experts"] in (0, 1, None):  # one expert takes every token: families write their dense members so
+    if fields["num_experts"] in (0, 1, None):  # some families state 1 for their dense models
         raise _no_experts(model_type, f"{found['num_experts'].by} = {text_of(fields['num_experts'])}")
     _settle(fields, values, model_type)
     read_from = {name: field.by for name, field in found.items() if field.by is not None}
@@ -53,18 +53,18 @@ def router_fields(config: object, *, layer: object = None) -> RouterFields:
 
 
 def _settle(fields: dict[str, Any], values: dict[str, Any], model_type: ModelType) -> None:
-    """Replaces the values that are not copied as they stand."""
+    """Applies "Values that are not copied as they stand" of types/README.md."""
     if fields.get("logits_dtype") == "model":
         fields["logits_dtype"] = "bfloat16" if values.get("dtype", model_type.dtype) == "bfloat16" else "float32"
     if fields.get("logit_softcapping") == 0:
         fields["logit_softcapping"] = None
-    if not fields.get("renormalize"):  # then there is no sum that a type's epsilon could be added to
+    if not fields.get("renormalize"):  # the epsilon and the floor apply to the renormalising sum only
         fields.pop("renormalize_eps", None)
         fields.pop("renormalize_floor", None)
 
 
 def _check_has_experts(values: dict[str, Any], model_type: ModelType) -> None:
-    """Refuses a dense member of a type that has others with experts."""
+    """Refuses dense models, by the type's `dense` rules."""
     for rule in model_type.dense:
         value = at(values, rule["key"])
         lacks = isinstance(value, (str, list, tuple)) and "without" in rule and rule["without"] not in value
@@ -79,7 +79,7 @@ def _no_experts(model_type: ModelType, why: str) -> ValueError:
 
 
 def _field(name: str, values: dict[str, Any], model_type: ModelType, layer: int | None) -> Found:
-    """One spec field: from choices, keys, defaults, or what the type hard-wires."""
+    """The value of one field: from the type's choices, keys, defaults or spec, in this order."""
     choice = model_type.choices.get(name)
     if choice is not None:
         chosen = _choose(name, choice, values, model_type)
@@ -122,7 +122,7 @@ def _choose(name: str, choice: dict[str, Any], values: dict[str, Any], model_typ
 
 
 def _of_layers(values: dict[str, Any], layer: int | None) -> dict[str, Any]:
-    """What `per_layer_config` says: of this layer, or of all layers as lists if it has an entry for each."""
+    """The keys of `per_layer_config`: for this layer, or for all layers as lists if each layer has an entry."""
     layers = values.get("per_layer_config")
     if layers is None:
         return {}
@@ -130,17 +130,17 @@ def _of_layers(values: dict[str, Any], layer: int | None) -> dict[str, Any]:
     if not isinstance(entries, Mapping) or not all(isinstance(entry, Mapping) for entry in entries.values()):
         allowed = "a dict of dicts by layer, or their list"
         raise ValueError(f"config: per_layer_config = {text_of(layers)}; allowed: {allowed}")
-    by_layer = {str(number): dict(entry) for number, entry in entries.items()}  # a config in memory has ints
+    by_layer = {str(number): dict(entry) for number, entry in entries.items()}  # keys are str in JSON, int in memory
     if layer is not None:
         return by_layer.get(str(layer), {})
     count = values.get("num_hidden_layers")
     if not isinstance(count, int) or not all(str(number) in by_layer for number in range(count)):
-        return {}  # the rule of the layers without an entry
+        return {}  # the config's own keys, which are those of the layers without an entry
     return _as_lists([by_layer[str(number)] for number in range(count)], values)
 
 
 def _of_blocks(values: dict[str, Any], layer: int | None) -> dict[str, Any]:
-    """What `block_configs` says: of this layer, or of all layers as lists."""
+    """The keys of `block_configs`: for this layer, or for all layers as lists."""
     blocks = values.get("block_configs")
     if not isinstance(blocks, (list, tuple)):
         return {}
@@ -151,7 +151,7 @@ def _of_blocks(values: dict[str, Any], layer: int | None) -> dict[str, Any]:
 
 
 def _as_lists(entries: list[dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
-    """By key, the values of the layers; a layer without the key has the config's own, if that has one."""
+    """By key, the list of the layers' values; a layer without the key has the config's value, if there is one."""
     keys = dict.fromkeys(key for entry in entries for key in entry)
     return {
         key: [entry.get(key, values.get(key)) for entry in entries if key in entry or key in values] for key in keys

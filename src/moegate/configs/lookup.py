@@ -1,4 +1,4 @@
-"""Values of a config.json by the keys of types/README.md: dots descend, through tables by name and lists by number."""
+"""Looks up values of a config.json by the keys of types/README.md, whose dots descend into tables and lists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LITERAL = re.compile(r"true|false|null|-?\d+(\.\d+)?")
 
 
 def has(values: Any, key: str) -> bool:
-    """True if the key leads to something, be it None."""
+    """True if the key exists; its value may be None."""
     head, _, rest = key.partition(".")
     if isinstance(values, (list, tuple)):
         return head.isdigit() and int(head) < len(values) and (not rest or has(values[int(head)], rest))
@@ -20,7 +20,7 @@ def has(values: Any, key: str) -> bool:
 
 
 def at(values: Any, key: str) -> Any:
-    """What the key leads to; None: nothing."""
+    """The key's value; None if the key does not exist."""
     if not has(values, key):
         return None
     head, _, rest = key.partition(".")
@@ -29,20 +29,22 @@ def at(values: Any, key: str) -> Any:
 
 
 def text_of(value: Any) -> str:
-    """What the tables call a value: its JSON text, or the string itself unless that would read as another value."""
+    """A value as the tables write it: its JSON text, or a plain string if that is no JSON number, bool or null."""
     if isinstance(value, str) and not _LITERAL.fullmatch(value):
         return value
     try:
         return json.dumps(value, default=repr)
-    except (TypeError, ValueError, RecursionError):  # no JSON: keys that are no strings, a value inside itself
+    except (TypeError, ValueError, RecursionError):  # not representable: keys that are no strings, a cyclic value
         return f"a {type(value).__name__}"
 
 
 def of_layer(key: str, value: Any, layer: int | None, wanted: str) -> Any:
-    """The entry of a layer, where a config lists one for each; `wanted` is what the message says is looked for.
+    """The entry of a layer, if the value is a list with an entry for each layer; else the value itself.
+
+    `wanted`: the name of the value in error messages.
 
     Raises:
-        ValueError: No such layer; or no layer is named, and the layers differ.
+        ValueError: No such layer; or `layer` is None, and the layers differ.
     """
     if not isinstance(value, (list, tuple)):
         return value
@@ -58,7 +60,7 @@ def of_layer(key: str, value: Any, layer: int | None, wanted: str) -> Any:
 
 
 def check_layer(layer: object) -> int:
-    """The number of a layer, if it is one."""
+    """Returns the number of a layer; anything but a non-negative int is an error."""
     if isinstance(layer, bool) or not isinstance(layer, SupportsIndex):
         raise TypeError(f"layer: got {type(layer).__name__}; allowed: an int")
     number = index(layer)

@@ -1,4 +1,4 @@
-"""The data about model types: the tables of types/, read and merged. types/README.md says what the entries mean."""
+"""Reads and merges the tables of types/, the data about model types. types/README.md defines the entries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TASK = re.compile(r"(For[A-Z][A-Za-z]*|LMHeadModel|Model)$")
 
 @dataclass(frozen=True)
 class ModelType:
-    """One table of types/, with what it inherits."""
+    """One table of types/, with the entries that the table inherits."""
 
     name: str
     source: str
@@ -45,17 +45,17 @@ class ModelType:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The RouterSpec fields that the table says something about, the number of experts first."""
+        """The RouterSpec fields that the table has entries for, the number of experts first."""
         named = (*self.choices, *self.keys, *self.defaults, *self.spec)
         return tuple(dict.fromkeys(("num_experts", "hidden_size", *named)))
 
     def keys_of(self, name: str) -> list[str]:
-        """The config keys that a RouterSpec field is read from, the first one present wins."""
+        """The config keys that a RouterSpec field is read from; the first one present wins."""
         return self.keys.get(name, ["hidden_size"] if name == "hidden_size" else [])
 
     @property
     def read_keys(self) -> frozenset[str]:
-        """Every config key that decides something for this type."""
+        """Every config key that affects the router of this type."""
         rules = [*self.choices.values(), *self.becomes, *self.dense]
         listed = [key for name in self.fields for key in self.keys_of(name)]
         hashed = self.hash_routing_layers or {}
@@ -67,19 +67,19 @@ class RoutingKeys:
     """The config keys that some engine reads as routing."""
 
     states: dict[str, list[str]]
-    """RouterSpec field -> the keys whose value is the field's."""
+    """RouterSpec field -> the keys whose value is the field's value."""
     means: dict[str, dict[str, dict[str, Any]]]
-    """Key -> value, as JSON text -> RouterSpec fields that the value states."""
+    """Key -> the key's value, as JSON text -> the RouterSpec fields that this value states."""
 
 
 def read_tables(name: str) -> dict[str, Any]:
-    """The tables of the file of types/ with this name."""
+    """The tables of types/NAME.toml."""
     return read_toml("moegate.configs", f"types/{name}.toml")
 
 
 @cache
 def model_types() -> dict[str, ModelType]:
-    """All model types with a router by their name in a config.json."""
+    """All model types with a router, by `model_type`."""
     templates = read_tables("templates")
     tables: dict[str, dict[str, Any]] = {}
     for kind in _ROUTERS:
@@ -109,14 +109,14 @@ def _resolved(table: dict[str, Any], tables: dict[str, Any], templates: dict[str
 
 @cache
 def wrappers() -> dict[str, dict[str, str]]:
-    """By composite type, the config keys that lead to the part that routes, with the type of that part."""
+    """By composite type: the config keys of the inner config with the router, each with that config's type."""
     tables = read_tables("wrappers")
     return {name: {key: inner for key, inner in table.items() if key != "source"} for name, table in tables.items()}
 
 
 @cache
 def refused() -> dict[str, str]:
-    """By type that moegate refuses, the reason."""
+    """By refused type: the reason."""
     return {name: table["reason"] for name, table in read_tables("refused").items()}
 
 
@@ -129,16 +129,16 @@ def routing_keys() -> RoutingKeys:
 
 @cache
 def type_of_architecture(architecture: str) -> str | None:
-    """The type (of a router, a wrapper, or a refused one) that a name in `architectures` means; None: unknown.
+    """The model type, composite type or refused type of a class name in `architectures`; None: unknown.
 
-    By the class's name, which is the type's in another case ("Qwen3MoeForCausalLM", "qwen3_moe"), or by the tables.
+    The class is listed in a table, or is named like its type in another case ("Qwen3MoeForCausalLM", "qwen3_moe").
     """
     listed = {name: entry.name for entry in model_types().values() for name in entry.architectures}
     if architecture in listed:
         return listed[architecture]
     plain = {_squeezed(name): name for name in (*refused(), *wrappers(), *model_types())}
     bare = _squeezed(_TASK.sub("", architecture))
-    # The language model of a composite type is its text part: Gemma4ForCausalLM.
+    # The ForCausalLM class of a composite type is the class of its text config: Gemma4ForCausalLM.
     close = (f"{bare}text", bare) if architecture.endswith("ForCausalLM") else (bare, f"{bare}text")
     return next((plain[name] for name in close if name in plain), None)
 

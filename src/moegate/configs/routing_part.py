@@ -1,4 +1,4 @@
-"""The part of a config.json that describes the router, and its model type."""
+"""Finds the part of a config.json that describes the router, and that part's model type."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from moegate.configs.model_types import (
 )
 from moegate.json_file import read_json
 
-# Where composite models keep the config of the part that routes.
+# The keys of composite configs that may hold the inner config with the router.
 _NESTED = ("text_config", "thinker_config", "language_config", "llm_config")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 class Part(NamedTuple):
-    """A config, or one inside it."""
+    """A config, or a config inside of it."""
 
     values: dict[str, Any]
     type_name: str | None
-    """Its type: stated, by its class, or by the wrapper around it; else the name of its class; None: nothing says."""
+    """The type: as stated, by class, or by the wrapper around it; else the class's name. None: there is no hint."""
 
 
 def routing_config(config: object) -> tuple[dict[str, Any], ModelType]:
-    """The part of a config that describes the router, with a `dtype` if any level states one, and its model type.
+    """The part of a config that describes the router, with the `dtype` that any level states, and its model type.
 
     Args:
         config: See `RouterSpec.from_config`.
 
     Raises:
-        TypeError: No form of a config.
-        ValueError: A file that is missing or broken; no part with a router, and why.
+        TypeError: Not a config.
+        ValueError: A file that is missing or broken; no part with a router: the message has the reason.
     """
     try:
         parts = list(_parts(_as_dict(config), None, None))
     except RecursionError:
         raise ValueError("config: nested too deeply") from None
     routers = [part for part in parts if part.type_name in model_types()]
-    # The innermost that counts its experts; where none does, the innermost tells what it misses.
+    # The innermost part with a number of experts; if there is none, the innermost part gives the error.
     part = next((part for part in routers if _counts_experts(part.values)), next(iter(routers), None))
     if part is None:
         raise ValueError(_without_router(parts))
@@ -55,7 +55,7 @@ def routing_config(config: object) -> tuple[dict[str, Any], ModelType]:
 
 
 def _parts(values: dict[str, Any], type_name: str | None, dtype: str | None) -> Iterator[Part]:
-    """The configs inside a config, then the config itself."""
+    """The configs inside of a config, innermost first, then the config itself."""
     dtype = _dtype(values) or dtype
     name = type_name if type_name is not None and values.get("model_type") is None else _type_name(values)
     inner_types = wrappers().get(name or "", {})
@@ -64,12 +64,12 @@ def _parts(values: dict[str, Any], type_name: str | None, dtype: str | None) -> 
         if isinstance(values.get(key), Mapping):
             yield from _parts(dict(values[key]), inner_types.get(key, own_type), dtype)
     own = {key: value for key, value in values.items() if key not in _DTYPE_KEYS}
-    inherited = {"model_type": name, "dtype": dtype}  # so that the part is a config by itself
+    inherited = {"model_type": name, "dtype": dtype}  # make the part a complete config
     yield Part({**own, **{key: value for key, value in inherited.items() if value}}, name)
 
 
 def _type_name(values: dict[str, Any]) -> str | None:
-    """The stated type where it is known; else that of a known class; else the stated one."""
+    """The stated type if it is known; else the type of a known class; else the stated type."""
     stated = values.get("model_type")
     if stated is not None and (text_of(stated) in model_types() or text_of(stated) in wrappers()):
         return text_of(stated)
@@ -87,7 +87,7 @@ def _counts_experts(values: dict[str, Any]) -> bool:
 
 
 def _become(model_type: ModelType, values: dict[str, Any]) -> ModelType:
-    """The type that a config really is of, where one name stands for several routers."""
+    """The config's actual type, by the `becomes` rules of a type whose name stands for several routers."""
     for rule in model_type.becomes:
         other = rule.get(text_of(at(values, rule["key"]))) if has(values, rule["key"]) else None
         if other is not None:
@@ -96,7 +96,7 @@ def _become(model_type: ModelType, values: dict[str, Any]) -> ModelType:
 
 
 def _without_router(parts: list[Part]) -> str:
-    """Why no part has a router: one line, which names the types."""
+    """The error message of a config in which no part has a router."""
     names = [part.type_name for part in reversed(parts) if part.type_name is not None]
     if not names:
         return "config: no model_type in it; allowed: a config.json of a mixture-of-experts model"
@@ -117,7 +117,7 @@ def _without_router(parts: list[Part]) -> str:
 
 
 def _inner_types(names: list[str]) -> list[str]:
-    """The types that the composite ones among the names have inside them."""
+    """The types of the inner configs of the composite types among the names."""
     return [inner for name in names for inner in wrappers().get(name, {}).values() if inner in model_types()]
 
 

@@ -1,4 +1,4 @@
-"""Nothing dropped: what a config states of its router, and the fields read from it do not have, is warned of."""
+"""Warns of routing keys of a config that contradict the fields that were read: nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moegate.configs.lookup import at, text_of
 from moegate.configs.model_types import ModelType, routing_keys
 from moegate.warn import warn_once
 
-# What a field that no table mentions is: RouterSpec's own defaults, of the fields that keys state.
+# RouterSpec's defaults of the fields that routing keys can state.
 _PLAIN: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
@@ -25,13 +25,13 @@ _SCORE_OF_SELECTED = {"softmax_of_selected": "softmax", "sigmoid_of_selected": "
 
 
 class Statement(NamedTuple):
-    """What a config says of one RouterSpec field."""
+    """What a config key states about one RouterSpec field."""
 
     key: str
     value: Any
     field: str
     stated: Any
-    """The value, or what it means for the field."""
+    """The field's value according to the key."""
 
 
 def warn_of_keys_not_followed(
@@ -41,9 +41,9 @@ def warn_of_keys_not_followed(
 
     Args:
         values: The config.
-        model_type: Its type.
+        model_type: The config's type.
         fields: The RouterSpec fields that were read.
-        read_from: The config key that decided a field; the others are the type's table's.
+        read_from: By field, the config key with the value; the other fields are from the type's table.
     """
     got = _as_stated(fields)
     for key, value, name, stated in _statements(values):
@@ -57,7 +57,7 @@ def warn_of_keys_not_followed(
 
 
 def _statements(values: dict[str, Any]) -> Iterator[Statement]:
-    """What the routing keys of a config state. Lists, which hold an entry for each layer, are left out."""
+    """The statements of the routing keys in a config. Lists, with an entry for each layer, are left out."""
     known = routing_keys()
     for name, keys in known.states.items():
         for key in keys:
@@ -71,7 +71,7 @@ def _statements(values: dict[str, Any]) -> Iterator[Statement]:
 
 
 def _has_a_say(key: str, name: str, model_type: ModelType, read_from: dict[str, str]) -> bool:
-    """True if the key decided the field, or a rule of the type's table settles what the key means."""
+    """True if the field was read from the key, or a rule of the type's table uses the key."""
     rules = [*model_type.choices.values(), *model_type.becomes]
     if any(rule["key"] == key for rule in rules):
         return True
@@ -80,16 +80,16 @@ def _has_a_say(key: str, name: str, model_type: ModelType, read_from: dict[str, 
 
 
 def _as_stated(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields in the words of configs, which know no softmax or sigmoid over the selected experts alone."""
+    """The fields as configs state them: no key states a softmax or sigmoid over the selected experts alone."""
     got = {**dict.fromkeys(routing_keys().states), **_PLAIN, **fields}
     got["scoring_func"] = _SCORE_OF_SELECTED.get(fields.get("weights_from", "score"), got["scoring_func"])
     if fields.get("weights_from") == "softmax_of_selected":
         got["renormalize"] = True
-    # Where the bias goes is the type's; configs say whether there is one.
+    # A config states only whether there is a correction bias; the type decides what it is added to.
     got["correction_bias"] = fields.get("correction_bias") is not None
     got["logit_softcapping"] = fields.get("logit_softcapping") or 0.0
     if got["n_group"] == 1:
-        got["topk_group"] = None  # says nothing
+        got["topk_group"] = None  # any value agrees
     return got
 
 

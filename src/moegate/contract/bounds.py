@@ -1,6 +1,6 @@
-"""How far a backend may be from the exact result: docs/contract.md's error bounds, in float64.
+"""The error bounds of docs/contract.md, in float64: how far a backend may be from the exact result.
 
-All bounds count in u = 2**-24, float32's unit roundoff.
+All bounds are in units of u = 2**-24, float32's unit roundoff.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from moegate.spec import RouterSpec
 U = 2.0**-24
 BFLOAT16_U = 2.0**-8
 SMALLEST_NORMAL = 2.0**-126
-_NORM_ERROR = 16 * U  # of the RMS norm: a mean, a reciprocal root and three products, 4 u in practice
-_FUNCTION_ERROR = 16 * U  # of exp, tanh, log1p and a sum or a root behind them: 8 ulp together
+_NORM_ERROR = 16 * U  # of the RMS norm: a mean, a reciprocal root and three multiplications; 4 u in practice
+_FUNCTION_ERROR = 16 * U  # of exp, tanh or log1p, with a sum or a root behind: 8 ulp together
 _DTYPE_ROUNDING = {"float32": U, "bfloat16": BFLOAT16_U, "float16": 2.0**-11}
 _DTYPE_SMALLEST = {"float32": SMALLEST_NORMAL, "bfloat16": SMALLEST_NORMAL, "float16": 2.0**-24}
 
 
 class Interval(NamedTuple):
-    """Lower and upper ends of what a backend may return."""
+    """The interval in which a backend's values must lie."""
 
     low: Tensor
     high: Tensor
 
 
 def logit_bound(hidden: Tensor, weight: Tensor, exact: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Tensor:
-    """The error allowed to each logit [M, R], float64, for `exact` logits without rounding.
+    """The error allowed for each logit [M, R], float64; `exact` are the logits before the rounding of the spec.
 
-    4 sqrt(K) u sum_i |x_i w_i|: a float32 sum of K terms in any order stays within sqrt(K) u of it,
-    up to a small factor, with high probability (Higham and Mary, SIAM J. Sci. Comput. 41, 2019); the
-    factor 4 leaves room for tensor cores, which add 16 products at a time and truncate.
+    The bound is 4 sqrt(K) u sum_i |x_i w_i|. A float32 sum of K products in any order is off by about sqrt(K) u times
+    the same sum, with high probability (Higham and Mary, SIAM J. Sci. Comput. 41, 2019). The factor 4 leaves room for
+    tensor cores, which add 16 products at a time and truncate.
     """
     x = normed_input(hidden, spec, tensors, torch.float64)
     magnitude = x.abs() @ weight.double().abs().T
-    # Beyond this range, which no model comes near, float32 products may underflow or overflow.
+    # Outside of this range, which no model comes near, float32 products may underflow or overflow.
     magnitude = magnitude.clamp(min=2.0**-60)
     magnitude = magnitude.masked_fill(magnitude > 2.0**60, torch.inf)
-    bound: Tensor = 4 * spec.hidden_size**0.5 * U * magnitude + _lost_parts(hidden, weight)
+    bound: Tensor = 4 * spec.hidden_size**0.5 * U * magnitude + _lost_terms(hidden, weight)
     if spec.input_norm_eps is not None:
         bound = bound + _NORM_ERROR * magnitude
         bound = bound.masked_fill(hidden.double().abs().amax(dim=-1, keepdim=True) > 2.0**60, torch.inf)
@@ -65,10 +65,10 @@ def logit_bound(hidden: Tensor, weight: Tensor, exact: Tensor, spec: RouterSpec,
     return bound
 
 
-def _lost_parts(hidden: Tensor, weight: Tensor) -> Tensor:
-    """What products may lose [M, R] if float32 elements are taken as sums of bfloat16 numbers: all below 2**-126.
+def _lost_terms(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The error [M, R] of float32 elements as sums of bfloat16 terms, in which everything below 2**-126 may be lost.
 
-    An element that no bfloat16 number comes near has no bound.
+    An element beyond 2**127, whose first term may overflow, has no bound.
     """
     lost = torch.zeros(len(hidden), len(weight), dtype=torch.float64, device=hidden.device)
     for split, other in ((hidden, weight.T), (weight, hidden.T)):
@@ -81,7 +81,7 @@ def _lost_parts(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def score_interval(logits: Tensor, spec: RouterSpec, logit_error: Tensor) -> Interval:
-    """The scores [M, E] that a backend may hold for finite, transformed logits, each off by logit_error."""
+    """The scores [M, E] that a backend may have for finite, transformed logits, each off by up to logit_error."""
     scores = scores_of(logits, spec)
     if spec.scoring_func == "identity":
         slack = logit_error + transform_error(logits, spec)
@@ -95,15 +95,15 @@ def score_interval(logits: Tensor, spec: RouterSpec, logit_error: Tensor) -> Int
         argument = logits
         logit_error = logit_error + transform_error(logits, spec)
         low, high = scores_of(logits - logit_error, spec), scores_of(logits + logit_error, spec)
-    # exp(a (1 + u)) = exp(a) (1 + a u): an argument's rounding grows with the argument. Below e**-104
-    # float32 has no value, so that larger arguments change nothing.
+    # exp(a (1 + u)) = exp(a) (1 + a u): the relative error scales with the argument. It is clamped at 128, since
+    # e**-104 is already below float32's smallest number.
     relative = _FUNCTION_ERROR + 2 * U * argument.abs().clamp(max=128)
     underflow = SMALLEST_NORMAL**0.5 if spec.scoring_func == "sqrtsoftplus" else SMALLEST_NORMAL
     return Interval((low * (1 - relative) - underflow).clamp(min=0), high * (1 + relative) + underflow)
 
 
 def transform_error(logits: Tensor, spec: RouterSpec) -> Tensor:
-    """The rounding of the multiplier and the soft cap, for transformed logits."""
+    """The error of the multiplier and the soft cap, for transformed logits."""
     if spec.logit_multiplier == 1.0 and spec.logit_softcapping is None:
         return torch.zeros_like(logits)
     cap = spec.logit_softcapping or 0.0
@@ -111,7 +111,7 @@ def transform_error(logits: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def key_interval(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, logit_error: Tensor) -> Interval:
-    """The keys [M, E] that a backend may hold for logits [M, R], each off by logit_error [M, R]."""
+    """The keys [M, E] that a backend may have for logits [M, R], each off by up to logit_error [M, R]."""
     finite = finite_logits(logits, torch.float64)[:, : spec.num_selectable]
     logit_error = logit_error[:, : spec.num_selectable]
     if spec.selects_on_logits:
@@ -128,21 +128,21 @@ def key_interval(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, logit
         bias = finite_logits(tensors.e_score_correction_bias, torch.float64)
         low, high = low + bias, high + bias
     rounding = 2 * U * keys.abs() + SMALLEST_NORMAL
-    exact = keys.abs() == FLOAT32_MAX  # saturated: nothing left to round
+    exact = keys.abs() == FLOAT32_MAX  # saturated keys are not rounded
     return Interval(torch.where(exact, keys, low - rounding), torch.where(exact, keys, high + rounding))
 
 
 def group_interval(keys: Interval, spec: RouterSpec) -> Interval:
-    """The group scores [M, n_group] that a backend may hold.
+    """The group scores [M, n_group] that a backend may have.
 
-    Each addition rounds its sum, and where keys of both signs cancel, what was rounded before may be far larger than
-    the score.
+    Each addition rounds its own sum. Where keys of both signs cancel, an earlier sum may be far larger than the score,
+    and so may its rounding.
     """
     ends = []
     for end, side in ((keys.low, -1), (keys.high, 1)):
         sums = group_sums(end, spec)
         rounding = 2 * U * sums.abs()
-        rounding[..., 0] = 0  # a key, and no sum
+        rounding[..., 0] = 0  # the best key alone is not rounded
         before = rounding.cumsum(dim=-1).roll(1, dims=-1)
         before[..., 0] = 0
         score = last_sum(sums + side * before)
@@ -170,7 +170,7 @@ def weight_interval(
             shared = score_interval(scored[:, experts:], spec, logit_error[:, experts:])
     if spec.renormalize and not spec.softmax_over_selected:
         total = Interval(*(_total(*ends, spec) for ends in zip(weights, shared, strict=True)))
-        weights, shared = (Interval(part.low / total.high, part.high / total.low) for part in (weights, shared))
+        weights, shared = (Interval(each.low / total.high, each.high / total.low) for each in (weights, shared))
     return _scaled(weights, ids, spec, tensors), _scaled(shared, None, spec, tensors)
 
 
@@ -184,7 +184,7 @@ def _total(weights: Tensor, shared: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def _scaled(weights: Interval, ids: Tensor | None, spec: RouterSpec, tensors: RouterTensors) -> Interval:
-    """Times the factors, widened by the rounding of the sum, the products and the returned dtype."""
+    """Multiplies by the factors, and widens by the rounding of the sum, of the multiplications and of the dtype."""
     factor = torch.tensor(spec.routed_scaling_factor, dtype=torch.float64, device=weights.low.device)
     if tensors.global_scale is not None:
         factor = factor * tensors.global_scale.double()
@@ -197,5 +197,5 @@ def _scaled(weights: Interval, ids: Tensor | None, spec: RouterSpec, tensors: Ro
 
 
 def _overflowing(products: Tensor) -> Tensor:
-    """What float32 makes infinite becomes so large that no later factor brings it back."""
+    """Replaces values that overflow in float32 by values so large that no later factor makes them finite again."""
     return torch.where(products.abs() > FLOAT32_MAX, products.sign() * 1e200, products)

@@ -1,6 +1,6 @@
-"""The contract as a program: docs/contract.md in PyTorch, meant to be read, in any float dtype.
+"""The contract as a program: docs/contract.md in PyTorch, written for readers, in any float dtype.
 
-In float64 it is the oracle of every test. No backend calls it, and it calls no backend.
+In float64 the program is the oracle of every test. It shares no code with the backends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moegate.spec import RouterSpec
 def router_logits(
     hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """[M, K] and [R, K] -> logits [M, R] in `dtype`, holding bfloat16 values if the spec rounds them."""
+    """[M, K] and [R, K] -> logits [M, R] in `dtype`, rounded to bfloat16 values if the spec says so."""
     hidden = normed_input(hidden, spec, tensors, dtype)
     logits: Tensor = hidden @ weight.to(dtype).T
     if tensors.bias is not None:
@@ -60,7 +60,7 @@ def select(
     weights, shared_weights = weights_at(ids, finite, spec, tensors)
     identity_weight = weights.masked_fill(ids < spec.num_experts, 0).sum(dim=-1, keepdim=True)
     weights, shared_weights, identity_weight = (
-        part.masked_fill(has_nan, torch.nan) for part in (weights, shared_weights, identity_weight)
+        each.masked_fill(has_nan, torch.nan) for each in (weights, shared_weights, identity_weight)
     )
     return Routing(
         topk_ids=ids.to(torch.int32),
@@ -71,12 +71,12 @@ def select(
 
 
 def finite_logits(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Infinities become the largest finite float32 of their sign, NaN the lowest."""
+    """Replaces infinities by the largest finite float32 of their sign, and NaN by the lowest."""
     return logits.to(dtype).nan_to_num(nan=-FLOAT32_MAX, posinf=FLOAT32_MAX, neginf=-FLOAT32_MAX)
 
 
 def transformed(logits: Tensor, spec: RouterSpec) -> Tensor:
-    """The logits that the scores are taken of."""
+    """The logits after multiplier and soft cap, from which scores are computed."""
     logits = (logits * spec.logit_multiplier).clamp(-FLOAT32_MAX, FLOAT32_MAX)
     if spec.logit_softcapping is not None:
         logits = spec.logit_softcapping * torch.tanh(logits / spec.logit_softcapping)
@@ -84,7 +84,7 @@ def transformed(logits: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def scores_of(logits: Tensor, spec: RouterSpec) -> Tensor:
-    """Transformed logits [M, R] -> scores [M, R]; a softmax runs over the selectable experts."""
+    """Transformed logits -> scores, of the same shape; for a softmax: of the selectable experts only."""
     match spec.scoring_func:
         case "softmax":
             return torch.softmax(logits, dim=-1)
@@ -98,7 +98,7 @@ def scores_of(logits: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def choice_keys(logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Tensor:
-    """Finite logits [M, R] -> keys [M, E], finite as well: the choice is by key, descending."""
+    """Finite logits [M, R] -> choice keys [M, E], which are finite too."""
     selectable = logits[:, : spec.num_selectable]
     if spec.selects_on_logits:
         return selectable
@@ -117,16 +117,16 @@ def group_scores(keys: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def group_sums(keys: Tensor, spec: RouterSpec) -> Tensor:
-    """Keys [M, E] -> the sums of each group's best key, its two best, and so on [M, n_group, j]; the best is first."""
+    """Keys [M, E] -> the running sums [M, n_group, j] of each group's best keys, added best first."""
     best = keys.unflatten(-1, (spec.n_group, -1)).topk(spec.num_group_score_keys, dim=-1).values
     return torch.stack(list(accumulate(best.unbind(dim=-1))), dim=-1)
 
 
 def last_sum(sums: Tensor) -> Tensor:
-    """The last of such sums [M, n_group]: infinite, if one on the way to it is."""
+    """The last running sum [M, n_group]; infinite if an earlier one is."""
     total = sums[..., -1]
-    # Sums that float32 rounds to infinity tie; twice the maximum stands for it in a wider dtype. Where a sum is
-    # negative, so are all keys that follow: one of -infinity stays that by itself, one of infinity is kept so.
+    # Sums that float32 rounds to infinity tie; in a wider dtype, twice the maximum stands for infinity. A sum of
+    # -infinity stays infinite by itself, since all later keys are negative too; a sum of +infinity is kept here.
     beyond = FLOAT32_MAX * (1 + 2.0**-25)
     infinite = torch.full_like(total, 2) * FLOAT32_MAX
     total = torch.where(total <= -beyond, -infinite, total)
@@ -134,7 +134,7 @@ def last_sum(sums: Tensor) -> Tensor:
 
 
 def eligible_experts(keys: Tensor, spec: RouterSpec) -> Tensor:
-    """Keys [M, E] -> a mask [M, E] of the experts in the topk_group best groups, or of the best ones of each group."""
+    """Keys [M, E] -> a mask [M, E] of the experts of the topk_group best groups, or of each group's best experts."""
     if spec.n_group == 1:
         return torch.ones_like(keys, dtype=torch.bool)
     if spec.select_per_group:
@@ -149,7 +149,7 @@ def eligible_experts(keys: Tensor, spec: RouterSpec) -> Tensor:
 def best_first(keys: Tensor, k: int, eligible: Tensor | None = None) -> Tensor:
     """Keys [M, E] -> the ids [M, k] of the k largest, in descending order, the lowest id first among equals."""
     if eligible is not None:
-        keys = keys.masked_fill(~eligible, -torch.inf)  # below every key, for those are finite
+        keys = keys.masked_fill(~eligible, -torch.inf)  # below every key, since keys are finite
     order: Tensor = keys.sort(dim=-1, descending=True, stable=True).indices
     return order[:, :k]
 

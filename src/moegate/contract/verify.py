@@ -1,4 +1,4 @@
-"""Holds a routing against the contract, row by row."""
+"""Checks a routing against the contract, row by row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moegate.contract.reference import router_logits, select
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
-_BLOCK = 4096  # rows held against float64 at a time, which takes 8 bytes a number
+_CHUNK = 4096  # rows that are compared at a time, which bounds the memory of the float64 tensors
 
 
 @dataclass
@@ -22,17 +22,17 @@ class Verdict:
 
     rows: int
     excused_rows: int = 0
-    """Rows whose expert set differs from the float64 reference's, within the contract's margin."""
+    """Rows whose expert set differs from the float64 reference's within the contract's margin."""
     max_error: float = 0.0
     """The largest error of a finite logit."""
     share_of_bound: float = 0.0
-    """The largest error of a logit, as a share of what the contract allows to that logit."""
+    """The largest error of a logit, as a share of that logit's bound."""
     problems: list[str] = field(default_factory=list)
     """Breaches of the contract, each naming its first row."""
 
     @property
     def ok(self) -> bool:
-        """True if the contract is kept."""
+        """True if the routing keeps the contract."""
         return not self.problems
 
     def breach(self, wrong: Tensor, what: str) -> None:
@@ -51,24 +51,23 @@ def verify_routing(
     input_ids: Tensor | None = None,
     logit_error: Tensor | None = None,
 ) -> Verdict:
-    """Holds `routing` against the float64 reference on `logits` [M, R].
+    """Checks `routing` against the float64 reference on `logits` [M, R].
 
     Args:
-        routing: What a backend returned.
-        logits: The backend's own logits, for an exact check of the choice; or the reference's,
-            together with the error that the backend's may have.
+        routing: A backend's result.
+        logits: The backend's own logits, for an exact check of the choice; or exact logits, with `logit_error`.
         spec: What the router computes.
         tensors: The small tensors that the spec asks for.
         input_ids: [M], for hash routing.
-        logit_error: [M, R] float64, how far the backend's logits may be from `logits`; None: equal.
+        logit_error: [M, R] float64, the bound of the backend's logits around `logits`; None: they are equal.
 
     Returns:
         The verdict, with no problems if the routing keeps the contract.
     """
-    # One place to compare: small tensors, and a device whose float64 is exact.
+    # All tensors are small, and float64 is exact and fast on the CPU.
     logits, input_ids = logits.cpu(), None if input_ids is None else input_ids.cpu()
-    routing = Routing(*(part if part is None else part.cpu() for part in routing))  # type: ignore[arg-type]
-    tensors = RouterTensors(*(part if part is None else part.cpu() for part in tensors))
+    routing = Routing(*(tensor if tensor is None else tensor.cpu() for tensor in routing))  # type: ignore[arg-type]
+    tensors = RouterTensors(*(tensor if tensor is None else tensor.cpu() for tensor in tensors))
     exact_logits = logit_error is None
     error = torch.zeros(logits.shape, dtype=torch.float64) if logit_error is None else logit_error.cpu()
 
@@ -100,11 +99,11 @@ def _verify_choice(verdict: Verdict, ids: Tensor, expected: Tensor, keys: Interv
     possible, certain = _possible_groups(keys, spec)
     verdict.breach(~possible.gather(-1, ids), "an expert of a group that cannot be among the best")
     chosen = torch.zeros_like(possible).scatter(1, ids, True)
-    rivals = (spec.n_group if spec.select_per_group else 1, -1)  # among whom the best are chosen
+    rivals = (spec.n_group if spec.select_per_group else 1, -1)  # experts compete within a group, or all with all
     if spec.select_per_group:
-        share = chosen.unflatten(-1, rivals).sum(dim=-1)
-        verdict.breach(share != spec.top_k // spec.n_group, "too many or too few experts of a group")
-    # Every chosen key must reach every unchosen one that is surely eligible.
+        per_group = chosen.unflatten(-1, rivals).sum(dim=-1)
+        verdict.breach(per_group != spec.top_k // spec.n_group, "too many or too few experts of a group")
+    # No chosen key may be surely below the key of an unchosen expert that is certainly eligible.
     least_chosen = keys.high.masked_fill(~chosen, torch.inf).unflatten(-1, rivals).amin(dim=-1)
     best_left = keys.low.masked_fill(chosen | ~certain, -torch.inf).unflatten(-1, rivals).amax(dim=-1)
     verdict.breach(least_chosen < best_left, "an expert chosen before one with a larger key")
@@ -113,7 +112,7 @@ def _verify_choice(verdict: Verdict, ids: Tensor, expected: Tensor, keys: Interv
 
 
 def _possible_groups(keys: Interval, spec: RouterSpec) -> tuple[Tensor, Tensor]:
-    """Masks [M, E]: experts of groups that may be, and that must be, among the topk_group best."""
+    """Masks [M, E] of experts whose groups may be, and whose groups must be, among the topk_group best."""
     if spec.topk_group == spec.n_group:
         everything = torch.ones_like(keys.low, dtype=torch.bool)
         return everything, everything
@@ -151,17 +150,17 @@ def _verify_values(
         found = "missing" if values is None else f"{values.dtype} {tuple(values.shape)}"
         verdict.problems.append(f"{name} {found}, not {spec.topk_weights_dtype} {tuple(allowed.low.shape)}")
         return
-    limit = torch.finfo(values.dtype).max  # what is larger saturates to infinity
+    limit = torch.finfo(values.dtype).max  # larger values overflow to infinity
     values = values.double().clamp(-limit, limit)
     inside = (values >= allowed.low.clamp(max=limit)) & (values <= allowed.high.clamp(min=-limit))
     verdict.breach(~torch.where(has_nan, values.isnan(), inside), f"{name} outside the bound")
 
 
 def verify_logits(logits: Tensor, hidden: Tensor, weight: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Verdict:
-    """Holds logits [M, R] against float64 and the bound of docs/contract.md."""
+    """Checks logits [M, R] against float64, with the bound of docs/contract.md."""
     verdict = Verdict(rows=len(hidden))
     hidden, weight, logits = hidden.cpu(), weight.cpu(), logits.cpu()
-    tensors = RouterTensors(*(part if part is None else part.cpu() for part in tensors))
+    tensors = RouterTensors(*(tensor if tensor is None else tensor.cpu() for tensor in tensors))
     exact = router_logits(hidden, weight, replace(spec, logits_dtype="float32"), tensors)
     bound = bounds.logit_bound(hidden, weight, exact, spec, tensors)
     if str(logits.dtype) != f"torch.{spec.logits_dtype}" or logits.shape != exact.shape:
@@ -184,10 +183,10 @@ def verify_call(
     tensors: RouterTensors,
     input_ids: Tensor | None = None,
 ) -> Verdict:
-    """Holds a whole routing, its logits and its choice, against the contract.
+    """Checks the logits and the choice of a routing against the contract.
 
     Args:
-        routing: What a backend returned, with its logits.
+        routing: A backend's result, with its logits.
         hidden: [M, K].
         weight: [R, K].
         spec: What the router computes.
@@ -199,23 +198,23 @@ def verify_call(
         result.problems.append("no logits returned")
         return result
     wrong = [
-        f"{name} has {len(part)} rows for {len(hidden)} tokens"
-        for name, part in routing._asdict().items()
-        if part is not None and len(part) != len(hidden)
+        f"{name} has {len(tensor)} rows for {len(hidden)} tokens"
+        for name, tensor in routing._asdict().items()
+        if tensor is not None and len(tensor) != len(hidden)
     ]
     if wrong:
         result.problems += wrong
         return result
-    for start in range(0, len(hidden), _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        block = Routing(*(None if part is None else part[rows] for part in routing))  # type: ignore[arg-type]
+    for start in range(0, len(hidden), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        chunk = Routing(*(None if tensor is None else tensor[rows] for tensor in routing))  # type: ignore[arg-type]
         ids = None if input_ids is None else input_ids[rows]
-        where = f"rows from {start}: " if len(hidden) > _BLOCK else ""
-        _verify_block(result, where, block, hidden[rows], weight, spec, tensors, ids)
+        where = f"rows from {start}: " if len(hidden) > _CHUNK else ""
+        _verify_chunk(result, where, chunk, hidden[rows], weight, spec, tensors, ids)
     return result
 
 
-def _verify_block(
+def _verify_chunk(
     result: Verdict,
     where: str,
     routing: Routing,

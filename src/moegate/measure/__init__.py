@@ -1,1 +1,1 @@
-"""The time of kernels on a GPU, in CUDA graphs and in a chain, with every result held against float64."""
+"""Times of routers on a GPU, in CUDA graphs and in a chain, with every result compared with float64."""

@@ -1,4 +1,4 @@
-"""The measurements of `moegate bench`: the default plan, every candidate and every peer, side by side."""
+"""The measurements of `moegate bench`: the default plan, every candidate and every peer in one run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moegate.flashinfer import limits
 from moegate.measure import timing
 from moegate.measure.checks import Calls, check_choice
 from moegate.measure.layers import Stage
-from moegate.measure.names import DEFAULT, NOT_FROZEN, SAFE, TRANSFORMERS
+from moegate.measure.names import DEFAULT, DEFAULT_NOT_FROZEN, NOT_FROZEN, TRANSFORMERS
 from moegate.measure.record import Record
 from moegate.measure.session import Session
 from moegate.measure.transformers_router import TransformersRouter, transformers_router
@@ -29,49 +29,49 @@ PART = "bench"
 
 @dataclass(frozen=True)
 class Source:
-    """A model to be measured."""
+    """A model whose router is measured."""
 
     title: str
     spec: RouterSpec
     config: dict[str, Any]
-    """The part of its config.json that Transformers' router is built from."""
+    """The part of the model's config.json that Transformers' router is built from."""
 
 
 Case = tuple[Source, int, str]
 
 
 def cases(sources: Sequence[Source], tokens: Sequence[int], ways: Sequence[str]) -> list[Case]:
-    """All cases, those that share their set-up one behind the other."""
+    """All cases, ordered so that consecutive cases share layers and inputs."""
     return [(source, count, way) for source in sources for count in tokens for way in ways]
 
 
 def record_in(folder: Path, run: dict[str, Any]) -> Record:
-    """FOLDER/bench.json, in which an earlier run's rows stay."""
+    """The record FOLDER/bench.json; rows of earlier runs are kept."""
     return Record(folder, PART, run)
 
 
 def measure_case(session: Session, source: Source, tokens: int, way: str) -> dict[str, Any]:
-    """The content of a row: what every candidate did, the plan's choice and who else keeps the contract."""
+    """The content of a row: findings on every contestant, the plan's choice, the candidates that keep the contract."""
     spec = source.spec
     problem = problem_of(session.machine, spec, default_weight_dtype(spec))
     found = session.measure(spec, tokens, way, lambda stage: _peers(stage, source))
     explanation = explain(Plan(problem), tokens)
-    of_not_frozen = Plan(problem._replace(frozen=False)).choice(tokens).candidate
+    not_frozen = Plan(problem._replace(frozen=False)).choice(tokens).candidate
     return {
         "hidden_size": spec.hidden_size,
         "gate_rows": spec.num_gate_rows,
         "top_k": spec.top_k,
         "plan": f"{explanation.backend}:{explanation.kernel}",
-        "plan_not_frozen": of_not_frozen.key(problem) + NOT_FROZEN,
+        "plan_not_frozen": not_frozen.key(problem) + NOT_FROZEN,
         "expected_us": explanation.expected_us,
         "evidence": explanation.evidence,
         "keeps_contract": [each.key(problem) for each in CANDIDATES if each.breaks(problem, tokens) is None],
-        "candidates": found,
+        "contestants": found,
     }
 
 
 def _peers(stage: Stage, source: Source) -> list[timing.Contestant]:
-    found = [stage.ours(DEFAULT, frozen=True), stage.ours(SAFE, frozen=False), stage.compiled()]
+    found = [stage.ours(DEFAULT, frozen=True), stage.ours(DEFAULT_NOT_FROZEN, frozen=False), stage.compiled()]
     if limits.top_k_refuses(source.spec) is not None:  # otherwise FlashInfer's top-k behind cuBLAS is a candidate
         found.append(stage.cublas(may_compile=True))
     return [*found, _transformers(stage, source), stage.floor()]
@@ -86,7 +86,7 @@ def _transformers(stage: Stage, source: Source) -> timing.Contestant:
         return made[0].route(hidden, weights[layer])
 
     def check(results: list[Any], order: Calls) -> dict[str, Any]:
-        # Not in the call: another kernel does it, beside the router.
+        # Not in the timed call: in the model, another kernel applies the factor.
         scaled = [(ids, weights * made[0].output_factor) for ids, weights in results[: len(order)]]
         return check_choice(stage.expected)(scaled, order)
 

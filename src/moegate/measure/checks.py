@@ -1,4 +1,4 @@
-"""Holds every call of a timed graph against float64: ours to the contract, peers to agreement with it."""
+"""Compares every call of a timed graph with float64: moegate by the contract, peers by the share of equal choices."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from moegate.spec import RouterSpec
 Calls = Sequence[tuple[int, int]]
 Check = Callable[[list[Any], Calls], dict[str, Any]]
 
-MAX_ROWS = 4096  # of one graph, from every call some; the float64 program runs on the CPU
-_PEER_AGREEMENT = 0.98  # of float32 logits; near-ties fall either way
-_PEER_AGREEMENT_BFLOAT16 = 0.7  # bfloat16 logits tie often, and a peer may break ties as it likes
-_PEER_WEIGHT_ERROR = 0.02  # relative; bfloat16 logits and weights are allowed to a peer
+MAX_ROWS = 4096  # compared rows of one graph, from all its calls; the float64 program runs on the CPU
+_PEER_AGREEMENT = 0.98  # with float32 logits; near-ties may go either way
+_PEER_AGREEMENT_BFLOAT16 = 0.7  # bfloat16 logits tie often, and peers promise no order of ties
+_PEER_WEIGHT_ERROR = 0.02  # relative; peers may have bfloat16 logits and weights
 
 
 class Reference:
-    """Exact logits of each (source, layer), with the contract's bound; rows are sampled where they are many."""
+    """Exact logits of each (source, layer), with the contract's bound, for a sample of at most MAX_ROWS rows."""
 
     def __init__(
         self,
@@ -46,16 +46,16 @@ class Reference:
         self._chosen: dict[tuple[tuple[int, int], ...], Routing] = {}
 
     def logits(self, order: Calls) -> tuple[Tensor, Tensor]:
-        """Exact logits [calls * rows, R], not rounded, and how far a backend may be from them."""
-        parts = [self._of(*call) for call in order]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        """Exact, unrounded logits [calls * rows, R], and the error that the contract allows to each."""
+        of_calls = [self._of(*call) for call in order]
+        return torch.cat([exact for exact, _ in of_calls]), torch.cat([bound for _, bound in of_calls])
 
     def input_ids(self, order: Calls) -> Tensor | None:
-        """The token ids of all calls."""
+        """The token ids of the compared rows of all calls."""
         return None if self._input_ids is None else self._input_ids.repeat(len(order))
 
     def routing(self, order: Calls) -> Routing:
-        """What float64 chooses."""
+        """The float64 reference's routing of the compared rows of all calls."""
         key = tuple(order)
         if key not in self._chosen:
             exact, _ = self.logits(order)
@@ -64,9 +64,9 @@ class Reference:
             self._chosen[key] = reference.select(exact, self.spec, self.tensors, self.input_ids(order))
         return self._chosen[key]
 
-    def stacked(self, parts: list[Tensor]) -> Tensor:
-        """The compared rows of all calls, one behind the other."""
-        return torch.cat([part[self.rows] for part in parts])
+    def stacked(self, of_calls: list[Tensor]) -> Tensor:
+        """One output of all calls -> its compared rows, concatenated."""
+        return torch.cat([output[self.rows] for output in of_calls])
 
     def _of(self, source: int, layer: int) -> tuple[Tensor, Tensor]:
         if (source, layer) not in self._cache:
@@ -79,11 +79,11 @@ class Reference:
 
 
 def check_routings(expected: Reference) -> Check:
-    """For results that are a `Routing`: the contract, with the bound of the logits."""
+    """For results that are a `Routing`: the contract, whose bound on the logits enters the margin of the choice."""
 
     def check(results: list[Any], order: Calls) -> dict[str, Any]:
         routings: list[Routing] = results[: len(order)]
-        columns = [None if part[0] is None else expected.stacked(list(part)) for part in zip(*routings, strict=True)]
+        columns = [None if field[0] is None else expected.stacked(list(field)) for field in zip(*routings, strict=True)]
         exact, bound = expected.logits(order)
         ids = expected.input_ids(order)
         found = verify_routing(
@@ -104,7 +104,7 @@ def check_routings(expected: Reference) -> Check:
 
 
 def check_choice(expected: Reference) -> Check:
-    """For results (ids, weights, ...) of peers: the share of rows with float64's experts, and their weights there."""
+    """For peers' results (ids, weights, ...): the share of rows with float64's experts, and the weight error there."""
 
     def check(results: list[Any], order: Calls) -> dict[str, Any]:
         ids = expected.stacked([result[0] for result in results[: len(order)]]).long()
@@ -132,7 +132,7 @@ def _same_experts(ids: Tensor, others: Tensor) -> Tensor:
 
 
 def check_logits(expected: Reference) -> Check:
-    """For results that are logits [M, R]: the largest error, and its share of what the contract allows."""
+    """For results that are logits [M, R]: the largest error, and the largest share of the contract's bound."""
 
     def check(results: list[Any], order: Calls) -> dict[str, Any]:
         logits = expected.stacked(list(results[: len(order)])).double()
@@ -145,5 +145,5 @@ def check_logits(expected: Reference) -> Check:
 
 
 def check_nothing(results: list[Any], order: Calls) -> dict[str, Any]:
-    """For what computes nothing."""
+    """For contestants that compute nothing."""
     return {"ok": True}

@@ -1,4 +1,4 @@
-"""CUDA kernels that only measure: the two predecessors of a chain and the floor that no router can beat."""
+"""CUDA kernels for measurements only: the two predecessors of a chain, and the floor that no router can beat."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 SOURCE = r"""
 struct CopyArguments { const uint4* source; uint4* target; int count; int cycles; };
-struct NormArguments { const uint4* source; uint4* target; int pieces; };
-struct ReadArguments { const uint4* weight; const uint4* hidden; unsigned int* out; int weight_pieces;
-                       int hidden_pieces; };
+// Counts are in vectors of 16 bytes.
+struct NormArguments { const uint4* source; uint4* target; int row_vectors; };
+struct ReadArguments { const uint4* weight; const uint4* hidden; unsigned int* out; int weight_vectors;
+                       int hidden_vectors; };
 
 __device__ __forceinline__ uint4 load(const uint4* address) {
   uint4 v;
@@ -22,7 +23,7 @@ __device__ __forceinline__ uint4 load(const uint4* address) {
   return v;
 }
 
-// Stands for the layer before the router: it lets dependents start at once and takes a known time.
+// Stands for the layer before the router: triggers its dependents at once, then spins for a given time.
 extern "C" __global__ void trigger_predecessor(const __grid_constant__ CopyArguments a) {
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -37,14 +38,14 @@ __device__ __forceinline__ float squares(unsigned int pair) {
   return low * low + high * high;
 }
 
-// The work of an RMS norm, a block a token, without programmatic launch. It writes its input unchanged, unless
-// that has a NaN, so that every predecessor gives the router the same bits.
+// Does the work of an RMS norm, one block a token, and never triggers. It writes finite input unchanged, so that
+// both predecessors give the router the same bits.
 extern "C" __global__ void norm_predecessor(const __grid_constant__ NormArguments a) {
   __shared__ float partial[32];
-  const uint4* row = a.source + (long long)blockIdx.x * a.pieces;
-  uint4* out = a.target + (long long)blockIdx.x * a.pieces;
+  const uint4* row = a.source + (long long)blockIdx.x * a.row_vectors;
+  uint4* out = a.target + (long long)blockIdx.x * a.row_vectors;
   float sum = 0.0f;
-  for (int i = threadIdx.x; i < a.pieces; i += blockDim.x) {
+  for (int i = threadIdx.x; i < a.row_vectors; i += blockDim.x) {
     const uint4 v = row[i];
     sum += squares(v.x) + squares(v.y) + squares(v.z) + squares(v.w);
   }
@@ -53,33 +54,33 @@ extern "C" __global__ void norm_predecessor(const __grid_constant__ NormArgument
   __syncthreads();
   float total = 0.0f;
   for (int w = 0; w < blockDim.x / 32; ++w) total += partial[w];
-  const unsigned int keep = rsqrtf(total / (8.0f * a.pieces) + 1e-6f) >= 0.0f ? 0xffffffffu : 0u;
-  for (int i = threadIdx.x; i < a.pieces; i += blockDim.x) {
+  const unsigned int keep = rsqrtf(total / (8.0f * a.row_vectors) + 1e-6f) >= 0.0f ? 0xffffffffu : 0u;
+  for (int i = threadIdx.x; i < a.row_vectors; i += blockDim.x) {
     const uint4 v = row[i];
     out[i] = make_uint4(v.x & keep, v.y & keep, v.z & keep, v.w & keep);
   }
 }
 
-// Reads what a router must read, as wide and as early as it can be read: the weight before the wait, for it does
-// not depend on the predecessor, `hidden` after it. The exclusive or keeps the loads alive.
+// Reads what a router must read, with the widest loads and as early as allowed: the weight before the wait, since it
+// does not depend on the predecessor, `hidden` after the wait. The exclusive or keeps the compiler from dropping loads.
 extern "C" __global__ void __launch_bounds__(1024, 1) read_floor(const __grid_constant__ ReadArguments a) {
   asm volatile("griddepcontrol.launch_dependents;");
   const int first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
   unsigned int mix = 0;
   int i = first;
-  for (; i + 3 * step < a.weight_pieces; i += 4 * step) {
+  for (; i + 3 * step < a.weight_vectors; i += 4 * step) {
     const uint4 v = load(a.weight + i), w = load(a.weight + i + step);
     const uint4 x = load(a.weight + i + 2 * step), y = load(a.weight + i + 3 * step);
     mix ^= v.x ^ v.y ^ v.z ^ v.w ^ w.x ^ w.y ^ w.z ^ w.w ^ x.x ^ x.y ^ x.z ^ x.w ^ y.x ^ y.y ^ y.z ^ y.w;
   }
-  for (; i < a.weight_pieces; i += step) {
+  for (; i < a.weight_vectors; i += step) {
     const uint4 v = load(a.weight + i);
     mix ^= v.x ^ v.y ^ v.z ^ v.w;
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  for (i = first; i < a.hidden_pieces; i += step) {
+  for (i = first; i < a.hidden_vectors; i += step) {
     uint4 v;
-    // Not through the read-only path: the predecessor has only just written it.
+    // No ld.global.nc: the predecessor wrote `hidden` while this kernel was already running.
     asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(a.hidden + i) : "memory");
     mix ^= v.x ^ v.y ^ v.z ^ v.w;
@@ -90,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) read_floor(const __grid_co
 """
 
 PREDECESSOR_BLOCKS, PREDECESSOR_THREADS = 132, 256
-_CLOCK_CYCLES_PER_US = 1900.0  # only the first guess of the calibration
+_CLOCK_CYCLES_PER_US = 1900.0  # a first guess, before the calibration
 PREDECESSOR_US = 2.2
 
 
@@ -109,8 +110,8 @@ def _stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
-def _pieces(tensor: Tensor) -> int:
-    """How often 16 bytes go into it; every hidden size of the catalog is a multiple of 8."""
+def _vectors(tensor: Tensor) -> int:
+    """The tensor's size in vectors of 16 bytes; every hidden size of the catalog is a multiple of 8."""
     size = tensor.numel() * tensor.element_size()
     assert size % 16 == 0
     assert tensor.is_contiguous()
@@ -118,14 +119,14 @@ def _pieces(tensor: Tensor) -> int:
 
 
 class Predecessors:
-    """The kernels that write `hidden` before a call; `trigger` is calibrated once to take `PREDECESSOR_US`."""
+    """The kernels that write `hidden` before a call; `timing.calibrate` makes `trigger` last `PREDECESSOR_US`."""
 
     def __init__(self) -> None:
         self.cycles = int(PREDECESSOR_US * _CLOCK_CYCLES_PER_US)
 
     def launch(self, name: str, source: Tensor, target: Tensor) -> None:
         """`trigger` or `norm`: copies source [M, K] to target."""
-        count = _pieces(source)
+        count = _vectors(source)
         if name == "trigger":
             kernel = _kernel("trigger_predecessor", "QQii", PREDECESSOR_THREADS, True)
             kernel.launch((PREDECESSOR_BLOCKS, 1), _stream(), source.data_ptr(), target.data_ptr(), count, self.cycles)
@@ -136,9 +137,9 @@ class Predecessors:
 
 
 def read_floor(weight: Tensor, hidden: Tensor, blocks: int) -> Tensor:
-    """Reads both and computes nothing; returns the word that each block wrote."""
+    """Reads both tensors and computes nothing; returns one word a block."""
     out = torch.empty(blocks, dtype=torch.int32, device=weight.device)
     kernel = _kernel("read_floor", "QQQii", 1024, True)
     pointers = weight.data_ptr(), hidden.data_ptr(), out.data_ptr()
-    kernel.launch((blocks, 1), _stream(), *pointers, _pieces(weight), _pieces(hidden))
+    kernel.launch((blocks, 1), _stream(), *pointers, _vectors(weight), _vectors(hidden))
     return out

@@ -1,4 +1,4 @@
-"""The routers of a model's layers on the GPU, and the candidates that compute them."""
+"""The routers of a model's layers on the GPU, and the contestants that compute them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,20 @@ from moegate.gate import Gate
 from moegate.measure import peers
 from moegate.measure.checks import Reference, check_choice, check_nothing, check_routings
 from moegate.measure.cuda_kernels import read_floor
+from moegate.measure.names import COMPILED, EAGER, FLOOR, PAIR, TRANSFORMERS_OPS
 from moegate.measure.plain import compiled, plain_logits, plain_route, plain_select
 from moegate.measure.timing import Contestant, layer_count, reason_of
 from moegate.spec import RouterSpec
 from moegate.synthetic import VOCABULARY, random_tensors
 
-FROZEN, SAFE, NO_PDL = "moegate frozen", "moegate safe", "moegate frozen, pdl=False"
-PAIR, EAGER, COMPILED = "FlashInfer pair", "PyTorch eager", "torch.compile"
-TRANSFORMERS, FLOOR = "Transformers ops", "floor"
-
 
 def gpu() -> torch.device:
-    """The current device, with its number."""
+    """The current CUDA device, with its index."""
     return torch.device("cuda", torch.cuda.current_device())
 
 
 class Layers:
-    """Different weights for the layers, more than L2 holds, with one set of the small tensors."""
+    """A different weight for each layer, together more than L2 holds, and one set of the small tensors for all."""
 
     def __init__(self, spec: RouterSpec) -> None:
         device = gpu()
@@ -50,22 +47,22 @@ class Layers:
 
     @property
     def rotation_bytes(self) -> int:
-        """Bytes of weights that the calls go through."""
+        """Bytes of all layers' weights."""
         return sum(weight.numel() * weight.element_size() for weight in self.weights)
 
     def gates(self, name: str, **options: Any) -> list[Gate] | str:
-        """A gate for each layer, made once; or the reason why there is none."""
+        """One gate a layer, made at the first call with this name; or the reason why there are none."""
         if name not in self._gates:
             given = {key: value for key, value in self.tensors._asdict().items() if value is not None}
             try:
                 self._gates[name] = [Gate(self.spec, weight, **given, **options) for weight in self.weights]
-            except Exception as error:  # also a keyword that this version does not have
+            except Exception as error:  # also a TypeError: an older moegate lacks the keyword
                 torch.cuda.synchronize()
                 self._gates[name] = reason_of(error)
         return self._gates[name]
 
     def compiled(self, name: str, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-        """A compiled function, kept for all numbers of tokens as an engine keeps it."""
+        """A compiled function, kept for all numbers of tokens as in an engine."""
         if name not in self._compiled:
             self._compiled[name] = compiled(make())
         return self._compiled[name]
@@ -73,7 +70,7 @@ class Layers:
 
 @dataclass
 class Stage:
-    """The layers of one model with M tokens."""
+    """The layers of one model with inputs of M tokens."""
 
     layers: Layers
     sources: list[Tensor]
@@ -83,7 +80,7 @@ class Stage:
 
     @classmethod
     def of(cls, layers: Layers, tokens: int) -> Stage:
-        """Two hidden states of M tokens, drawn on the GPU, and what float64 makes of them."""
+        """Draws two batches of M hidden states on the GPU, with their float64 reference."""
         spec, device = layers.spec, layers.device
         generator = torch.Generator(device).manual_seed(tokens)
         shape = (tokens, spec.hidden_size)
@@ -96,7 +93,7 @@ class Stage:
         return cls(layers, sources, ids, expected, calls)
 
     def ours(self, name: str, **options: Any) -> Contestant:
-        """Gates made with the options."""
+        """Gates of moegate, made with these options."""
         gates, ids = self.layers.gates(name, **options), self.input_ids
 
         def call(layer: int, hidden: Tensor) -> Any:
@@ -116,17 +113,17 @@ class Stage:
         top_k = peers.flashinfer_top_k(spec, self.layers.tensors)
 
         def call(layer: int, hidden: Tensor) -> Any:
-            for part in (gemm, top_k):
-                if isinstance(part, str):
-                    raise NotImplementedError(part)
+            for half in (gemm, top_k):
+                if isinstance(half, str):
+                    raise NotImplementedError(half)
             return top_k(gemm(hidden, weights[layer]))  # type: ignore[operator]
 
         return Contestant(PAIR, call, check_choice(self.expected))
 
     def cublas(self, *, may_compile: bool) -> Contestant:
-        """The product of cuBLAS and the best selection of a peer."""
+        """The GEMM of cuBLAS, then the fastest peer's selection that supports the spec."""
         spec, tensors = self.layers.spec, self.layers.tensors
-        weights, product = self.layers.weights, plain_logits(spec, tensors)
+        weights, gemm = self.layers.weights, plain_logits(spec, tensors)
         top_k: Any = peers.flashinfer_top_k(spec, tensors)
         name = "FlashInfer top-k"
         if isinstance(top_k, str):
@@ -136,12 +133,12 @@ class Stage:
                 top_k = self.layers.compiled("select", lambda: plain_select(spec, tensors, None))
 
         def call(layer: int, hidden: Tensor) -> Any:
-            return top_k(product(hidden, weights[layer]))
+            return top_k(gemm(hidden, weights[layer]))
 
         return Contestant(f"cuBLAS + {name}", call, check_choice(self.expected), slow=name == "eager top-k")
 
     def compiled(self) -> Contestant:
-        """The whole route of tensor operations through torch.compile."""
+        """The route of measure/plain.py through torch.compile."""
         spec, tensors, ids, weights = self.layers.spec, self.layers.tensors, self.input_ids, self.layers.weights
 
         def call(layer: int, hidden: Tensor) -> Any:
@@ -153,7 +150,7 @@ class Stage:
         return Contestant(COMPILED, call, check_choice(self.expected))
 
     def eager(self) -> Contestant:
-        """The PyTorch backend of moegate: eager operations that keep the contract."""
+        """The torch backend of moegate: eager operations that keep the contract."""
         spec, tensors, ids, weights = self.layers.spec, self.layers.tensors, self.input_ids, self.layers.weights
         dispatch = for_route(self.layers.device, spec, weights[0], tensors, Options(backend="torch"))
 
@@ -163,17 +160,17 @@ class Stage:
         return Contestant(EAGER, call, check_routings(self.expected), slow=True)
 
     def transformers(self) -> Contestant:
-        """What Transformers does, for softmax routers."""
+        """The operations of Transformers' softmax routers."""
         spec, weights = self.layers.spec, self.layers.weights
         route = peers.transformers_like(spec, self.layers.tensors.bias)
 
         def call(layer: int, hidden: Tensor) -> Any:
             return route(hidden, weights[layer])
 
-        return Contestant(TRANSFORMERS, call, check_choice(self.expected), slow=True)
+        return Contestant(TRANSFORMERS_OPS, call, check_choice(self.expected), slow=True)
 
     def floor(self) -> Contestant:
-        """Reads what must be read."""
+        """Reads the weight and the hidden states once, and computes nothing."""
         weights = self.layers.weights
         blocks = torch.cuda.get_device_properties(self.layers.device).multi_processor_count
 

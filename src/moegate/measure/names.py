@@ -1,11 +1,25 @@
-"""Names in measurements that a report tells apart; without PyTorch, which a report does not need."""
+"""Names of contestants and of records; without PyTorch, which a report does not need."""
+
+from typing import Any
+
+RecordRow = dict[str, Any]
+"""A row of a record, such as bench.json: one measured case, with the findings on each contestant by name."""
 
 DEFAULT = "moegate"
 """A frozen gate with the default plan."""
-SAFE = "moegate, not frozen"
-"""The same of gates that are not frozen."""
 NOT_FROZEN = ", not frozen"
-"""What follows the key of a candidate that was timed with gates that are not frozen."""
+"""Ends the name of a contestant whose gates are not frozen; without this end, the gates are frozen."""
+DEFAULT_NOT_FROZEN = DEFAULT + NOT_FROZEN
+NO_PDL = f"{DEFAULT}, pdl=False"
+GIVEN_OUT = f"{DEFAULT}, out="
+EAGER = "PyTorch eager"
+"""moegate's torch backend."""
+COMPILED = "torch.compile"
+PAIR = "FlashInfer pair"
+"""FlashInfer's GEMM and its top-k."""
 TRANSFORMERS = "Transformers' router"
+"""The router class of the installed Transformers."""
+TRANSFORMERS_OPS = "Transformers ops"
+"""The operations of Transformers' softmax routers, without the class."""
 FLOOR = "floor"
 PREDECESSOR = "predecessor alone"

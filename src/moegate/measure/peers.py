@@ -1,4 +1,4 @@
-"""The peers: FlashInfer where it takes the shape, cuBLAS with the best selection, PyTorch eager and compiled."""
+"""Peers: FlashInfer's GEMM and top-k where FlashInfer supports the spec, and Transformers' operations."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from moegate.spec import RouterSpec
 
 
 def flashinfer_gemm(spec: RouterSpec, device: torch.device, tokens: int) -> Callable[[Tensor, Tensor], Tensor] | str:
-    """(hidden, weight) -> float32 logits, or the reason why there is none."""
+    """(hidden, weight) -> float32 logits; or the reason why FlashInfer has no GEMM for this spec."""
     known = limits.GEMMS.get((spec.hidden_size, spec.num_gate_rows))
     if known is None or tokens > limits.MAX_TOKENS:
         return f"not supported: K={spec.hidden_size} N={spec.num_gate_rows} M={tokens}"
     try:
-        product = bound_gemm(known, device, spec, pdl=True)
-    except Exception as error:  # an import of a large package fails in many ways
+        gemm = bound_gemm(known, device, spec, pdl=True)
+    except Exception as error:  # importing FlashInfer can raise anything
         return f"absent: {reason_of(error)}"
-    return lambda hidden, weight: product(hidden, weight, None)
+    return lambda hidden, weight: gemm(hidden, weight, None)
 
 
 def flashinfer_top_k(spec: RouterSpec, tensors: RouterTensors) -> Callable[[Tensor], tuple[Tensor, Tensor]] | str:
-    """Float32 logits -> ids and weights, or the reason why it cannot."""
+    """Float32 logits -> ids and weights; or the reason why FlashInfer's top-k cannot compute this spec."""
     refused = limits.top_k_refuses(spec)
     if refused is not None:
         return f"not supported: {refused}"
@@ -42,16 +42,16 @@ def flashinfer_top_k(spec: RouterSpec, tensors: RouterTensors) -> Callable[[Tens
 
 
 def is_transformers_softmax(spec: RouterSpec) -> bool:
-    """True for the routers that Transformers writes as linear, softmax in float32, topk, and perhaps a division."""
+    """True for routers that Transformers computes as linear, softmax in float32, topk and at most a division."""
     known = ("hidden_size", "num_experts", "top_k", "renormalize", "routed_scaling_factor", "linear_bias")
     dtypes = ("logits_dtype", "weight_dtype", "topk_weights_dtype")
-    others = [part for part in dataclasses.fields(spec) if part.name not in (*known, *dtypes)]
-    return all(getattr(spec, part.name) == part.default for part in others)
+    others = [each for each in dataclasses.fields(spec) if each.name not in (*known, *dtypes)]
+    return all(getattr(spec, each.name) == each.default for each in others)
 
 
 def transformers_like(spec: RouterSpec, bias: Tensor | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(hidden, weight) -> ids and weights by the operations of Transformers' softmax routers."""
-    # Where its logits are float32 it widens both operands in each call.
+    # For float32 logits, Transformers casts both operands to float32 in each call.
     dtype = torch.float32 if spec.logits_dtype == "float32" else torch.bfloat16
 
     def route(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

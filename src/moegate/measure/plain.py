@@ -1,6 +1,6 @@
-"""A router in tensor operations as an inference engine would write it, without a promise about ties or NaN.
+"""A router in tensor operations, as an inference engine writes one: no promise about ties or NaN.
 
-It is what `torch.compile` gets: every choice that a spec makes is made before the function that is compiled.
+The functions are made for `torch.compile`: all branches on the spec are decided outside of the compiled function.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Chosen = tuple[Tensor, Tensor]
 
 
 def plain_logits(spec: RouterSpec, tensors: RouterTensors) -> Callable[[Tensor, Tensor], Tensor]:
-    """(hidden [M, K], weight [R, K]) -> logits [M, R] by cuBLAS: one call wherever one can do it."""
+    """(hidden [M, K], weight [R, K]) -> logits [M, R] by cuBLAS, in a single call where cuBLAS has one."""
     bias, scale, eps = tensors.bias, tensors.input_scale, spec.input_norm_eps
     wants_float32 = spec.logits_dtype == "float32"
 
@@ -28,13 +28,13 @@ def plain_logits(spec: RouterSpec, tensors: RouterTensors) -> Callable[[Tensor, 
         if eps is not None and scale is not None:
             wide = hidden.float()
             normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-            # As Transformers does it: the norm and its scale come back in the dtype of the model.
+            # As in Transformers, the normed and scaled input is cast back to the model's dtype.
             hidden = (normed * scale.float() * hidden.shape[-1] ** -0.5).to(hidden.dtype)
         if weight.dtype != hidden.dtype:
             return F.linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
         if wants_float32 and hidden.is_cuda and weight.dtype != torch.float32:
-            product = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-            return product if bias is None else product + bias
+            unbiased = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+            return unbiased if bias is None else unbiased + bias
         if wants_float32:
             return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
         return F.linear(hidden, weight, bias)
@@ -43,7 +43,7 @@ def plain_logits(spec: RouterSpec, tensors: RouterTensors) -> Callable[[Tensor, 
 
 
 def plain_select(spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None) -> Callable[[Tensor], Chosen]:
-    """Logits [M, R] -> the choice."""
+    """Logits [M, R] -> topk_ids and topk_weights."""
     selectable, top_k = spec.num_selectable, spec.top_k
     shared_gates, table = spec.num_shared_gates, tensors.tid2eid
     transformed, score, masked = _transform(spec), _score(spec), _group_mask(spec)
@@ -70,7 +70,7 @@ def plain_select(spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | N
 def plain_route(
     spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None
 ) -> Callable[[Tensor, Tensor], Chosen]:
-    """(hidden [M, K], weight [R, K]) -> the choice."""
+    """(hidden [M, K], weight [R, K]) -> topk_ids and topk_weights."""
     logits, select = plain_logits(spec, tensors), plain_select(spec, tensors, input_ids)
 
     def route(hidden: Tensor, weight: Tensor) -> Chosen:
@@ -80,7 +80,7 @@ def plain_route(
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile`, one graph, mode default; a second number of tokens makes it dynamic."""
+    """`torch.compile` as one graph in the default mode; the second number of tokens makes the shapes dynamic."""
     result: Callable[..., Any] = torch.compile(function, fullgraph=True)
     return result
 
@@ -126,10 +126,10 @@ def _group_mask(spec: RouterSpec) -> Callable[[Tensor], Tensor]:
     return masked
 
 
-def _best_of_each(groups: int, share: int) -> Callable[[Tensor], Tensor]:
+def _best_of_each(groups: int, per_group: int) -> Callable[[Tensor], Tensor]:
     def masked(keys: Tensor) -> Tensor:
         grouped = keys.view(keys.shape[0], groups, -1)
-        values, places = torch.topk(grouped, share, dim=-1)
+        values, places = torch.topk(grouped, per_group, dim=-1)
         return torch.full_like(grouped, float("-inf")).scatter_(-1, places, values).view(keys.shape)
 
     return masked

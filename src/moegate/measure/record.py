@@ -1,4 +1,4 @@
-"""The JSON files: one a part, written after every row, so that a run can end anywhere and go on later."""
+"""Records: one JSON file a part, rewritten after every row, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import torch
 from moegate._version import __version__
 from moegate.flashinfer import limits
 from moegate.json_file import read_json
+from moegate.measure.names import RecordRow
 from moegate.whole_file import replacing
 
-Row = dict[str, Any]
 KEY = ("part", "model", "tokens", "way")
 
 
@@ -32,16 +32,16 @@ class Record:
         self.run = run
         content = read_json(self.path, "the record") if self.path.exists() else {}
         self.runs: list[dict[str, Any]] = content.get("runs", [])
-        self.rows: list[Row] = content.get("rows", [])
+        self.rows: list[RecordRow] = content.get("rows", [])
         self._keys = {self._key(row) for row in self.rows}
 
     def has(self, model: str, tokens: int, way: str) -> bool:
-        """True if this or an earlier run has measured it."""
+        """True if this or an earlier run has measured the case."""
         return (self.part, model, tokens, way) in self._keys
 
     def add(self, model: str, tokens: int, way: str, content: dict[str, Any]) -> None:
         """Adds a row and writes the file."""
-        row: Row = {"part": self.part, "model": model, "tokens": tokens, "way": way, "run": self.run["id"], **content}
+        row = {"part": self.part, "model": model, "tokens": tokens, "way": way, "run": self.run["id"], **content}
         self.rows.append(row)
         self._keys.add(self._key(row))
         if all(run["id"] != self.run["id"] for run in self.runs):
@@ -54,12 +54,12 @@ class Record:
             new.write_text(json.dumps({"runs": self.runs, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
-    def _key(row: Row) -> tuple[Any, ...]:
+    def _key(row: RecordRow) -> tuple[Any, ...]:
         return tuple(row[name] for name in KEY)
 
 
 def describe_run(command: str) -> dict[str, Any]:
-    """The machine, the versions and what was called."""
+    """The machine, the versions and the command of a run."""
     run: dict[str, Any] = {
         "id": uuid.uuid4().hex[:8],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -88,7 +88,7 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit of moegate: MOEGATE_COMMIT, for a copy without its history, or git's word."""
+    """The commit of moegate: MOEGATE_COMMIT, for a copy without history; else the HEAD of git."""
     return os.environ.get("MOEGATE_COMMIT") or _output(["git", "rev-parse", "--short=12", "HEAD"])
 
 

@@ -1,4 +1,4 @@
-"""One process that measures case after case: the layers and the inputs of the last case stay for the next."""
+"""Measures case after case in one process, and keeps the last case's layers and inputs for the next case."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Peers = Callable[[Stage], "list[timing.Contestant]"]
 
 
 class Stages:
-    """What cases are measured on: the layers and the inputs of the last one, and how long a predecessor spins."""
+    """The layers and inputs of the last case, and the calibration of the predecessor."""
 
     def __init__(self) -> None:
         self._layers: Layers | None = None
@@ -31,15 +31,15 @@ class Stages:
         self._cycles: int | None = None
 
     def layers(self, spec: RouterSpec) -> Layers:
-        """Weights for the spec."""
+        """The layers of a spec; those of another spec are freed."""
         if self._layers is None or self._layers.spec != spec:
-            self._stage = self._layers = None  # frees the memory first
+            self._stage = self._layers = None  # frees the memory before more is allocated
             torch._dynamo.reset()
             self._layers = Layers(spec)
         return self._layers
 
     def stage(self, spec: RouterSpec, tokens: int) -> Stage:
-        """The layers with M tokens."""
+        """The layers of a spec with inputs of M tokens."""
         layers = self.layers(spec)
         if self._stage is None or self._stage[0] != tokens:
             self._stage = None
@@ -48,8 +48,8 @@ class Stages:
         return self._stage[1]
 
     def workload(self, sources: list[torch.Tensor], layers: int, calls: int) -> Workload:
-        """So many calls on these inputs, behind predecessors that are calibrated once a process."""
-        if self._cycles is None:  # on this GPU at its clock
+        """A workload of `calls` calls, with the predecessor calibrated; the calibration runs once a process."""
+        if self._cycles is None:
             small = Workload([torch.zeros(1, 7168, dtype=torch.bfloat16, device=gpu())] * 2, 1, timing.LAYERS)
             calibrate(small)
             self._cycles = small.predecessors.cycles
@@ -59,22 +59,24 @@ class Stages:
 
 
 class Session:
-    """Measures cases on the current GPU; those that share a spec belong one behind the other."""
+    """Measures cases on the current GPU. Consecutive cases with one spec share layers, which saves time."""
 
     def __init__(self) -> None:
         self.machine = machine_of(gpu())
         self._stages = Stages()
 
     def measure(self, spec: RouterSpec, tokens: int, way: str, more: Peers | None = None) -> dict[str, dict[str, Any]]:
-        """By candidate's key, what `timing.measure` found; `absent` for those of `CANDIDATES` that cannot run.
-
-        Those of the cuda backend twice: with frozen gates, and with `NOT_FROZEN` behind the key.
+        """Times every candidate of `CANDIDATES`; those of the cuda backend once frozen and once not frozen.
 
         Args:
-            spec: What is routed, with random weights.
+            spec: The router, which gets random weights.
             tokens: M, at least 1.
             way: "cold", "hot", or in a chain behind the predecessor "trigger" or "norm".
-            more: Further candidates for a stage; the first of them is what ratios are to. None: no others.
+            more: Makes further contestants for a stage; ratios are to the first of these. None: no others.
+
+        Returns:
+            What `timing.measure` returns, by name: a candidate's key, with `NOT_FROZEN` appended for gates that are not
+            frozen. A candidate that cannot run has `absent`, the reason.
         """
         stage = self._stages.stage(spec, tokens)
         dtypes = dtypes_of(spec, stage.layers.weights[0].dtype, stage.layers.tensors)
@@ -95,7 +97,7 @@ class Session:
 
 
 def _timed(candidate: Candidate, problem: Problem, stage: Stage, name: str) -> timing.Contestant:
-    """A candidate of the plan as one to be timed: each layer its own weight."""
+    """A candidate as a contestant, with one weight a layer."""
     dispatch = Dispatch(Plan(problem), only=candidate)
     weights, tensors, ids = stage.layers.weights, stage.layers.tensors, stage.input_ids
     prepared = [dispatch.prepare(weight) for weight in weights]
@@ -103,6 +105,6 @@ def _timed(candidate: Candidate, problem: Problem, stage: Stage, name: str) -> t
     def call(layer: int, hidden: torch.Tensor) -> Any:
         return dispatch.route(hidden, weights[layer], tensors, ids, prepared[layer]).without_logits()
 
-    keeps = candidate.backend != "flashinfer"
-    check = check_routings(stage.expected) if keeps else check_choice(stage.expected)
+    keeps_contract = candidate.backend != "flashinfer"
+    check = check_routings(stage.expected) if keeps_contract else check_choice(stage.expected)
     return timing.Contestant(name, call, check, slow=candidate.backend == "torch")

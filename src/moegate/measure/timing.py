@@ -1,4 +1,4 @@
-"""Graphs of many calls, replayed in turns: the time of a call with its noise."""
+"""Times calls: CUDA graphs of many calls, replayed in turns, give the time of one call and the noise of that time."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ import torch
 from torch import Tensor
 
 from moegate.measure.cuda_kernels import PREDECESSOR_US, Predecessors
+from moegate.measure.names import PREDECESSOR
 
 WARM_UP, REPLAYS = 10, 30
 MAX_CALLS, LAYERS = 256, 58  # DeepSeek-V3 has 58 routers
 ROTATION_BYTES = 128e6  # an H200's L2 holds 60 MB
 _CYCLES_PER_SECOND = 2e9
-_LEAST_AHEAD = 100e-6  # seconds in which the GPU sleeps while the host enqueues a replay, so that none waits for it
-_PREDECESSOR_ALONE = "predecessor alone"
+_LEAST_AHEAD = 100e-6  # seconds that the GPU sleeps at least, so that the host enqueues a whole replay ahead of the GPU
 
 
 @dataclass
 class Contestant:
-    """One way to do the work, and how to judge what came out."""
+    """What is timed: a call, and the check of its results."""
 
     name: str
     call: Callable[[int, Tensor], Any]
-    """(layer, hidden) -> the result, in memory of its own."""
+    """(layer, hidden) -> the result, in newly allocated memory."""
     check: Callable[[list[Any], Sequence[tuple[int, int]]], dict[str, Any]]
     """Results of all calls and their (source, layer) -> {"ok": ..., findings}."""
     slow: bool = False
-    """Takes part in every fourth replay only."""
+    """Replayed in every fourth turn only."""
 
 
 @dataclass
 class Workload:
-    """What the calls of a graph go through: two hidden states in turn, so that a stale read shows, and the layers."""
+    """The calls of a graph: their inputs and their layers, in turn."""
 
     sources: list[Tensor]
+    """Two batches of hidden states in turn, so that a stale read gives a wrong result."""
     layers: int
     calls: int
     predecessors: Predecessors = field(default_factory=Predecessors)
@@ -49,52 +50,52 @@ class Workload:
 
 
 def layer_count(weight_bytes: int, fewest: int = LAYERS) -> int:
-    """How many weights in turn are more than L2 holds; at most `MAX_CALLS`."""
+    """The number of layers whose weights together exceed L2; at most `MAX_CALLS`."""
     return min(MAX_CALLS, max(fewest, int(ROTATION_BYTES // weight_bytes) + 1))
 
 
-def measure(work: Workload, way: str, candidates: list[Contestant]) -> dict[str, dict[str, Any]]:
-    """Times the candidates in one way: "cold", "hot", or in a chain behind the predecessor "trigger" or "norm".
+def measure(work: Workload, way: str, contestants: list[Contestant]) -> dict[str, dict[str, Any]]:
+    """Times the contestants in one way: "cold", "hot", or in a chain behind the predecessor "trigger" or "norm".
 
     Returns:
-        By name `us` (median), `low` and `high` (10th and 90th percentile of the replays), `ratio` to the first
-        candidate (of replays side by side, with its band) and the findings of the check. A candidate that raised has
-        `absent`, the reason, instead; one with a wrong result no time.
+        By name: `us` (median), `low` and `high` (10th and 90th percentile over the replays), `ratio` to the first
+        contestant (median, 10th and 90th percentile over pairs of replays in one turn) and the findings of the check.
+        A contestant that raised has only `absent`, the reason. A contestant with a wrong result has no time.
     """
     found: dict[str, dict[str, Any]] = {}
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     kept: dict[str, list[Any]] = {}
     is_chain = way in ("trigger", "norm")
     if is_chain:
-        graphs[_PREDECESSOR_ALONE], _ = _capture(work, way, None)
-    for candidate in candidates:
+        graphs[PREDECESSOR], _ = _capture(work, way, None)
+    for contestant in contestants:
         try:
-            graphs[candidate.name], kept[candidate.name] = _capture(work, way, candidate)
-        except Exception as error:  # of a peer as of ours: what it raised is the finding
-            torch.cuda.synchronize()  # raises if the device is lost, and with it this process
-            found[candidate.name] = {"absent": reason_of(error)}
-    slow = {candidate.name for candidate in candidates if candidate.slow}
+            graphs[contestant.name], kept[contestant.name] = _capture(work, way, contestant)
+        except Exception as error:  # whatever a contestant raises is the finding
+            torch.cuda.synchronize()  # raises if the device is lost; then this process cannot go on
+            found[contestant.name] = {"absent": reason_of(error)}
+    slow = {contestant.name for contestant in contestants if contestant.slow}
     times = _replay_in_turns(graphs, slow)
     if is_chain:
-        alone = times.pop(_PREDECESSOR_ALONE)
-        times = {name: {r: us - alone[r] for r, us in column.items()} for name, column in times.items()}
-        found[_PREDECESSOR_ALONE] = _summary(alone, work.calls)
+        alone = times.pop(PREDECESSOR)
+        times = {name: {turn: us - alone[turn] for turn, us in column.items()} for name, column in times.items()}
+        found[PREDECESSOR] = _summary(alone, work.calls)
     first = next(iter(times), None)
-    for candidate in candidates:
-        if candidate.name not in times:
+    for contestant in contestants:
+        if contestant.name not in times:
             continue
-        verdict = candidate.check(kept[candidate.name], work.order(way))
-        column = times[candidate.name]
+        verdict = contestant.check(kept[contestant.name], work.order(way))
+        column = times[contestant.name]
         timed = _summary(column, work.calls) if verdict["ok"] else {}
-        if timed and first is not None and first == candidates[0].name:
-            timed["ratio"] = _band([us / times[first][r] for r, us in column.items()])
-        found[candidate.name] = {**timed, **verdict}
-    names = [candidate.name for candidate in candidates] + [_PREDECESSOR_ALONE] * is_chain
+        if timed and first is not None and first == contestants[0].name:
+            timed["ratio"] = _band([us / times[first][turn] for turn, us in column.items()])
+        found[contestant.name] = {**timed, **verdict}
+    names = [contestant.name for contestant in contestants] + [PREDECESSOR] * is_chain
     return {name: found[name] for name in names}
 
 
 def calibrate(work: Workload) -> float:
-    """Sets how long `trigger` spins, so that it takes `PREDECESSOR_US`; returns what it takes then."""
+    """Sets the cycles that `trigger` spins, so that the kernel lasts `PREDECESSOR_US`; returns its measured time."""
     predecessors = work.predecessors
 
     def alone() -> float:
@@ -109,8 +110,8 @@ def calibrate(work: Workload) -> float:
     return alone()
 
 
-def _capture(work: Workload, way: str, candidate: Contestant | None) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
-    """A graph of all calls, and their results; without a candidate, of the predecessors alone."""
+def _capture(work: Workload, way: str, contestant: Contestant | None) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+    """A graph of all calls, and their results; without a contestant, a graph of the predecessors alone."""
     hidden = torch.empty_like(work.sources[0])
 
     def step(source: int, layer: int) -> Any:
@@ -118,27 +119,27 @@ def _capture(work: Workload, way: str, candidate: Contestant | None) -> tuple[to
         if way in ("trigger", "norm"):
             work.predecessors.launch(way, given, hidden)
             given = hidden
-        return None if candidate is None else candidate.call(layer, given)
+        return None if contestant is None else contestant.call(layer, given)
 
     order = work.order(way)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for source, layer in order[:3] if candidate is not None and candidate.slow else order:
-            step(source, layer)  # compiles, and lets libraries and gates allocate, outside of the capture
+        for source, layer in order[:3] if contestant is not None and contestant.slow else order:
+            step(source, layer)  # libraries and gates compile and allocate here, outside of the capture
         torch.cuda.synchronize()
-        graph.capture_begin()  # torch.cuda.graph() empties the cache of the allocator first, which takes longer
+        graph.capture_begin()  # not torch.cuda.graph(), which spends time on emptying the allocator's cache
         try:
             results = [step(source, layer) for source, layer in order]
         finally:
             graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    results.append(hidden)  # the graph reads it
+    results.append(hidden)  # the graph reads and writes this buffer, which must stay allocated
     return graph, results
 
 
 def _replay_in_turns(graphs: dict[str, torch.cuda.CUDAGraph], slow: set[str]) -> dict[str, dict[int, float]]:
-    """Microseconds of each candidate's replays, by the number of the turn."""
+    """Microseconds of each graph's replays, by the number of the turn."""
     events: dict[str, dict[int, tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: {} for name in graphs}
     ahead = dict.fromkeys(graphs, 1e-3)
     for turn in range(-WARM_UP, REPLAYS):
@@ -150,7 +151,7 @@ def _replay_in_turns(graphs: dict[str, torch.cuda.CUDAGraph], slow: set[str]) ->
             start.record()
             began = time.perf_counter()
             graph.replay()
-            if turn < 0:  # twice what it takes the host, so that it is ahead in the replays that count
+            if turn < 0:  # in the turns that count, the GPU sleeps twice the time that the host needs to enqueue
                 ahead[name] = min(max(_LEAST_AHEAD, 2 * (time.perf_counter() - began)), 2e-3)
             end.record()
             if turn >= 0:
@@ -174,6 +175,6 @@ def _band(values: list[float]) -> list[float]:
 
 
 def reason_of(error: BaseException) -> str:
-    """An exception in one line; what is not supported says so itself."""
+    """An exception in one line; a NotImplementedError's message alone, since it says what is not supported."""
     message = " ".join(str(error).split())[:400]
     return message if isinstance(error, NotImplementedError) and message else f"{type(error).__name__}: {message}"

@@ -1,4 +1,4 @@
-"""The router class of the installed Transformers, as a peer: what a model there runs."""
+"""A peer: the router class of the installed Transformers."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class TransformersRouter(NamedTuple):
     route: Callable[[Tensor, Tensor], Chosen]
     """(hidden [M, K], weight [R, K]) -> ids and weights."""
     output_factor: float
-    """What the block around the class multiplies the summed output by: it belongs to the weights."""
+    """The factor by which the model multiplies the summed expert output; a `Routing` has the factor in its weights."""
 
 
 def transformers_router(config: dict[str, Any], tensors: RouterTensors, device: torch.device) -> TransformersRouter:
-    """The class of the config's model type.
+    """The router class of the config's model type, with these tensors.
 
     Raises:
-        NotImplementedError: There is no class, or one with other tensors or another result than most have.
-        Whatever importing Transformers or building a config raises passes through.
+        NotImplementedError: There is no class; or the class has other tensors or returns another result than usual.
+        Exceptions of importing Transformers and of building the config are passed on.
     """
     model_type = str(config["model_type"])
     name, factor = model_types()[model_type].router, model_types()[model_type].output_factor

@@ -1,4 +1,4 @@
-"""The measurements of `moegate tune`: a cost table of this machine, row by row, stopped and resumed at any row."""
+"""The measurements of `moegate tune`: a cost table of this machine, which can be stopped and resumed at any row."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from moegate.measure.record import describe_run
 from moegate.problem import default_weight_dtype, problem_of
 from moegate.spec import RouterSpec
 
-# A spread of the catalog: each size of a gate from small to large, each kind of selection, both dtypes of a weight, and
-# an input norm.
+# A sample of the catalog: gates of all sizes, every kind of selection, bfloat16 and float32 weights, an input norm.
 MODELS = (
     "deepseek-v3",
     "kimi-k2",
@@ -47,24 +46,24 @@ _SAME = ("moegate", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
 Case = tuple[str, int]
 """A model and a number of tokens."""
 Measure = Callable[[RouterSpec, int], "dict[str, dict[str, Any]]"]
-"""A model's router and a number of tokens -> by candidate's key, what `timing.measure` found."""
+"""A spec and a number of tokens -> the result of `Session.measure`."""
 
 
 def made_by(command: str) -> dict[str, Any]:
-    """The table's account of itself."""
+    """The provenance that a table states: date, command, versions."""
     run = describe_run(command)
     names = ("date", "command", "moegate_commit", "torch", "cuda", "flashinfer", "driver")
     return {**{name: run.get(name) for name in names}, "moegate": __version__}
 
 
 class Tuning:
-    """A table in the making, in `FILE.partial` until every case is there.
+    """An unfinished cost table, stored in `FILE.partial` until every case has been measured.
 
     Args:
-        path: Where the whole table goes.
+        path: The file of the finished table.
         gpu: The machine that is measured.
         made: See `made_by`.
-        more: Further models, by name, beside `MODELS`.
+        more: Models to measure in addition to `MODELS`, by name.
 
     Raises:
         ValueError: The unfinished table of an earlier run cannot be used; the message has its path.
@@ -84,16 +83,16 @@ class Tuning:
             self._table = replace(self._table, rows=before.rows)
 
     def cases(self) -> list[Case]:
-        """What the whole table holds, the cases of a model one behind the other."""
+        """All cases of the finished table, ordered by model."""
         return [(model, tokens) for model in self._specs for tokens in TOKENS]
 
     def missing(self) -> list[Case]:
-        """The cases that no row has yet."""
+        """The cases that are not measured yet."""
         done = {(row.model, row.tokens) for row in self._table.rows}
         return [case for case in self.cases() if case not in done]
 
     def run(self, measure: Measure) -> Iterator[Row]:
-        """Measures what is missing; each row is on the disk when it comes. The last one finishes the table."""
+        """Measures the missing cases. Yields each row after it is on the disk; the last row finishes the table."""
         for model, tokens in self.missing():
             spec = self._specs[model]
             shape = shape_of(problem_of(self._table.gpu, spec, default_weight_dtype(spec)))

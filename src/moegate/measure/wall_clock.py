@@ -1,4 +1,4 @@
-"""How long a call takes."""
+"""The time of a call as users see it: by the clock on a CPU, by CUDA events on a GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-_ENOUGH = 300_000.0  # microseconds, for a median to settle
-_CALLS = 20  # of a graph, or between two events
-_SLEEP = 100_000  # cycles, some 50 us
+_ENOUGH = 300_000.0  # microseconds of measurements, after which a median is stable
+_CALLS = 20  # in a graph, and between two events
+_SLEEP = 100_000  # cycles, about 50 us
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Timing:
 
     median_us: float
     repeats: int
-    """Of so many measurements `median_us` is the median: of one call each, on a GPU of 20."""
+    """The number of measurements behind `median_us`: of one call each on a CPU, of 20 calls each on a GPU."""
     graph_us: float | None = None
-    """Of a call in a CUDA graph, in which the host takes no part; None without a GPU."""
+    """Of a call in a CUDA graph, without host time; None without a GPU."""
 
 
 def time_call(call: Callable[[], object], device: torch.device) -> Timing:
-    """Times a call after a warm-up: on a GPU between two events around many of them, elsewhere by the clock."""
+    """Times a call after a warm-up: on a GPU by events around 20 calls, elsewhere by the clock."""
     if device.type != "cuda":
         times = _times(lambda: _clocked(call), least=20)
         return Timing(statistics.median(times), len(times))
@@ -40,7 +40,7 @@ def time_call(call: Callable[[], object], device: torch.device) -> Timing:
 
 
 def _times(once: Callable[[], float], least: int) -> list[float]:
-    """At least so many times and 0.3 s of them, at most 1000 or 3 s, in microseconds, after a few to warm up."""
+    """Microseconds of each run, after three to warm up: of `least` runs and 0.3 s or more, 1000 runs or 3 s at most."""
     for _ in range(3):
         once()
     times: list[float] = []
@@ -63,7 +63,7 @@ def _many(call: Callable[[], object]) -> None:
 
 
 def _between_events(work: Callable[[], object], sleep: int = 0) -> float:
-    """`sleep` keeps the GPU busy until the host has launched a graph, which is not to count."""
+    """Microseconds of the work on the GPU. With `sleep` cycles of sleep in front, the launch itself does not count."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(sleep)
     start.record()

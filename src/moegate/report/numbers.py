@@ -1,4 +1,4 @@
-"""What the rows of `moegate bench` say: times with their agreement, ratios, verdicts. A wrong result has no time."""
+"""Numbers of a report, from the rows of bench.json: times, ratios, verdicts. A wrong result has no time."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from moegate.measure.names import DEFAULT, FLOOR, NOT_FROZEN, PREDECESSOR, SAFE
+from moegate.measure.names import DEFAULT, DEFAULT_NOT_FROZEN, EAGER, FLOOR, NOT_FROZEN, PREDECESSOR, RecordRow
 
-Row = dict[str, Any]
 WAYS = {
     "trigger": "in a chain, behind a kernel that lets it start at once",
     "cold": "cold: other weights in each call, more than the cache holds",
     "hot": "hot: one weight",
 }
 ALLOWED = 1.05
-"""How much slower than the best candidate that keeps the contract a default plan may be."""
-_OURS = (DEFAULT, SAFE, FLOOR, PREDECESSOR)
+"""The aim for a default plan: its time divided by that of the best candidate that keeps the contract, at most."""
+_NOT_PEERS = (DEFAULT, DEFAULT_NOT_FROZEN, FLOOR, PREDECESSOR)
 
 
-def columns(rows: list[Row]) -> Iterator[tuple[str, str, list[Row]]]:
-    """(model, way, its rows by number of tokens), in the order of the file."""
+def columns(rows: list[RecordRow]) -> Iterator[tuple[str, str, list[RecordRow]]]:
+    """(model, way, rows by ascending number of tokens), in the order of the file."""
     for model in models(rows):
         for way in WAYS:
             chosen = [row for row in rows if (row["model"], row["way"]) == (model, way)]
@@ -29,36 +28,36 @@ def columns(rows: list[Row]) -> Iterator[tuple[str, str, list[Row]]]:
                 yield model, way, sorted(chosen, key=lambda row: int(row["tokens"]))
 
 
-def models(rows: list[Row]) -> list[str]:
+def models(rows: list[RecordRow]) -> list[str]:
     """The models, in the order of the file."""
     return list(dict.fromkeys(row["model"] for row in rows))
 
 
-def time_of(row: Row, name: str) -> float | None:
-    """Microseconds of a candidate whose result is right."""
-    found = row["candidates"].get(name, {})
+def time_of(row: RecordRow, name: str) -> float | None:
+    """Microseconds of a contestant whose result is right."""
+    found = row["contestants"].get(name, {})
     return float(found["us"]) if found.get("ok") and found.get("us", 0) > 0 else None
 
 
 def is_peer(name: str) -> bool:
-    """True for what others run: not the kernels that moegate's plans choose among, and no bound."""
-    return name not in _OURS and not name.startswith("cuda:")
+    """True for a contestant that is neither moegate nor a kernel of moegate nor a bound."""
+    return name not in _NOT_PEERS and not name.startswith("cuda:")
 
 
-def best_peer(row: Row) -> tuple[str, float] | None:
+def best_peer(row: RecordRow) -> tuple[str, float] | None:
     """The fastest peer with a right result, and its time."""
-    times = {name: time for name in row["candidates"] if is_peer(name) and (time := time_of(row, name)) is not None}
+    times = {name: time for name in row["contestants"] if is_peer(name) and (time := time_of(row, name)) is not None}
     return min(times.items(), key=lambda item: item[1]) if times else None
 
 
-def speed_up(row: Row, name: str = DEFAULT) -> tuple[str, float] | None:
-    """The best peer, and how many times as fast as it the default plan is, or another candidate."""
+def speed_up(row: RecordRow, name: str = DEFAULT) -> tuple[str, float] | None:
+    """The best peer, and the peer's time divided by that of the default plan, or of another contestant."""
     best, ours = best_peer(row), time_of(row, name)
     return None if best is None or ours is None else (best[0], best[1] / ours)
 
 
 def origins(runs: list[dict[str, Any]]) -> list[str]:
-    """Where and when each run measured what, with which versions."""
+    """A line for each run: date, machine, versions, command."""
     return [
         f"{run['date'][:10]}: {run['gpu']} ({run.get('sm_count')} multiprocessors, driver {run.get('driver')}), "
         f"torch {run['torch']}, CUDA {run['cuda']}, FlashInfer {run['flashinfer']}, "
@@ -67,55 +66,55 @@ def origins(runs: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def share_of_floor(row: Row) -> float | None:
-    """The floor's part in the time of the default plan."""
+def share_of_floor(row: RecordRow) -> float | None:
+    """The floor's time divided by that of the default plan."""
     floor, ours = time_of(row, FLOOR), time_of(row, DEFAULT)
     return None if floor is None or ours is None else floor / ours
 
 
-def kept_times(row: Row, *, frozen: bool = True) -> list[float]:
-    """The times of the candidates that keep the contract; only our kernels differ for a gate that is not frozen."""
+def kept_times(row: RecordRow, *, frozen: bool = True) -> list[float]:
+    """The times of the candidates that keep the contract; only those of the cuda backend depend on `frozen`."""
     names = [f"{name}{'' if frozen or not name.startswith('cuda:') else NOT_FROZEN}" for name in row["keeps_contract"]]
     return [time for name in names if (time := time_of(row, name)) is not None]
 
 
-def plan_ratio(row: Row, *, frozen: bool = True) -> float | None:
-    """The time of what the plan chose by that of the best candidate that keeps the contract; None: no time for it.
+def plan_ratio(row: RecordRow, *, frozen: bool = True) -> float | None:
+    """The time of the plan's choice divided by that of the best candidate that keeps the contract; None: not measured.
 
-    Both as candidates, each in a graph of its own: `DEFAULT` is the chosen one once more, which `timed_twice` tells.
+    Both are times of candidates, not of a gate: each candidate has a graph of its own. `timed_twice` compares the two.
     """
     times = kept_times(row, frozen=frozen)
     chosen = time_of(row, row["plan"] if frozen else row.get("plan_not_frozen", ""))
     return None if chosen is None or not times else chosen / min(times)
 
 
-def timed_twice(row: Row) -> float | None:
-    """The gate's time by that of its plan as a candidate, which runs the same kernels: how far two graphs lie apart."""
+def timed_twice(row: RecordRow) -> float | None:
+    """The gate's time divided by that of its plan's candidate: how far two graphs of the same kernels differ."""
     gate, chosen = time_of(row, DEFAULT), time_of(row, row["plan"])
     return None if gate is None or chosen is None else gate / chosen
 
 
 def label(name: str) -> str:
-    """A candidate's name for people."""
+    """A contestant's name as users see it."""
     backend, _, kernel = name.partition(":")
     if backend == "flashinfer":
-        product, _, top_k = kernel.partition("+")
-        product = {"cublas": "cuBLAS", "tinygemm_bf16": "FlashInfer tinygemm"}.get(product, "FlashInfer GEMM")
-        return f"{product} + FlashInfer top-k" if top_k else f"{product} + our select"
-    return {"torch": "PyTorch eager", "cuda": f"cuda {kernel}"}.get(backend, name)
+        gemm, _, top_k = kernel.partition("+")
+        gemm = {"cublas": "cuBLAS", "tinygemm_bf16": "FlashInfer tinygemm"}.get(gemm, "FlashInfer GEMM")
+        return f"{gemm} + FlashInfer top-k" if top_k else f"{gemm} + our select"
+    return {"torch": EAGER, "cuda": f"cuda {kernel}"}.get(backend, name)
 
 
 def cell(found: dict[str, Any]) -> str:
-    """A time, or what is in its place."""
+    """The text of a table's cell: a time, "wrong", or nothing."""
     if found.get("ok") is False:
         return "wrong"
     return f"{found['us']:.2f}" if "us" in found else ""
 
 
 def agreement(found: list[dict[str, Any]]) -> str:
-    """In how many rows, at least, a candidate chose the experts of float64 (of its logits as the spec rounds them).
+    """The least share of rows in which a contestant chose the experts that float64 chooses by the spec's logits.
 
-    For ours of older measurements, which do not say: how many differ from those of the exact logits, as near-ties may.
+    Records of older versions lack the share for moegate: then the number of rows that were excused as near-ties.
     """
     shares = [each["agreement"] for each in found if "agreement" in each]
     if shares:
@@ -127,10 +126,10 @@ def agreement(found: list[dict[str, Any]]) -> str:
     return f"all but {excused} near-ties" if excused else "all"
 
 
-def verdicts(rows: list[Row]) -> list[str]:
-    """What the measurement says, in sentences."""
+def verdicts(rows: list[RecordRow]) -> list[str]:
+    """The verdicts on the measurement, one sentence each."""
     said = _of_the_plan(rows)
-    for name, gate in ((DEFAULT, "A frozen gate"), (SAFE, "One that is not frozen")):
+    for name, gate in ((DEFAULT, "A frozen gate"), (DEFAULT_NOT_FROZEN, "One that is not frozen")):
         for way, where in (("trigger", "in a chain"), ("cold", "cold"), ("hot", "hot")):
             chosen = [row for row in rows if row["way"] == way]
             found = [(faster, row) for row in chosen if (faster := speed_up(row, name)) is not None]
@@ -143,13 +142,13 @@ def verdicts(rows: list[Row]) -> list[str]:
                 f"cases, {statistics.median(values):.2f} times as fast in the median, at worst {least:.2f} times "
                 f"({row['model']}, M = {row['tokens']}, against {label(peer)})."
             )
-    wrong = sorted({name for row in rows for name, each in row["candidates"].items() if each.get("ok") is False})
+    wrong = sorted({name for row in rows for name, each in row["contestants"].items() if each.get("ok") is False})
     if wrong:
         said.append(f"Wrong results, which have no time: {', '.join(map(label, wrong))}.")
     return said
 
 
-def _of_the_plan(rows: list[Row]) -> list[str]:
+def _of_the_plan(rows: list[RecordRow]) -> list[str]:
     said = []
     for gate, frozen in (("a frozen gate", True), ("one that is not frozen", False)):
         ratios = [(ratio, row) for row in rows if (ratio := plan_ratio(row, frozen=frozen)) is not None]
@@ -174,15 +173,15 @@ def _of_the_plan(rows: list[Row]) -> list[str]:
     return said
 
 
-def _case(row: Row) -> str:
+def _case(row: RecordRow) -> str:
     return f"{row['model']}, M = {row['tokens']}, {row['way']}"
 
 
-def absent(rows: list[Row]) -> list[str]:
-    """Who did not take part, and why, each reason once."""
+def absent(rows: list[RecordRow]) -> list[str]:
+    """The contestants that were not measured, a line for each reason."""
     counts: dict[tuple[str, str], int] = {}
     for row in rows:
-        for name, found in row["candidates"].items():
+        for name, found in row["contestants"].items():
             if "absent" in found:
                 key = name, found["absent"]
                 counts[key] = counts.get(key, 0) + 1

@@ -1,4 +1,4 @@
-"""One HTML page with everything in it: it can be read offline, in light and in dark, at any width."""
+"""The report as one HTML page that loads nothing else and fits light and dark themes and any width."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from moegate.measure.names import DEFAULT
+from moegate.measure.names import DEFAULT, RecordRow
 from moegate.report import plots
-from moegate.report.numbers import WAYS, Row, absent, agreement, cell, columns, label, origins, verdicts
+from moegate.report.numbers import WAYS, absent, agreement, cell, columns, label, origins, verdicts
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --soft: #5c6168; --back: #ffffff; --card: #f6f7f8; --rule: #d9dce0; }
@@ -51,11 +51,11 @@ matchMedia('(prefers-color-scheme: dark)').addEventListener('change', theme);
 
 
 def page(content: dict[str, Any]) -> str:
-    """The page of what `moegate bench` measured: its `runs` and `rows`."""
+    """The page of the `runs` and `rows` of bench.json."""
     return "\n".join(_lines(content["runs"], content["rows"]))
 
 
-def _lines(runs: list[dict[str, Any]], rows: list[Row]) -> Iterator[str]:
+def _lines(runs: list[dict[str, Any]], rows: list[RecordRow]) -> Iterator[str]:
     gpus = ", ".join(dict.fromkeys(str(run["gpu"]) for run in runs))
     yield "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
     yield "<meta name='viewport' content='width=device-width, initial-scale=1'>"
@@ -63,8 +63,8 @@ def _lines(runs: list[dict[str, Any]], rows: list[Row]) -> Iterator[str]:
     yield f"<script>{get_plotlyjs()}</script></head><body>"
     yield f"<h1>MoE routers on {escape(gpus)}</h1>"
     yield "<p class='soft'>Hidden states in, expert ids and weights out: moegate beside what else is installed. "
-    yield "Microseconds of a call are medians over replays of CUDA graphs, the candidates' graphs in turns in one run. "
-    yield "Every call of a timed graph was held against float64: a wrong result has no time.</p>"
+    yield "Microseconds of a call are medians over replays of CUDA graphs. The contestants' graphs take turns in one "
+    yield "run. Every call of a timed graph was compared with float64: a wrong result has no time.</p>"
     yield from _items(verdicts(rows))
     yield from _speed_ups(rows)
     yield from _times(rows)
@@ -74,17 +74,17 @@ def _lines(runs: list[dict[str, Any]], rows: list[Row]) -> Iterator[str]:
     yield f"<script>{_THEME}</script></body></html>"
 
 
-def _speed_ups(rows: list[Row]) -> Iterator[str]:
+def _speed_ups(rows: list[RecordRow]) -> Iterator[str]:
     chained = [row for row in rows if row["way"] == "trigger"]
     if chained:
         yield "<h2>Speed-up by shape</h2><p class='soft'>The time of the fastest peer with a right result by that of "
         yield "moegate, in a chain. Above 1 moegate is faster.</p>"
         tokens = len({row["tokens"] for row in chained})
-        # In less width the numbers of neighbours would overlap: it scrolls.
+        # A narrower plot would have overlapping numbers; the card scrolls instead.
         yield f"<div class='card wide'>{_plot(plots.speed_ups(chained), min_width=160 + 40 * tokens)}</div>"
 
 
-def _times(rows: list[Row]) -> Iterator[str]:
+def _times(rows: list[RecordRow]) -> Iterator[str]:
     yield "<h2>Time by number of tokens</h2><p class='soft'>Both axes are logarithmic. The floor reads the weight and "
     yield "the hidden states, and computes nothing.</p>"
     names = plots.plotted(rows)
@@ -97,9 +97,9 @@ def _times(rows: list[Row]) -> Iterator[str]:
         yield "</div>"
 
 
-def _floors(rows: list[Row]) -> Iterator[str]:
-    yield "<h2>Share of the floor</h2><p class='soft'>How much of moegate's time the floor takes by itself: at 100 % "
-    yield "nothing could be faster.</p><div class='grid'>"
+def _floors(rows: list[RecordRow]) -> Iterator[str]:
+    yield "<h2>Share of the floor</h2><p class='soft'>The floor's time divided by moegate's: at 100 % nothing could be "
+    yield "faster.</p><div class='grid'>"
     for way, text in WAYS.items():
         own = [row for row in rows if row["way"] == way]
         if own:
@@ -108,15 +108,15 @@ def _floors(rows: list[Row]) -> Iterator[str]:
     yield "</div>"
 
 
-def _tables(rows: list[Row]) -> Iterator[str]:
+def _tables(rows: list[RecordRow]) -> Iterator[str]:
     yield "<h2>All times</h2><p class='soft'>Microseconds, and beside them in how many of the compared rows, at least, "
-    yield "a candidate chose the experts of float64. Empty: it did not take part.</p>"
+    yield "a contestant chose the experts of float64. Empty: it did not take part.</p>"
     for model, way, own in columns(rows):
         yield f"<details><summary>{escape(model)} <small>{escape(WAYS[way])}</small></summary><div class='wide'><table>"
         heads = "".join(f"<th>M = {row['tokens']}</th>" for row in own)
-        yield f"<tr><th>candidate</th>{heads}<th>same experts</th></tr>"
-        for name in dict.fromkeys(name for row in own for name in row["candidates"]):
-            found = [row["candidates"].get(name, {}) for row in own]
+        yield f"<tr><th>contestant</th>{heads}<th>same experts</th></tr>"
+        for name in dict.fromkeys(name for row in own for name in row["contestants"]):
+            found = [row["contestants"].get(name, {}) for row in own]
             cells = [cell(each) for each in found]
             if any(cells):
                 marked = "".join(f"<td{_mark(text)}>{text}</td>" for text in cells)
@@ -129,7 +129,7 @@ def _mark(text: str) -> str:
     return " class='wrong'" if text == "wrong" else ""
 
 
-def _origin(runs: list[dict[str, Any]], rows: list[Row]) -> Iterator[str]:
+def _origin(runs: list[dict[str, Any]], rows: list[RecordRow]) -> Iterator[str]:
     yield "<h2>Where the numbers come from</h2>"
     yield from _items(origins(runs))
     missing = absent(rows)
@@ -146,7 +146,7 @@ def _items(texts: Any) -> Iterator[str]:
 
 
 def _plot(figure: go.Figure, min_width: int = 0) -> str:
-    """Where a figure goes, at least so many pixels wide, and its data; `</` cannot end the script that holds it."""
+    """A figure's element, at least `min_width` pixels wide, and a script with the data, in which `</` is escaped."""
     data = figure.to_json().replace("</", "<\\/")
     size = f"height:{figure.layout.height}px;min-width:{min_width}px"
     return f"<div class='plot' style='{size}'></div><script type='application/json'>{data}</script>"

@@ -1,4 +1,4 @@
-"""The plots of the report, by plotly: without a background and a colour of text, which the page gives by its theme."""
+"""The plots of the report, by plotly. Background and text colour are left to the page's theme."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from moegate.measure.names import DEFAULT, FLOOR, SAFE
-from moegate.report.numbers import Row, is_peer, label, models, share_of_floor, speed_up, time_of
+from moegate.measure.names import DEFAULT, DEFAULT_NOT_FROZEN, FLOOR, RecordRow
+from moegate.report.numbers import is_peer, label, models, share_of_floor, speed_up, time_of
 
 _GRID = "rgba(128,128,128,0.25)"
-# Okabe and Ito's colours, told apart by all eyes and on light and dark. There is one symbol more than colours, so that
-# candidates of one colour have different symbols; moegate's two lines are told apart by the dash.
+# Okabe and Ito's colours, which readers with colour blindness can distinguish, on light and dark. There is one symbol
+# more than colours, so that contestants of one colour have different symbols; moegate's two lines differ by the dash.
 _OURS, _NO_ROUTER = "#d55e00", "#999999"
 _COLOURS = ("#3a93d0", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#b07d4f")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
@@ -20,15 +20,15 @@ _TIMES = [digit * 10.0**power for power in range(-1, 5) for digit in (1, 2, 5)]
 _MARGIN = {"l": 56, "r": 12, "t": 16, "b": 48}
 
 
-def time_by_tokens(rows: list[Row], names: list[str]) -> go.Figure:
+def time_by_tokens(rows: list[RecordRow], names: list[str]) -> go.Figure:
     """Lines of one model in one way: microseconds by number of tokens, both on logarithmic axes.
 
     Args:
-        rows: Of one model and way, by number of tokens.
-        names: All candidates of the page, so that what has one name for people has one colour on it.
+        rows: Of one model and way, by ascending number of tokens.
+        names: All contestants of the page, so that a contestant has the same colour in each figure.
     """
     figure = go.Figure()
-    own = {DEFAULT: _OURS, SAFE: _OURS, FLOOR: _NO_ROUTER}
+    own = {DEFAULT: _OURS, DEFAULT_NOT_FROZEN: _OURS, FLOOR: _NO_ROUTER}
     others = list(dict.fromkeys(label(name) for name in names if name not in own))
     for name in names:
         points = [(int(row["tokens"]), time) for row in rows if (time := time_of(row, name)) is not None]
@@ -36,7 +36,7 @@ def time_by_tokens(rows: list[Row], names: list[str]) -> go.Figure:
             continue
         place = others.index(label(name)) if name not in own else 0
         colour = own.get(name, _COLOURS[place % len(_COLOURS)])
-        dash = "dot" if name == FLOOR else "dash" if name == SAFE else "solid"
+        dash = "dot" if name == FLOOR else "dash" if name == DEFAULT_NOT_FROZEN else "solid"
         figure.add_scatter(
             x=[tokens for tokens, _ in points],
             y=[time for _, time in points],
@@ -54,8 +54,8 @@ def time_by_tokens(rows: list[Row], names: list[str]) -> go.Figure:
     return figure
 
 
-def speed_ups(rows: list[Row]) -> go.Figure:
-    """A map of models and numbers of tokens: how many times as fast as the best peer moegate is."""
+def speed_ups(rows: list[RecordRow]) -> go.Figure:
+    """A heat map of models and numbers of tokens: the best peer's time divided by moegate's."""
     shapes, tokens = models(rows), sorted({int(row["tokens"]) for row in rows})
     found: dict[tuple[str, int], tuple[str, float]] = {}
     for row in rows:
@@ -89,8 +89,8 @@ def speed_ups(rows: list[Row]) -> go.Figure:
     return figure
 
 
-def floor_shares(rows: list[Row]) -> go.Figure:
-    """Lines, a model each: the part of the time that reading the weight and the hidden states takes by itself."""
+def floor_shares(rows: list[RecordRow]) -> go.Figure:
+    """A line a model: the floor's time divided by moegate's."""
     figure = go.Figure()
     for place, model in enumerate(models(rows)):
         own = sorted((row for row in rows if row["model"] == model), key=lambda row: int(row["tokens"]))
@@ -114,14 +114,14 @@ def floor_shares(rows: list[Row]) -> go.Figure:
     return figure
 
 
-def plotted(rows: list[Row]) -> list[str]:
-    """The candidates that the lines show: moegate, its peers and the floor, moegate first."""
-    names = dict.fromkeys(name for row in rows for name in row["candidates"])
-    shown = [name for name in names if is_peer(name) or name in (SAFE, FLOOR)]
+def plotted(rows: list[RecordRow]) -> list[str]:
+    """The contestants that the lines show: moegate, its peers and the floor, moegate first."""
+    names = dict.fromkeys(name for row in rows for name in row["contestants"])
+    shown = [name for name in names if is_peer(name) or name in (DEFAULT_NOT_FROZEN, FLOOR)]
     return [DEFAULT, *shown]
 
 
-def _shape(rows: list[Row], model: str) -> str:
+def _shape(rows: list[RecordRow], model: str) -> str:
     row = next(row for row in rows if row["model"] == model)
     return f"{model}<br><sub>{row['hidden_size']} → {row['gate_rows']}, top {row['top_k']}</sub>"
 

@@ -94,6 +94,16 @@ def test_newer_chips_get_ptx() -> None:
     assert {each["arch"] for each in row["kernels"]} <= {"sm_121a", "compute_90"}
 
 
+def test_an_unknown_number_of_multiprocessors_is_assumed_and_said() -> None:
+    said = "The number of multiprocessors of {} is unknown; assumed: {}"
+    for device, name, num_sms in (("B300", "NVIDIA B300", 148), ("sm_103", "sm_103", 148), ("sm_80", "sm_80", 108)):
+        (row,) = told("deepseek-v3", "--device", device, "--tokens", "1")
+        assert {each["num_sms"] for each in row["kernels"]} == {num_sms}
+        printed = run("explain", "deepseek-v3", "--device", device, "--tokens", "1", "--source").stdout
+        assert said.format(name, num_sms) in printed
+    assert "is unknown" not in run("explain", "deepseek-v3", "--device", "B200", "--tokens", "1", "--source").stdout
+
+
 def test_without_a_gpu_to_ask_about_there_are_no_kernels() -> None:
     assert "--source: cpu is no NVIDIA GPU; allowed: --device with" in refused(
         "explain", "deepseek-v3", "--device", "cpu", "--source"

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from moegate.choice import tables
 from moegate.cli import check
+from moegate.measure.record import Record
 from moegate.whole_file import replacing
 
 ROUTE = ("route", "mixtral-8x7b", "--device", "cpu", "--tokens", 2)
@@ -67,6 +68,16 @@ def test_render_refuses_what_is_no_file(kind: str, tmp_path: Path) -> None:
     shutil.copy(DATA / "bench.json", tmp_path)
     words = make(kind, tmp_path / "bench.html")
     assert words in refused("bench", "--render", tmp_path)
+
+
+def test_records_of_an_earlier_moegate_are_refused(tmp_path: Path) -> None:
+    """Their contestants have other names, so that a resumed record would mix the two."""
+    old = (DATA / "bench.json").read_text("utf-8").replace('"contestants":', '"candidates":')
+    (tmp_path / "bench.json").write_text(old, "utf-8")
+    words = f"{tmp_path / 'bench.json'} was written by an earlier moegate, which had other names for what it timed"
+    assert words in refused("bench", "--render", tmp_path)
+    with pytest.raises(ValueError, match="an earlier moegate"):
+        Record(tmp_path, "bench", {"id": "0"})
 
 
 @pytest.mark.parametrize("is_there", [True, False], ids=["a file", "dangling"])

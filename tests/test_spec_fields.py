@@ -23,6 +23,7 @@ from moegate.gemm import router_gemm
 from moegate.measure.peers import is_transformers_softmax
 from moegate.measure.plain import plain_select
 from moegate.selection.select_text import select_text
+from moegate.spec_values import CHOICES
 
 BASE = RouterSpec(64, 256, 8, "sigmoid", "score", 8, 4, renormalize=True)  # supported by FlashInfer's top-k
 # A change of each field, with further changes where the field needs them.
@@ -122,6 +123,21 @@ def test_a_change_of_a_field_changes_what_the_kernels_compute(name: str) -> None
         for each in (a_problem(BASE), a_problem(replace(BASE, **CHANGED[name])))
     ]
     assert (texts[0] != texts[1]) is (name != "weight_dtype")
+
+
+# A test that needs the other `logits_dtype` has it of `routers.with_bfloat16_logits`.
+@pytest.mark.parametrize("name", sorted(CHOICES.keys() - {"logits_dtype"}))
+def test_every_allowed_value_is_tried_by_the_contracts_tests(name: str) -> None:
+    """Tests over SPECS hold every backend to the float64 reference; a value in none of the specs would be untested."""
+    assert {getattr(spec, name) for spec in SPECS.values()} == set(CHOICES[name])
+
+
+def test_every_scoring_func_has_kernels_of_its_own() -> None:
+    texts = [
+        select_text(a_problem(RouterSpec(64, 32, 4, name, weights_from="score")), aligned=True)  # type: ignore[arg-type]
+        for name in CHOICES["scoring_func"]
+    ]
+    assert len(set(texts)) == len(CHOICES["scoring_func"])
 
 
 def test_flashinfers_top_k_refuses_both_kinds_of_groups() -> None:

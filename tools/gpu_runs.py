@@ -31,8 +31,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "benchmarks" / "results" / "gpu_runs.csv"
 PACKAGE = ROOT / "src" / "moegate"
-KERNEL_FOLDERS = ("cuda", "gemm", "selection")
-"""Folders of the package whose files determine which kernels run, and what they compute."""
+KERNEL_PATHS = ("cuda", "gemm", "selection", "contract/limits.py", "choice/dispatch.py", "halves.py", "problem.py")
+"""Folders and files of the package that determine which kernels run, how they are called, and what they compute."""
 CONTRACT_TESTS = (
     "test_contract_*.py",
     "test_gate.py",
@@ -130,7 +130,8 @@ def add(run: Run) -> None:
 
 def kernels_now() -> dict[str, str]:
     """The digest of each file that determines a kernel, by the file's path in the package."""
-    paths = (path for folder in KERNEL_FOLDERS for path in (PACKAGE / folder).rglob("*") if path.suffix in _CODE)
+    named = [PACKAGE / name for name in KERNEL_PATHS]
+    paths = {path for each in named for path in (each, *each.rglob("*")) if path.suffix in _CODE}
     return {
         path.relative_to(PACKAGE).as_posix(): digest(path.suffix, path.read_text("utf-8")) for path in sorted(paths)
     }
@@ -172,7 +173,8 @@ def verdict(command: str) -> tuple[str, bool]:
     run = last_run(command)
     if run is None:
         return "no run is recorded", False
-    names = ["/".join(name.split("/")[-2:]) for name in run.changed(kernels_now())]
+    changed = sorted(run.changed(kernels_now()), key=lambda name: not name.endswith(".cuh"))  # the kernels first
+    names = ["/".join(name.split("/")[-2:]) for name in changed]
     if not names:
         return f"last run {run}", run.outcome == "passed"
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

@@ -30,7 +30,7 @@ def check_tensor(
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {_short(value.dtype)}; allowed: {', '.join(map(_short, dtypes))}")
     if not _fits(value.shape, shape):
-        raise ValueError(f"{name}: got shape {list(value.shape)}; allowed: [{', '.join(map(str, shape))}]")
+        raise ValueError(f"{name}: got shape {list(value.shape)}; allowed: {_words(shape)}")
     if value.layout != torch.strided:
         raise ValueError(f"{name}: got layout {value.layout}; allowed: torch.strided")
     if value.shape[-1] > 1 and value.stride(-1) != 1:
@@ -38,6 +38,10 @@ def check_tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name}: got device {value.device}; allowed: {device}, where the other arguments are")
     return value
+
+
+def _words(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
 
 
 def _fits(got: Sequence[int], allowed: Sequence[int | str]) -> bool:
@@ -115,7 +119,7 @@ def check_tensors(spec: RouterSpec, tensors: RouterTensors, device: torch.device
         name, value = wanted.name, getattr(tensors, wanted.name)
         setting = f"the spec's {wanted.field} = {getattr(spec, wanted.field)!r}"
         if wanted.is_needed and value is None:
-            raise ValueError(f"{name}: got None; allowed: a tensor {list(wanted.shape)}, for {setting}")
+            raise ValueError(f"{name}: got None; allowed: a tensor {_words(wanted.shape)}, for {setting}")
         if not wanted.is_needed and value is not None:
             raise ValueError(f"{name}: got a tensor; allowed: None, for {setting}")
         if value is not None:

@@ -19,14 +19,16 @@ def router_gemm(
     """The logits of a router: `hidden @ weight.T + bias`.
 
     The products of half-precision numbers are exact, the sum is accumulated in float32, and the
-    result is rounded once if `out_dtype` is bfloat16. docs/contract.md bounds the error.
+    result is rounded once if `out_dtype` is bfloat16. docs/contract.md bounds the error. A spec's
+    input norm is not computed here: that needs a `Gate` or `route`.
 
     Args:
         hidden: [M, K] bfloat16, float16 or float32. M may be 0; rows may be apart, a row is contiguous.
         weight: [N, K] bfloat16, float16 or float32, N from 1 to 1024, on the same device. The two
             dtypes may differ.
         bias: [N] in any of these dtypes, added before the rounding; None: no bias.
-        out_dtype: torch.float32 or torch.bfloat16.
+        out_dtype: torch.float32 or torch.bfloat16. The logits of a spec's gate have
+            `getattr(torch, spec.logits_dtype)`.
 
     Returns:
         The logits [M, N] in `out_dtype`. No gradient flows through them.
@@ -58,7 +60,8 @@ def select(
     """The experts of each token and their weights, from logits.
 
     Args:
-        logits: [M, R] float32 or bfloat16, taken as they are; R = `spec.num_gate_rows`, M may be 0.
+        logits: [M, R] float32 or bfloat16, taken as they are, whatever `spec.logits_dtype`;
+            R = `spec.num_gate_rows`, M may be 0.
         spec: What the router computes. The tensors below must be given just when it asks for them.
         e_score_correction_bias: [num_experts + num_zero_experts] float32.
         per_expert_scale: [num_experts] float32, bfloat16 or float16.

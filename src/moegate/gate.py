@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moegate import arguments, ops
 from moegate.choice import Explanation, explain
 from moegate.choice.dispatch import Options, for_route
+from moegate.choice.plan import check_names
 from moegate.from_checkpoint import FromCheckpoint
 from moegate.noticing import (
     Noted,
@@ -92,6 +93,7 @@ class Gate(FromCheckpoint, TakesNote):
     ) -> None:
         super().__init__()
         arguments.check_spec(spec)
+        check_names(policy, backend)  # before caches, which raise for what cannot be hashed
         weight = arguments.check_weight(weight, spec)
         if isinstance(e_score_correction_bias, Tensor) and e_score_correction_bias.dtype in FLOATS:
             e_score_correction_bias = e_score_correction_bias.detach().float()

@@ -130,10 +130,12 @@ def most_bandwidth(capability: Capability) -> float | None:
     return max(known, default=None)
 
 
-def most_sms(capability: Capability) -> int | None:
-    """The multiprocessors that no chip of a compute capability exceeds; None: of none is it known."""
-    known = [each.num_sms for each in _CHIPS if each.capability == capability and each.num_sms is not None]
-    return max(known, default=None)
+def assumed_sms(capability: Capability) -> int:
+    """The multiprocessors that no chip of a compute capability exceeds, or else of its major version, or any chip."""
+    known = [(each.capability, each.num_sms) for each in _CHIPS if each.num_sms is not None]
+    alike = [num_sms for of, num_sms in known if of == capability]
+    of_major = [num_sms for of, num_sms in known if of[0] == capability[0]]
+    return max(alike or of_major or [num_sms for _, num_sms in known])
 
 
 @cache

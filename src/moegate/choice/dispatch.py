@@ -1,4 +1,4 @@
-"""A plan made to run: the one place where the number of tokens decides what a call runs."""
+"""A plan made to run: the one place where the number of tokens decides which candidate a call runs."""
 
 from __future__ import annotations
 

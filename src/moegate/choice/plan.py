@@ -34,6 +34,16 @@ class Span(NamedTuple):
     candidate: Candidate
 
 
+def check_names(policy: object, backend: object) -> None:
+    """Raises a ValueError for an unknown policy or backend."""
+    if policy not in POLICIES:
+        raise ValueError(f"policy: got {policy!r}; allowed: {', '.join(map(repr, POLICIES))}")
+    if backend is not None and backend not in BACKEND_NAMES:
+        raise ValueError(f"backend: got {backend!r}; allowed: None, {', '.join(map(repr, BACKEND_NAMES))}")
+    if backend is not None and policy != "measured":
+        raise ValueError(f"policy: got {policy!r} with backend = {backend!r}; allowed: one of the two")
+
+
 @dataclass(frozen=True)
 class Plan:
     """The choice for one problem at every number of tokens."""
@@ -44,13 +54,7 @@ class Plan:
     """Only this backend, whatever the policy; None: the policy chooses."""
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy: got {self.policy!r}; allowed: {', '.join(map(repr, POLICIES))}")
-        if self.backend is not None and self.backend not in BACKEND_NAMES:
-            allowed = ", ".join(map(repr, BACKEND_NAMES))
-            raise ValueError(f"backend: got {self.backend!r}; allowed: None, {allowed}")
-        if self.backend is not None and self.policy != "measured":
-            raise ValueError(f"policy: got {self.policy!r} with backend = {self.backend!r}; allowed: one of the two")
+        check_names(self.policy, self.backend)
         self.choice(1)  # a forced backend that cannot run says so now
 
     def choice(self, num_tokens: int, problem: Problem | None = None) -> Choice:

@@ -143,6 +143,8 @@ def _source(name: str) -> Source:
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    from moegate.measure.names import check_words
+
     file = folder / "bench.json"
     content: dict[str, Any] = read_json(file, "--render:")
     try:
@@ -151,6 +153,7 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"--render: {file} is not what `moegate bench --out` writes: {error}") from None
     if not rows:
         raise ValueError(f"--render: {file} has no rows")
+    check_words(file, rows)
     return content
 
 

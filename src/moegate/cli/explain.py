@@ -92,7 +92,7 @@ def explain(
         return
     _print(title, plan, found, console())
     if kernels is not None:
-        print_kernels(kernels, console())
+        print_kernels(kernels, machine, console())
 
 
 def numbers(option: str, text: str) -> list[int]:

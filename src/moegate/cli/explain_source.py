@@ -10,6 +10,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from moegate.choice import Plan
+    from moegate.machine import Machine
 
 Kernels = dict[int, list[dict[str, Any]]]
 """By number of tokens, the kernels in the order in which they run."""
@@ -21,7 +22,7 @@ def kernels_of(plan: Plan, counts: list[int]) -> Kernels:
     Raises:
         ValueError: No NVIDIA GPU, or nothing to compile with.
     """
-    from moegate.choice.chips import most_sms
+    from moegate.choice.chips import assumed_sms
     from moegate.cuda import jit
     from moegate.cuda.device import described_chip, unsupported
 
@@ -29,14 +30,15 @@ def kernels_of(plan: Plan, counts: list[int]) -> Kernels:
     reason = unsupported(machine) or jit.missing_compiler()
     if reason is not None or machine.capability is None:
         raise ValueError(f"--source: {reason}; allowed: --device with an NVIDIA GPU, which need not be here")
-    num_sms = machine.num_sms or most_sms(machine.capability)
-    if num_sms is None:
-        raise ValueError(f"--source: {machine.name} has an unknown number of multiprocessors; allowed: a chip by name")
-    chip, arch = described_chip(machine.capability, num_sms), jit.arch_of(machine.capability)
+    chip = described_chip(machine.capability, machine.num_sms or assumed_sms(machine.capability))
+    arch = jit.arch_of(machine.capability)
     found: Kernels = {}
     for count in counts:
         sources = plan.choice(count).candidate.sources(problem, chip, count) if count else []
-        found[count] = [source._asdict() | _use(source.text, source.kernel, arch) for source in sources]
+        found[count] = [
+            {**source._asdict(), **_use(source.text, source.kernel, arch), "num_sms": chip.num_sms}
+            for source in sources
+        ]
     return found
 
 
@@ -52,8 +54,11 @@ def _use(text: str, kernel: str, arch: str) -> dict[str, Any]:
     return {"arch": arch, "registers": _uses.get((text, arch), {}).get(kernel)}
 
 
-def print_kernels(kernels: Kernels, out: Console) -> None:
+def print_kernels(kernels: Kernels, machine: Machine, out: Console) -> None:
     """For each number of tokens what is launched; then each text, once."""
+    assumed = {each["num_sms"] for found in kernels.values() for each in found if machine.num_sms is None}
+    for num_sms in assumed:
+        out.print(f"The number of multiprocessors of {machine.name} is unknown; assumed: {num_sms}", highlight=False)
     for count, found in kernels.items():
         out.print(Text(f"{count} token{'s' * (count != 1)}", style="bold cyan"))
         if not found:

@@ -95,6 +95,7 @@ def scores_of(logits: Tensor, spec: RouterSpec) -> Tensor:
             return torch.sqrt(softplus)
         case "identity":
             return logits
+    raise AssertionError(spec.scoring_func)
 
 
 def choice_keys(logits: Tensor, spec: RouterSpec, tensors: RouterTensors) -> Tensor:

@@ -59,9 +59,10 @@ class RouterGemm(Gemm):
         """The kernel for so many tokens."""
         tiling = tiling_for(problem, chip)
         cut = cut_tokens(num_tokens, tiling, chip)
+        clusters = f", in clusters of {tiling.num_splits}, which split K" if tiling.num_splits > 1 else ""
         plan = (
-            f"{tiling.row_blocks} x {cut.token_groups} blocks of {tiling.warps} warps, in clusters of "
-            f"{tiling.num_splits}, which split K; {ROWS_OF_TILE} rows and {TOKENS_OF_TILE * cut.tiles} tokens a block; "
+            f"{tiling.row_blocks} x {cut.token_groups} blocks of {tiling.warps} warps{clusters}; "
+            f"{ROWS_OF_TILE} rows and {TOKENS_OF_TILE * cut.tiles} tokens a block, padded where there are fewer; "
             f"{tiling.steps} steps of {COLUMNS_OF_STEP} columns a warp, {tiling.ahead[cut.tiles]} in flight at once"
         )
         size = bytes_of_block(cut.tiles, tiling, chip, is_alone=cut.is_alone)

@@ -1,5 +1,6 @@
 """Names of contestants and of records; without PyTorch, which a report does not need."""
 
+from pathlib import Path
 from typing import Any
 
 RecordRow = dict[str, Any]
@@ -23,3 +24,12 @@ TRANSFORMERS_OPS = "Transformers ops"
 """The operations of Transformers' softmax routers, without the class."""
 FLOOR = "floor"
 PREDECESSOR = "predecessor alone"
+
+
+def check_words(path: Path, rows: list[RecordRow]) -> None:
+    """Raises a ValueError for rows of before what is timed was called a contestant, and the names were changed."""
+    if any("candidates" in row for row in rows):
+        raise ValueError(
+            f"{path} was written by an earlier moegate, which had other names for what it timed; allowed: a record of "
+            "this version, measured anew in another folder"
+        )

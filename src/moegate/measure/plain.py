@@ -104,7 +104,10 @@ def _score(spec: RouterSpec) -> Callable[[Tensor], Tensor]:
             return torch.softmax(logits, dim=-1)
         if name == "sigmoid":
             return torch.sigmoid(logits)
-        return F.softplus(logits).sqrt() if name == "sqrtsoftplus" else logits
+        if name == "sqrtsoftplus":
+            return F.softplus(logits).sqrt()
+        assert name == "identity", name
+        return logits
 
     return score
 

@@ -17,7 +17,7 @@ import torch
 from moegate._version import __version__
 from moegate.flashinfer import limits
 from moegate.json_file import read_json
-from moegate.measure.names import RecordRow
+from moegate.measure.names import RecordRow, check_words
 from moegate.whole_file import replacing
 
 KEY = ("part", "model", "tokens", "way")
@@ -33,6 +33,7 @@ class Record:
         content = read_json(self.path, "the record") if self.path.exists() else {}
         self.runs: list[dict[str, Any]] = content.get("runs", [])
         self.rows: list[RecordRow] = content.get("rows", [])
+        check_words(self.path, self.rows)
         self._keys = {self._key(row) for row in self.rows}
 
     def has(self, model: str, tokens: int, way: str) -> bool:

@@ -119,6 +119,7 @@ def _score(logits: Tensor, spec: RouterSpec) -> Tensor:
         return torch.sigmoid(logits)
     if spec.scoring_func == "sqrtsoftplus":
         return F.softplus(logits).sqrt()
+    assert spec.scoring_func == "identity", spec.scoring_func
     return logits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -35,8 +36,9 @@ class Select(Selection):
 
     def sources(self, problem: Problem, chip: gpu.Chip, num_tokens: int, num_terms: int) -> list[KernelSource]:
         """The kernel for so many tokens."""
-        name, warps = _kernel_for(num_tokens, chip.num_sms, num_terms)
-        plan = f"{-(-num_tokens // warps)} blocks of {warps} warp{'s' * (warps > 1)}; a warp selects for a token"
+        _, name, warps = next(size for size in _sizes(chip.num_sms, num_terms) if num_tokens <= size.most_tokens)
+        blocks = -(-num_tokens // warps)
+        plan = f"{blocks} block{'s' * (blocks > 1)} of {warps} warp{'s' * (warps > 1)}; a warp selects for a token"
         text = select_text(problem, aligned=reads_fours(problem.spec), num_terms=num_terms)
         return [KernelSource(name, "select.cuh", plan, text, 4 * shared_words(problem.spec) * warps)]
 
@@ -44,19 +46,32 @@ class Select(Selection):
 SELECT = Select()
 
 
-def _kernel_for(num_tokens: int, num_sms: int, num_terms: int) -> tuple[str, int]:
-    """The kernel of the text for so many tokens, and the warps of its blocks."""
-    if num_tokens <= _WARPS_OF_FEW * num_sms:
-        return "select_few", _WARPS_OF_FEW
-    if num_tokens <= _MOST_SPREAD:
-        return ("select_some" if num_terms else "select_many"), 1
-    return "select_many", _WARPS_OF_MANY
+class _Size(NamedTuple):
+    most_tokens: int
+    name: str
+    """The kernel's, in the text."""
+    warps: int
+    """Of a block."""
 
 
-class _Kernels(NamedTuple):
-    few: jit.Kernel
-    some: jit.Kernel
-    many: jit.Kernel
+def _sizes(num_sms: int, num_terms: int) -> tuple[_Size, ...]:
+    """The kernels for few to many tokens; a call takes the first that serves its number."""
+    return (
+        _Size(_WARPS_OF_FEW * num_sms, "select_few", _WARPS_OF_FEW),
+        _Size(_MOST_SPREAD, "select_some" if num_terms else "select_many", 1),
+        _Size(sys.maxsize, "select_many", _WARPS_OF_MANY),
+    )
+
+
+_Kernels = tuple[tuple[int, int, jit.Kernel], ...]
+"""The most tokens, warps of a block and kernel of each size."""
+
+
+def _first_for(num_tokens: int, kernels: _Kernels) -> tuple[int, jit.Kernel]:
+    for most_tokens, warps, kernel in kernels:
+        if num_tokens <= most_tokens:
+            return warps, kernel
+    raise AssertionError(num_tokens)
 
 
 class BoundSelect:
@@ -74,7 +89,7 @@ class BoundSelect:
         self._bytes_of_four = 4 * problem.logits_dtype.itemsize
         self._num_terms = 0 if gemm is None else gemm.num_terms
         self._holds_dependents_to = 0 if gemm is None else gemm.holds_dependents_to
-        self._most_few = _WARPS_OF_FEW * gpu.chip_of(device, arch).num_sms
+        self._num_sms = gpu.chip_of(device, arch).num_sms
         self._kernels: dict[tuple[bool, int], _Kernels] = {}
         for num_terms in {0, self._num_terms}:
             self._load(self._reads_fours, num_terms)
@@ -85,23 +100,21 @@ class BoundSelect:
         module = jit.load(select_text(problem, aligned=aligned, num_terms=num_terms), self._device, self._arch)
         bytes_of_warp = 4 * shared_words(problem.spec)
 
-        def in_blocks_of(warps: int, name: str, *, least_shared: bool = False) -> jit.Kernel:
+        def kernel_of(name: str, warps: int) -> jit.Kernel:
+            # A multiprocessor must drain before its carve-out of shared memory changes. `select_few` asks for the
+            # smallest carve-out, as most kernels in front do, and can start beside them. That leaves room for one block
+            # on each multiprocessor, so that it serves at most 2 * num_sms tokens.
             return module.kernel(
                 name,
                 ARGUMENTS.format,
                 32 * warps,
                 shared_bytes=bytes_of_warp * warps,
-                least_shared=least_shared,
+                least_shared=name == "select_few",
                 pdl=problem.pdl,
             )
 
-        # A multiprocessor must drain before its carve-out of shared memory changes. `select_few` asks for the smallest
-        # carve-out, as most kernels in front do, and can start beside them. That leaves room for one block on each
-        # multiprocessor, so that it serves at most 2 * num_sms tokens.
-        kernels = self._kernels[aligned, num_terms] = _Kernels(
-            in_blocks_of(_WARPS_OF_FEW, "select_few", least_shared=True),
-            in_blocks_of(1, "select_some" if num_terms else "select_many"),
-            in_blocks_of(_WARPS_OF_MANY, "select_many"),
+        kernels = self._kernels[aligned, num_terms] = tuple(
+            (most, warps, kernel_of(name, warps)) for most, name, warps in _sizes(self._num_sms, num_terms)
         )
         return kernels
 
@@ -119,10 +132,7 @@ class BoundSelect:
         if aligned and self._reads_four_logits:
             aligned = address % self._bytes_of_four == 0 and stride % 4 == 0
         variant = aligned, self._num_terms if num_splits else 0
-        kernels = self._kernels.get(variant) or self._load(*variant)
-        kernel, warps = kernels.few, _WARPS_OF_FEW
-        if num_tokens > self._most_few:
-            kernel, warps = (kernels.some, 1) if num_tokens <= _MOST_SPREAD else (kernels.many, _WARPS_OF_MANY)
+        warps, kernel = _first_for(num_tokens, self._kernels.get(variant) or self._load(*variant))
         routing = out if out is not None and out.logits is made else self._outputs(num_tokens, made, out)
         ids, weights, _, shared_weights, identity_weight = routing
         kernel.launch(

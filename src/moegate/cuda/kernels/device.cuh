@@ -1,4 +1,6 @@
 // What the kernels share: types without headers, dependent launch, and exact conversions.
+//
+// NVRTC compiles all of this with --device-as-default-execution-space: functions need no __device__.
 #pragma once
 
 using int32 = int;

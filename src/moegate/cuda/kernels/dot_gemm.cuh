@@ -12,6 +12,8 @@
 //
 // A frozen weight is loaded before the wait for the predecessor, hidden after it. Another weight may just be
 // being written by the predecessor: it is prefetched to L2 before the wait and loaded after it.
+//
+// gemm/dot_gemm.py writes the arguments' struct and `Config`, which stand in front of this file.
 #pragma once
 #include "operands.cuh"
 

@@ -15,6 +15,8 @@
 //
 // A frozen weight is loaded before the wait for the predecessor, hidden after the wait. A weight that is not frozen may be
 // the predecessor's output: the weight is prefetched to L2 before the wait and loaded after it.
+//
+// gemm/router_gemm.py writes `GemmArguments` and `Config`, which stand in front of this file.
 #pragma once
 #include "cluster.cuh"
 #include "operands.cuh"

@@ -68,7 +68,7 @@ __forceinline__ float sigmoid(float value) { return reciprocal(1.0f + exp_approx
 // The score of one transformed logit; a softmax needs the whole row.
 template <Score kScore>
 __forceinline__ float score_of(float value) {
-  static_assert(kScore != Score::kSoftmax);
+  static_assert(kScore == Score::kSigmoid || kScore == Score::kSqrtSoftplus || kScore == Score::kIdentity);
   if constexpr (kScore == Score::kSigmoid) return sigmoid(value);
   if constexpr (kScore == Score::kSqrtSoftplus) return sqrtf(fmaxf(value, 0.0f) + log1pf(exp_of_negative(-fabsf(value))));
   return value;

@@ -3,7 +3,8 @@
 // Lane l owns the experts from l * kPerLane on (see top_k.cuh). After the choice, lane r < kTopK has the r-th chosen
 // expert. The warp's part of shared memory hands that lane the expert's id and its score or logit, so that neither is
 // loaded or computed again.
-// Everything that the spec decides is a compile-time constant; the number of tokens is not.
+// Everything that the spec decides is a compile-time constant; the number of tokens is not. selection/select_text.py
+// writes `SelectArguments` and `Config`, which stand in front of this file.
 #pragma once
 #include "groups.cuh"
 #include "logits.cuh"
@@ -146,7 +147,7 @@ struct Select {
     return reinterpret_cast<const float*>(shared)[id];
   }
 
-  // The weight before the factors, and the sum that renormalises it; 0 in lanes without an expert.
+  // The weight before the factors and before it is renormalised; 0 in lanes without an expert.
   __forceinline__ float plain_weight(int id) const {
     const bool has_expert = lane < k;
     const float basis = basis_of(has_expert ? id : 0);

@@ -10,6 +10,8 @@
 //
 // Both kernels are bound by memory. Adjacent threads handle adjacent data: eight elements of the weight, or one logit. A
 // warp computes a token's norm.
+//
+// gemm/cublas.py writes the arguments' structs and `Config`, which stand in front of this file.
 #pragma once
 #include "operands.cuh"
 #include "partial_sums.cuh"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -104,6 +105,13 @@ def _tell_registers(terminalreporter: Any) -> None:
 def fresh_warnings() -> None:
     """Lets warnings that are given once a process appear in each test."""
     warn_once.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Forgets what torch.compile compiled in earlier tests: after eight times, a function is not compiled any more."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -67,13 +67,6 @@ _Kernels = tuple[tuple[int, int, jit.Kernel], ...]
 """The most tokens, warps of a block and kernel of each size."""
 
 
-def _first_for(num_tokens: int, kernels: _Kernels) -> tuple[int, jit.Kernel]:
-    for most_tokens, warps, kernel in kernels:
-        if num_tokens <= most_tokens:
-            return warps, kernel
-    raise AssertionError(num_tokens)
-
-
 class BoundSelect:
     """The kernels for one problem, loaded for a device; others are when a call needs them."""
 
@@ -132,7 +125,10 @@ class BoundSelect:
         if aligned and self._reads_four_logits:
             aligned = address % self._bytes_of_four == 0 and stride % 4 == 0
         variant = aligned, self._num_terms if num_splits else 0
-        warps, kernel = _first_for(num_tokens, self._kernels.get(variant) or self._load(*variant))
+        kernels = self._kernels.get(variant) or self._load(*variant)
+        most_tokens, warps, kernel = kernels[0]
+        if num_tokens > most_tokens:
+            most_tokens, warps, kernel = next(size for size in kernels if num_tokens <= size[0])
         routing = out if out is not None and out.logits is made else self._outputs(num_tokens, made, out)
         ids, weights, _, shared_weights, identity_weight = routing
         kernel.launch(

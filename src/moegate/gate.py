@@ -147,9 +147,10 @@ class Gate(FromCheckpoint, TakesNote):
         ):
             routing = self._unlooked(hidden, input_ids, out)
         else:
-            spec, noted = self.spec, self._noted
-            weight: Tensor | None = self._parameters.get("weight")
-            if noted is None or not noted.holds(self._parameters, self._buffers):
+            spec, noted, parameters = self.spec, self._noted, self._parameters
+            if noted is not None and noted.holds(parameters, self._buffers):
+                weight: Tensor | None = parameters["weight"]
+            else:
                 noted, weight = self._notice()
             assert weight is not None
             arguments.check_hidden(hidden, spec, noted.device)

@@ -5,6 +5,7 @@ Every private function of PyTorch that the hot path of a GPU calls is named here
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -67,15 +68,19 @@ def chip_of(device: torch.device, arch: str | None = None) -> Chip:
     return Chip(found.multi_processor_count, jit.has_clusters_and_pdl(arch), shared_bytes_of_block)
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor [M] or [M, N] on the current device; nothing is written to it.
+def empty_rows(num_rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor [M, N] on the current device; nothing is written to it.
 
     A call makes three of them, and `torch.empty` costs the host as much as a launch.
     """
     if _empty_strided_cuda is None:
-        return torch.empty(shape, dtype=dtype, device="cuda")
-    strides = (shape[1], 1) if len(shape) == 2 else (1,)
-    return _empty_strided_cuda(shape, strides, dtype)  # type: ignore[no-any-return]
+        return torch.empty((num_rows, columns), dtype=dtype, device="cuda")
+    return _empty_strided_cuda((num_rows, columns), (columns, 1), dtype)  # type: ignore[no-any-return]
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The same of any shape [M] or [M, N]."""
+    return empty_rows(shape[0], math.prod(shape[1:]), dtype).view(shape)
 
 
 def are_surely_aligned(addresses: int, strides: int) -> bool:

@@ -233,7 +233,7 @@ class BoundCublas:
         made = self(call)
         if isinstance(made, Tensor):
             return made
-        logits = gpu.empty((call.num_tokens, self._rows), self._logits_dtype)
+        logits = gpu.empty_rows(call.num_tokens, self._rows, self._logits_dtype)
         self.reduce(made, call.tensors.bias, logits, call.stream)
         return logits
 
@@ -255,7 +255,7 @@ class BoundCublas:
         """The terms [columns, K] of a weight [R, K], and `PartialSums.norm_factors`."""
         hidden = gpu.aligned_rows(call.hidden, "hidden") if self._has_norm else call.hidden
         weight = gpu.aligned_rows(call.weight, "weight")
-        terms = gpu.empty((self._layout.columns, self._hidden_size), self._layout.operand_dtype)
+        terms = gpu.empty_rows(self._layout.columns, self._hidden_size, self._layout.operand_dtype)
         factors = gpu.empty((len(hidden),), torch.float32) if self._has_norm else None
         threads = weight.numel() // 8 + (32 * len(hidden) if self._has_norm else 0)
         prepare.launch(

@@ -151,7 +151,7 @@ class BoundDotGemm:
         assert weight.dtype == torch.float32, "Gate.refresh() was not called after a change of dtype"
         logits = None if out is None else out.logits
         if logits is None:
-            logits = gpu.empty((num_tokens, self._rows), self._logits_dtype)
+            logits = gpu.empty_rows(num_tokens, self._rows, self._logits_dtype)
         # As in router_gemm: stride()[0], and a quick question before the thorough one, for the host's time.
         source, stride = hidden.data_ptr(), hidden.stride()[0]
         rows, row_stride = weight.data_ptr(), weight.stride()[0]

@@ -175,7 +175,7 @@ class BoundRouterGemm:
         assert weight.dtype == self._weight_dtype, "Gate.refresh() was not called after a change of dtype"
         logits = None if out is None else out.logits
         if logits is None:
-            logits = gpu.empty((num_tokens, self._rows), self._logits_dtype)
+            logits = gpu.empty_rows(num_tokens, self._rows, self._logits_dtype)
         # stride()[0], not stride(0): a getter without arguments takes the host two thirds of the time.
         source, stride = hidden.data_ptr(), hidden.stride()[0]
         rows, row_stride = weight.data_ptr(), weight.stride()[0]

@@ -83,7 +83,9 @@ class BoundSelect:
         self._num_terms = 0 if gemm is None else gemm.num_terms
         self._holds_dependents_to = 0 if gemm is None else gemm.holds_dependents_to
         self._num_sms = gpu.chip_of(device, arch).num_sms
-        self._kernels: dict[tuple[bool, int], _Kernels] = {}
+        # Where logits or biases are aligned, in the second place.
+        self._of_logits: list[_Kernels | None] = [None, None]
+        self._of_partial_sums: list[_Kernels | None] = [None, None]
         for num_terms in {0, self._num_terms}:
             self._load(self._reads_fours, num_terms)
 
@@ -106,15 +108,14 @@ class BoundSelect:
                 pdl=problem.pdl,
             )
 
-        kernels = self._kernels[aligned, num_terms] = tuple(
-            (most, warps, kernel_of(name, warps)) for most, name, warps in _sizes(self._num_sms, num_terms)
-        )
+        kernels = tuple((most, warps, kernel_of(name, warps)) for most, name, warps in _sizes(self._num_sms, num_terms))
+        (self._of_partial_sums if num_terms else self._of_logits)[aligned] = kernels
         return kernels
 
     def __call__(self, call: Call, logits: Logits) -> Routing:
         """The routing of M > 0 tokens, of logits [M, R] whose rows may be apart, or of partial sums."""
         num_tokens, _, _, tensors, input_ids, _, out, stream = call
-        if isinstance(logits, Tensor) and (out is None or out.logits is logits):
+        if isinstance(logits, Tensor) and (out is None or out.logits is None or out.logits is logits):
             source, made, norm_factors, num_splits = logits, logits, None, 0
         else:
             source, made, norm_factors, num_splits = self._source_of(num_tokens, logits, out)
@@ -124,8 +125,9 @@ class BoundSelect:
         aligned = self._reads_fours and bias_address % 16 == 0
         if aligned and self._reads_four_logits:
             aligned = address % self._bytes_of_four == 0 and stride % 4 == 0
-        variant = aligned, self._num_terms if num_splits else 0
-        kernels = self._kernels.get(variant) or self._load(*variant)
+        kernels = (self._of_partial_sums if num_splits else self._of_logits)[aligned]
+        if kernels is None:
+            kernels = self._load(aligned, self._num_terms if num_splits else 0)
         most_tokens, warps, kernel = kernels[0]
         if num_tokens > most_tokens:
             most_tokens, warps, kernel = next(size for size in kernels if num_tokens <= size[0])
@@ -175,8 +177,8 @@ class BoundSelect:
         return tuple.__new__(  # in half of the time of Routing(...)
             Routing,
             (
-                gpu.empty((num_tokens, self._top_k), torch.int32),
-                gpu.empty((num_tokens, self._top_k), self._weights_dtype),
+                gpu.empty_rows(num_tokens, self._top_k, torch.int32),
+                gpu.empty_rows(num_tokens, self._top_k, self._weights_dtype),
                 logits,
                 None if shared is None else gpu.empty(shared.shape(num_tokens), shared.dtype),
                 None if identity is None else gpu.empty(identity.shape(num_tokens), identity.dtype),

@@ -149,10 +149,9 @@ class Gate(FromCheckpoint, TakesNote):
         else:
             spec, noted, parameters = self.spec, self._noted, self._parameters
             if noted is not None and noted.holds(parameters, self._buffers):
-                weight: Tensor | None = parameters["weight"]
+                weight: Tensor = parameters["weight"]  # type: ignore[assignment] # None would have failed the look
             else:
                 noted, weight = self._notice()
-            assert weight is not None
             arguments.check_hidden(hidden, spec, noted.device)
             if input_ids is not None or spec.hash_routing:
                 arguments.check_input_ids(input_ids, spec, noted.tensors, hidden.shape[0], noted.device)

@@ -58,7 +58,7 @@ class TakesNote(nn.Module):
         with contextlib.suppress(TypeError, ValueError), lock_of(self):
             self._take_note(is_loaded=False)
 
-    def _notice(self) -> tuple[Noted, Tensor | None]:
+    def _notice(self) -> tuple[Noted, Tensor]:
         """Refreshes in a call whose look failed, once for all threads; also returns the weight."""
         with lock_of(self):
             noted, given = self._noted, self._given()
@@ -67,6 +67,7 @@ class TakesNote(nn.Module):
             elif not self._holds(noted):
                 alike = noted.with_others_alike(self.spec, given, frozenset(self._buffers), frozen=self.frozen)
                 if alike is not None:
+                    assert given[0] is not None
                     self._noted = alike
                     return alike, given[0]
                 if is_capturing(noted.device):
@@ -74,8 +75,10 @@ class TakesNote(nn.Module):
                 in_calls = noted.in_calls + self.frozen
                 warn_of_many_refreshes(in_calls)
                 self._take_note(in_calls=in_calls)
+            weight = self._given()[0]
             assert self._noted is not None
-            return self._noted, self._given()[0]
+            assert weight is not None
+            return self._noted, weight
 
     def _holds(self, noted: Noted) -> bool:
         return noted.holds(self._parameters, self._buffers)

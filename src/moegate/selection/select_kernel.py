@@ -172,7 +172,8 @@ class BoundSelect:
     def _outputs(self, num_tokens: int, logits: Tensor, out: Routing | None) -> Routing:
         """The tensors to be filled: those of `out`, or new ones on the current device."""
         if out is not None:
-            return out._replace(logits=logits)
+            ids, weights, _, shared_weights, identity_weight = out
+            return tuple.__new__(Routing, (ids, weights, logits, shared_weights, identity_weight))
         shared, identity = self._shared, self._identity
         return tuple.__new__(  # in half of the time of Routing(...)
             Routing,

@@ -33,6 +33,7 @@ class Kernel:
 
     def __init__(self, function: Any, fields: str, threads: int, cluster: int, shared_bytes: int, pdl: bool) -> None:
         self._function = function
+        self._launch = _driver().cuLaunchKernelEx
         self._pack = struct.Struct(fields)
         self._threads = threads
         self._cluster = cluster
@@ -58,10 +59,10 @@ class Kernel:
             config.gridDimX, config.gridDimY = grid
             config.hStream = stream
             here.place = grid, stream
-        (error,) = _driver().cuLaunchKernelEx(config, self._function, here.parameters, 0)
+        (error,) = self._launch(config, self._function, here.parameters, 0)
         if error == 201:  # CUDA_ERROR_INVALID_CONTEXT: a thread in which nothing has used the GPU yet
             _make_context_current()
-            (error,) = _driver().cuLaunchKernelEx(config, self._function, here.parameters, 0)
+            (error,) = self._launch(config, self._function, here.parameters, 0)
         if error != 0:
             raise RuntimeError(f"cuLaunchKernelEx: {error.name}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
 import subprocess
 import sys
 import warnings
@@ -194,6 +196,7 @@ def test_a_kernel_asks_its_own_gpu_for_shared_memory(monkeypatch: pytest.MonkeyP
         cuLibraryLoadData=lambda *_: (driver.CUresult.CUDA_SUCCESS, 7),
         cuLibraryGetKernel=lambda *_: (driver.CUresult.CUDA_SUCCESS, 7),
         cuKernelSetAttribute=set_attribute,
+        cuLaunchKernelEx=None,
     )
     monkeypatch.setattr(module, "_driver", lambda: takes_all)
     of_second = module.Module(b"", ARCH, 1)
@@ -203,4 +206,31 @@ def test_a_kernel_asks_its_own_gpu_for_shared_memory(monkeypatch: pytest.MonkeyP
     assert asked == [
         ("CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", MANY_BYTES, 1),
         ("CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT", 0, 1),
+    ]
+
+
+@needs_nvrtc
+def test_a_launch_hands_the_driver_its_arguments_grid_and_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = import_module("cuda.bindings.driver")
+    launched: list[tuple[Any, ...]] = []
+
+    def launch(config: Any, function: int, parameters: int, _extra: int) -> tuple[Any]:
+        (place,) = (ctypes.c_size_t * 1).from_address(parameters)
+        arguments = struct.unpack("=Qi", ctypes.string_at(place, 12))
+        launched.append(
+            (function, config.gridDimX, config.gridDimY, int(config.hStream), config.sharedMemBytes, arguments)
+        )
+        return (driver.CUresult.CUDA_SUCCESS,)
+
+    names = ("CUlaunchConfig", "CUlaunchAttribute", "CUlaunchAttributeID")
+    fake = SimpleNamespace(cuLaunchKernelEx=launch, **{name: getattr(driver, name) for name in names})
+    monkeypatch.setattr(module, "_driver", lambda: fake)
+    kernel = module.Kernel(5, "=Qi", 64, cluster=4, shared_bytes=512, pdl=True)
+    kernel.launch((3, 2), 7, 2**40 + 1, -9)
+    kernel.launch((3, 2), 7, 2, 8)
+    kernel.launch((1, 2), 9, 2, 8)
+    assert launched == [
+        (5, 3, 2, 7, 512, (2**40 + 1, -9)),
+        (5, 3, 2, 7, 512, (2, 8)),
+        (5, 1, 2, 9, 512, (2, 8)),
     ]

@@ -158,7 +158,7 @@ def test_no_tokens(name: str) -> None:
         gate = gate_there(spec, weight, **arguments, frozen=frozen)
         routing = back(gate(there(hidden), input_ids=there(input_ids), return_logits=True))
         assert routing.topk_ids.shape == routing.topk_weights.shape == (0, spec.top_k)
-        assert routing.topk_ids.dtype == torch.int32
+        assert routing.topk_ids.dtype == getattr(torch, spec.topk_ids_dtype)
         assert routing.logits is not None
         assert routing.logits.shape == (0, spec.num_gate_rows)
         assert verify_routing(routing, routing.logits, spec, tensors, input_ids=input_ids).problems == []

@@ -68,6 +68,7 @@ def specs(draw: st.DrawFn) -> RouterSpec:
     fields["routed_scaling_factor"] = draw(st.sampled_from([1.0, 2.5, 16.0]))
     fields["logit_multiplier"] = draw(st.sampled_from([1.0, 1.0, 0.1767767, 3.0]))
     fields["logit_softcapping"] = draw(st.sampled_from([None, None, 4.0, 30.0]))
+    fields["topk_ids_dtype"] = draw(st.sampled_from(["int32", "int32", "int64"]))
     fields["topk_weights_dtype"] = draw(st.sampled_from(["float32", "float32", "bfloat16", "float16"]))
     return RouterSpec(hidden_size=16, **fields)
 

@@ -48,6 +48,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "logit_softcapping": {"logit_softcapping": 30.0},
     "linear_bias": {"linear_bias": True},
     "weight_dtype": {"weight_dtype": "float32"},
+    "topk_ids_dtype": {"topk_ids_dtype": "int64"},
     "topk_weights_dtype": {"topk_weights_dtype": "bfloat16"},
     "per_expert_scale": {"per_expert_scale": True},
     "num_zero_experts": {"num_zero_experts": 256},

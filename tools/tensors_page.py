@@ -62,9 +62,8 @@ def page() -> str:
     lines += ["", "## Out", "", "| tensor | when | shape | dtype |", "|---|---|---|---|"]
     for output in outputs_of(_EVERY):
         shape = "[M]" if output.columns is None else f"[M, {_SIZES[output.columns]}]"
-        dtype = "int32" if output.name == "topk_ids" else f"`{_field_of_dtype(output.name)}`"
         when = "always" if output.field is None else f"`{output.field}` > 0"
-        lines.append(f"| `{output.name}` | {when} | {shape} | {dtype} |")
+        lines.append(f"| `{output.name}` | {when} | {shape} | `{_field_of_dtype(output.name)}` |")
     lines += ["", "`logits` are returned where they are asked for: `return_logits=True`."]
     return "\n".join(lines)
 
@@ -85,7 +84,7 @@ def _dtypes(wanted: Input) -> str:
 
 
 def _field_of_dtype(name: str) -> str:
-    return "logits_dtype" if name == "logits" else "topk_weights_dtype"
+    return {"topk_ids": "topk_ids_dtype", "logits": "logits_dtype"}.get(name, "topk_weights_dtype")
 
 
 if __name__ == "__main__":

@@ -80,11 +80,12 @@ def outputs_of(spec: RouterSpec) -> tuple[Output, ...]:
 
 
 def _outputs_of(spec: RouterSpec) -> tuple[Output, ...]:
+    ids_dtype: torch.dtype = getattr(torch, spec.topk_ids_dtype)
     weights_dtype: torch.dtype = getattr(torch, spec.topk_weights_dtype)
     logits_dtype: torch.dtype = getattr(torch, spec.logits_dtype)
     shared, zero = spec.num_shared_gates, spec.num_zero_experts
     return (
-        Output("topk_ids", None, True, torch.int32, spec.top_k),
+        Output("topk_ids", None, True, ids_dtype, spec.top_k),
         Output("topk_weights", None, True, weights_dtype, spec.top_k),
         Output("logits", None, True, logits_dtype, spec.num_gate_rows),
         Output("shared_weights", "num_shared_gates", shared > 0, weights_dtype, shared),
@@ -123,7 +124,7 @@ class Routing(NamedTuple):
     """Where M tokens go."""
 
     topk_ids: Tensor
-    """[M, k] int32: distinct ids in 0..E-1, by key, best first (hash routing: in the table's order)."""
+    """[M, k] in the spec's `topk_ids_dtype`: distinct ids in 0..E-1, by key, best first (hash routing: in the table's order)."""
     topk_weights: Tensor
     """[M, k] in the spec's `topk_weights_dtype`: the factors of the experts' outputs."""
     logits: Tensor | None = None

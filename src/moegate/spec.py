@@ -12,6 +12,7 @@ from moegate.spec_values import (
     CorrectionBias,
     GateWeightDtype,
     GroupScore,
+    IdsDtype,
     KeptOnce,
     LogitsDtype,
     ScoringFunc,
@@ -67,6 +68,8 @@ class RouterSpec(KeptOnce):
         linear_bias: The gate is a linear layer with a bias on the logits (gpt-oss).
         weight_dtype: "float32" says that the gate's weight is kept in float32 whatever the model's
             dtype; "model", that nothing pins it.
+        topk_ids_dtype: The dtype of the returned ids. Transformers' experts take int64, and so do some of the
+            dispatchers of vLLM (DeepEP).
         topk_weights_dtype: The dtype of the returned weights.
         per_expert_scale: The weights are multiplied by a learned scale of their expert (Gemma-4).
         num_zero_experts: Selectable rows behind the N experts, which stand for the identity
@@ -101,6 +104,7 @@ class RouterSpec(KeptOnce):
     logit_softcapping: float | None = None
     linear_bias: bool = False
     weight_dtype: GateWeightDtype = "model"
+    topk_ids_dtype: IdsDtype = field(default="int32", kw_only=True)
     topk_weights_dtype: WeightsDtype = "float32"
     per_expert_scale: bool = False
     num_zero_experts: int = 0

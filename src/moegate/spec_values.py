@@ -12,6 +12,7 @@ CorrectionBias = Literal["score", "logit"]
 GroupScore = Literal["top2_sum", "max", "topj_sum"]
 WeightsFrom = Literal["score", "softmax_of_selected", "sigmoid_of_selected"]
 LogitsDtype = Literal["float32", "bfloat16"]
+IdsDtype = Literal["int32", "int64"]
 GateWeightDtype = Literal["model", "float32"]
 WeightsDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -22,6 +23,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "weights_from": get_args(WeightsFrom),
     "logits_dtype": get_args(LogitsDtype),
     "weight_dtype": get_args(GateWeightDtype),
+    "topk_ids_dtype": get_args(IdsDtype),
     "topk_weights_dtype": get_args(WeightsDtype),
 }
 """The allowed values of each field with a fixed set of values."""

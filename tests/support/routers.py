@@ -48,11 +48,20 @@ SPECS: dict[str, RouterSpec] = {
     "sqrtsoftplus with bias": RouterSpec(
         64, 96, 6, "sqrtsoftplus", "score", renormalize=True, renormalize_eps=1e-20, routed_scaling_factor=1.5
     ),
-    "hash": RouterSpec(64, 96, 6, "sqrtsoftplus", hash_routing=True, renormalize=True, routed_scaling_factor=1.5),
+    "hash": RouterSpec(
+        64,
+        96,
+        6,
+        "sqrtsoftplus",
+        hash_routing=True,
+        renormalize=True,
+        routed_scaling_factor=1.5,
+        topk_ids_dtype="int64",
+    ),
     "input norm and expert scale": RouterSpec(
         64, 25, 8, renormalize=True, input_norm_eps=1e-6, per_expert_scale=True, topk_weights_dtype="bfloat16"
     ),
-    "identity": RouterSpec(64, 12, 3, "identity", topk_weights_dtype="float16"),
+    "identity": RouterSpec(64, 12, 3, "identity", topk_ids_dtype="int64", topk_weights_dtype="float16"),
     "all experts": RouterSpec(64, 9, 9, "sigmoid", "score", renormalize=True),
     "one expert": RouterSpec(64, 1, 1),
     "softmax per group": RouterSpec(64, 64, 8, n_group=8, topk_group=8, select_per_group=True, renormalize=True),

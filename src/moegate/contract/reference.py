@@ -63,7 +63,7 @@ def select(
         each.masked_fill(has_nan, torch.nan) for each in (weights, shared_weights, identity_weight)
     )
     return Routing(
-        topk_ids=ids.to(torch.int32),
+        topk_ids=ids.to(getattr(torch, spec.topk_ids_dtype)),
         topk_weights=weights,
         shared_weights=shared_weights if spec.num_shared_gates else None,
         identity_weight=identity_weight.squeeze(-1) if spec.num_zero_experts else None,

@@ -73,7 +73,7 @@ def verify_routing(
 
     verdict = Verdict(rows=len(logits))
     ids = routing.topk_ids.long()
-    if routing.topk_ids.dtype != torch.int32 or ids.shape != (len(logits), spec.top_k):
+    if str(routing.topk_ids.dtype) != f"torch.{spec.topk_ids_dtype}" or ids.shape != (len(logits), spec.top_k):
         verdict.problems.append(f"topk_ids are {routing.topk_ids.dtype} {tuple(ids.shape)}")
         return verdict
     out_of_range = (ids < 0) | (ids >= spec.num_selectable)

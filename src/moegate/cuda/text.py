@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-CType = Literal["const void*", "const float*", "void*", "float*", "int32*", "int64", "int32"]
+CType = Literal["const void*", "const float*", "void*", "float*", "int64", "int32"]
 
 _TYPES = {
     torch.float32: "float",

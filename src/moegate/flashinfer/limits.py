@@ -60,7 +60,7 @@ TOP_K = Function(
 # What a function takes of a spec is written as what it knows: a field that is not named here must be at its default.
 _SIZES = {"hidden_size", "num_experts", "num_zero_experts", "num_shared_gates", "weight_dtype", "logits_dtype"}
 _OF_SELECTION = {
-    *("top_k", "scoring_func", "correction_bias", "weights_from", "topk_weights_dtype", "hash_routing"),
+    *("top_k", "scoring_func", "correction_bias", "weights_from", "topk_ids_dtype", "topk_weights_dtype", "hash_routing"),
     *("n_group", "topk_group", "group_score", "group_score_top_j", "select_per_group"),
     *("renormalize", "renormalize_eps", "renormalize_floor", "routed_scaling_factor", "global_scale"),
     *("logit_multiplier", "logit_softcapping", "per_expert_scale"),
@@ -69,7 +69,7 @@ _TOP_K_WANTS = {"scoring_func": "sigmoid", "correction_bias": "score", "renormal
 _TOP_K_TAKES = {
     *("hidden_size", "linear_bias", "weight_dtype", "input_norm_eps"),  # of the GEMM in front
     *("num_experts", "top_k", "n_group", "topk_group", "renormalize_eps", "routed_scaling_factor"),  # its arguments
-    *("group_score", "group_score_top_j"),  # looked at where there are groups
+    *("group_score", "group_score_top_j", "topk_ids_dtype"),  # looked at below
 }
 
 
@@ -166,6 +166,8 @@ def top_k_refuses(spec: RouterSpec) -> str | None:
     is_wanted = all(getattr(spec, name) == value for name, value in _TOP_K_WANTS.items())
     if not is_wanted or _unknown(spec, _TOP_K_TAKES | _TOP_K_WANTS.keys()):
         return f"not the router of {TOP_K.name}, which is sigmoid with a bias on the score, renormalised"
+    if spec.topk_ids_dtype != "int32":
+        return f"{spec.topk_ids_dtype} ids; {TOP_K.name} writes int32"
     per_group = spec.num_experts // spec.n_group
     small = per_group <= 32 and per_group * spec.topk_group <= 128 and spec.num_experts <= 256 and spec.n_group <= 32
     if spec.n_group == 1:

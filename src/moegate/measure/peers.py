@@ -44,7 +44,7 @@ def flashinfer_top_k(spec: RouterSpec, tensors: RouterTensors) -> Callable[[Tens
 def is_transformers_softmax(spec: RouterSpec) -> bool:
     """True for routers that Transformers computes as linear, softmax in float32, topk and at most a division."""
     known = ("hidden_size", "num_experts", "top_k", "renormalize", "routed_scaling_factor", "linear_bias")
-    dtypes = ("logits_dtype", "weight_dtype", "topk_weights_dtype")
+    dtypes = ("logits_dtype", "weight_dtype", "topk_ids_dtype", "topk_weights_dtype")
     others = [each for each in dataclasses.fields(spec) if each.name not in (*known, *dtypes)]
     return all(getattr(spec, each.name) == each.default for each in others)
 

@@ -131,7 +131,7 @@ def routing_of(
     if spec.num_zero_experts:
         identity = weights.masked_fill(ids < spec.num_experts, 0).sum(dim=-1, keepdim=True)
     return Routing(
-        ids.to(torch.int32),
+        ids.to(getattr(torch, spec.topk_ids_dtype)).contiguous(),  # they may be the first k columns of all
         _finished(weights, row_is_nan, spec),
         logits,
         None if shared is None else _finished(shared, row_is_nan, spec),

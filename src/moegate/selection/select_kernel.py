@@ -74,7 +74,7 @@ class BoundSelect:
         self._problem, self._device, self._arch = problem, device, arch
         ids, weights, logits, shared, identity = outputs_of(problem.spec)
         assert ids.columns is not None
-        self._top_k, self._weights_dtype = ids.columns, weights.dtype
+        self._top_k, self._ids_dtype, self._weights_dtype = ids.columns, ids.dtype, weights.dtype
         self._logits = logits._replace(dtype=problem.logits_dtype)
         self._shared, self._identity = (each if each.is_there else None for each in (shared, identity))
         self._reads_fours = reads_fours(problem.spec)
@@ -178,7 +178,7 @@ class BoundSelect:
         return tuple.__new__(  # in half of the time of Routing(...)
             Routing,
             (
-                gpu.empty_rows(num_tokens, self._top_k, torch.int32),
+                gpu.empty_rows(num_tokens, self._top_k, self._ids_dtype),
                 gpu.empty_rows(num_tokens, self._top_k, self._weights_dtype),
                 logits,
                 None if shared is None else gpu.empty(shared.shape(num_tokens), shared.dtype),

@@ -20,7 +20,7 @@ ARGUMENTS = text.Arguments(
     bias="const void*",  # the linear one, of partial sums
     norm_factors="const float*",  # [M], of partial sums with an input norm
     made_logits="void*",  # of partial sums: [M, R], contiguous, like all outputs
-    topk_ids="int32*",  # [M, k]
+    topk_ids="void*",  # [M, k]
     topk_weights="void*",
     shared_weights="void*",
     identity_weight="void*",
@@ -62,6 +62,7 @@ def select_text(problem: Problem, *, aligned: bool, num_terms: int = 0) -> str:
     }
     types = {
         "Logits": problem.logits_dtype,
+        "Ids": getattr(torch, spec.topk_ids_dtype),
         "Weights": getattr(torch, spec.topk_weights_dtype),
         "ExpertScale": dtypes.per_expert_scale or torch.float32,
         "GlobalScale": dtypes.global_scale or torch.float32,

@@ -164,6 +164,7 @@ struct Select {
   __forceinline__ float shared_score(int gate) const { return score(transformed<Config>(finite(logits.at(E + gate)))); }
 
   __forceinline__ void store_weights(int id, bool is_nan) const {
+    using Ids = typename Config::Ids;
     using Weights = typename Config::Weights;
     float weight = plain_weight(id);
     float factor = Config::kFactor;
@@ -185,7 +186,7 @@ struct Select {
     }
     const float nan = __uint_as_float(0x7fffffffu);
     if (lane < k) {
-      arguments.topk_ids[int64(token) * k + lane] = id;
+      static_cast<Ids*>(arguments.topk_ids)[int64(token) * k + lane] = id;
       static_cast<Weights*>(arguments.topk_weights)[int64(token) * k + lane] = narrow<Weights>(is_nan ? nan : weight);
     }
     if constexpr (E > Config::kExperts) {

@@ -222,7 +222,7 @@ def test_router_gemm_warns_of_a_k_that_its_kernel_cannot_take(monkeypatch: pytes
     with pytest.warns(RuntimeWarning, match="K = 63 is not a multiple of 8") as seen:
         bound = [CUBLAS.gemm.bind(problem, CPU) for _ in range(2)]
     assert len([each for each in seen if "multiple of 8, which" in str(each.message)]) == 1
-    call = Call(2, hidden, weight, RouterTensors(), None, {}, None, 0)
+    call = Call(2, hidden, weight, RouterTensors(), None, None, {}, None, 0)
     assert bound[1].logits(call).tolist() == [[63.0] * 4] * 2
 
 

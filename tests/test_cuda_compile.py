@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from moegate.cuda import jit, text
 from moegate.cuda.jit import compiler, module
 from moegate.gemm import cublas, dot_gemm, router_gemm
 from moegate.problem import Dtypes, Problem
+from moegate.routing import PADDINGS
 from moegate.selection import select_text as of_selection
 
 pytestmark = [
@@ -161,7 +163,12 @@ def test_what_is_around_cublas_does_not_spill(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", [*MAIN_ARCHS, *OTHER_ARCHS])
 def test_selections_do_not_spill(arch: str) -> None:
-    problems = [problem for name, spec in SPECS.items() for problem in problems_of(select_text(spec), arch, name)]
+    paddings = itertools.cycle((None, *PADDINGS))
+    problems = [
+        problem
+        for (name, spec), padding in zip(SPECS.items(), paddings, strict=False)
+        for problem in problems_of(select_text(spec, padding=padding), arch, name)
+    ]
     assert problems == []
 
 

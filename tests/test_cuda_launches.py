@@ -69,8 +69,9 @@ def a_call(spec: RouterSpec) -> tuple[Problem, Call]:
     )
     out = Routing(*made)  # type: ignore[arg-type]
     size = spec.hidden_size
-    call = Call(TOKENS, hidden[:, :size], weight[:, :size], tensors, ids, {}, out, STREAM)
-    return a_problem(spec, dtypes_of(spec, torch.bfloat16, tensors)), call
+    padding = torch.tensor([False] * TOKENS)
+    call = Call(TOKENS, hidden[:, :size], weight[:, :size], tensors, ids, padding, {}, out, STREAM)
+    return a_problem(spec, dtypes_of(spec, torch.bfloat16, tensors)._replace(padding=torch.bool)), call
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -115,6 +116,7 @@ def test_the_selection(name: str, num_splits: int, recorder: Recorder) -> None:
         "global_scale": address(tensors.global_scale),
         "tid2eid": address(table),
         "input_ids": address(call.input_ids),
+        "padding": address(call.padding),
         "bias": address(tensors.bias),
         "norm_factors": address(factors) if num_splits else 0,
         "made_logits": address(out.logits),

@@ -63,8 +63,8 @@ def test_the_operator_is_what_it_says(name: str) -> None:
     given = route_arguments(spec, tensors_of(spec), 4)
     tensors = [there(given.get(field)) for field in RouterTensors._fields]
     arguments = (hidden, gate.weight.detach(), ops.spec_text(spec), *tensors, there(given.get("input_ids")))
-    arguments = (*arguments, True, True, None, "measured")
-    torch.library.opcheck(torch.ops.moegate.route.default, arguments)
+    for padding in (None, there(torch.tensor([False, True, False, True])), there(torch.tensor(3, dtype=torch.int32))):
+        torch.library.opcheck(torch.ops.moegate.route.default, (*arguments, padding, True, True, None, "measured"))
     assert hidden.device.type == DEVICE.type
 
 
@@ -77,21 +77,23 @@ def test_functions_compile_in_one_graph_for_any_number_of_tokens(name: str) -> N
     small: dict[str, Any] = {name: there(part) for name, part in tensors._asdict().items() if part is not None}
     of_selection = {wanted.name for wanted in inputs_of(spec) if wanted.half == "selection"}
 
-    def whole(hidden: Tensor, ids: Tensor | None) -> Routing:
-        return route(hidden, weight, spec, **small, input_ids=ids, return_logits=True)
+    def whole(hidden: Tensor, ids: Tensor | None, padding: Tensor | None) -> Routing:
+        return route(hidden, weight, spec, **small, input_ids=ids, padding=padding, return_logits=True)
 
-    def halves(hidden: Tensor, ids: Tensor | None) -> tuple[Tensor | None, ...]:
+    def halves(hidden: Tensor, ids: Tensor | None, padding: Tensor | None) -> tuple[Tensor | None, ...]:
         logits = router_gemm(hidden, weight, small.get("bias"))
         given = {name: part for name, part in small.items() if name in of_selection}
-        return logits, *select(logits, spec, **given, input_ids=ids)
+        return logits, *select(logits, spec, **given, input_ids=ids, padding=padding)
 
     for function in (whole, halves):
         compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
         for rows in (3, 70, 1, 0, 9):
             hidden = there(torch.randn(rows, spec.hidden_size, generator=generator(rows)))
             ids: Any = there(route_arguments(spec, tensors, rows).get("input_ids"))
-            for mine, theirs in zip(compiled(hidden, ids), function(hidden, ids), strict=True):
-                assert mine is theirs or (mine is not None and theirs is not None and mine.equal(theirs))
+            for padding in (None, there(torch.arange(rows) % 3 == 1)):
+                got, expected = (run(hidden, ids, padding) for run in (compiled, function))
+                for mine, theirs in zip(got, expected, strict=True):
+                    assert mine is theirs or (mine is not None and theirs is not None and mine.equal(theirs))
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -107,7 +109,10 @@ def test_the_operators_of_the_halves_are_what_they_say(name: str, out_dtype: tor
     assert logits.dtype == out_dtype
     names = ("e_score_correction_bias", "per_expert_scale", "global_scale", "tid2eid", "input_ids")
     small = [there(given.get(name)) for name in names]
-    torch.library.opcheck(torch.ops.moegate.select.default, (logits, ops.spec_text(spec), *small, *options))
+    for padding in (None, there(torch.tensor([False, True, False, True]))):
+        torch.library.opcheck(
+            torch.ops.moegate.select.default, (logits, ops.spec_text(spec), *small, padding, *options)
+        )
 
 
 def test_the_halves_have_the_bits_of_the_whole() -> None:
@@ -132,9 +137,9 @@ def test_a_spec_is_read_from_its_text_once() -> None:
     bias = gate.e_score_correction_bias
     tensors = RouterTensors(e_score_correction_bias=None if bias is None else bias.detach())
     for _ in range(3):
-        ops.route(hidden, gate.weight.detach(), gate.spec, tensors, None, Options())
+        ops.route(hidden, gate.weight.detach(), gate.spec, tensors, None, None, Options())
     before = ops._spec.cache_info().misses, dispatch_of.cache_info().misses
-    ops.route(hidden, gate.weight.detach(), gate.spec, tensors, None, Options())
+    ops.route(hidden, gate.weight.detach(), gate.spec, tensors, None, None, Options())
     assert (ops._spec.cache_info().misses, dispatch_of.cache_info().misses) == before
 
 

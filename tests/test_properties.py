@@ -100,6 +100,9 @@ def test_select_equals_the_reference(spec: RouterSpec, seed: int, rows: int, dty
         routing, input_ids = run(spec, logits, tensors)
         verdict = verify_routing(routing, logits, spec, tensors, input_ids=input_ids)
         assert verdict.problems == []
+        padding = torch.rand(rows, generator=generator(seed)) < 0.3
+        padded = select(logits, spec, **select_arguments(spec, tensors, rows), padding=padding)
+        assert verify_routing(padded, logits, spec, tensors, input_ids=input_ids, padding=padding).problems == []
         if is_tie_free and not _ties(logits, spec, tensors):
             assert verdict.excused_rows <= max(1, 0.01 * rows)
             expected = reference_select(logits, spec, tensors, input_ids).topk_ids

@@ -59,6 +59,7 @@ def page() -> str:
         half = "the GEMM" if wanted.half == "gemm" else "the selection"
         lines.append(f"| `{wanted.name}` | {_when(wanted)} | {_shape(wanted.shape)} | {_dtypes(wanted)} | {half} |")
     lines.append("| `input_ids` | `hash_routing=True` | [M] | int32, int64 | the selection |")
+    lines.append("| `padding` | where a call brings it | [M], or [1] or [] | bool, or int32 | the selection |")
     lines += ["", "## Out", "", "| tensor | when | shape | dtype |", "|---|---|---|---|"]
     for output in outputs_of(_EVERY):
         shape = "[M]" if output.columns is None else f"[M, {_SIZES[output.columns]}]"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moegate.plain import can_be_asked
-from moegate.routing import FLOATS, INTEGERS, LOGITS, Output, RouterTensors, Routing, inputs_of
+from moegate.routing import FLOATS, INTEGERS, LOGITS, PADDINGS, Output, RouterTensors, Routing, inputs_of
 from moegate.spec import MAX_GATE_ROWS, RouterSpec
 
 _STRIDED = torch.strided
@@ -33,7 +33,7 @@ def check_tensor(
         raise ValueError(f"{name}: got shape {list(value.shape)}; allowed: {_words(shape)}")
     if value.layout != torch.strided:
         raise ValueError(f"{name}: got layout {value.layout}; allowed: torch.strided")
-    if value.shape[-1] > 1 and value.stride(-1) != 1:
+    if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(f"{name}: got strides {list(value.stride())}; allowed: 1 in the last dimension")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: got device {value.device}; allowed: {device}, where the other arguments are")
@@ -126,10 +126,22 @@ def check_tensors(spec: RouterSpec, tensors: RouterTensors, device: torch.device
             check_tensor(name, value, wanted.dtypes, wanted.shape, device)
 
 
-def check_input_ids(
-    input_ids: object, spec: RouterSpec, tensors: RouterTensors, num_tokens: int, device: torch.device
+def check_rows(
+    input_ids: object,
+    padding: object,
+    spec: RouterSpec,
+    tensors: RouterTensors,
+    num_tokens: int,
+    device: torch.device,
 ) -> Tensor | None:
-    """Checks the token ids: given just for hash routing, one a token, within the table where a CPU can tell."""
+    """Checks what a call says of its rows; returns the token ids of those that are no padding, for hash routing.
+
+    Token ids are given just for hash routing, one a row, within the table where a CPU can tell.
+    """
+    if isinstance(padding, Tensor) and padding.dtype == torch.int32:
+        check_tensor("padding", padding, PADDINGS, () if padding.dim() == 0 else (1,), device)
+    elif padding is not None:
+        check_tensor("padding", padding, PADDINGS, (num_tokens,), device)
     if not spec.hash_routing:
         if input_ids is not None:
             raise ValueError("input_ids: got a tensor; allowed: None, for the spec's hash_routing = False")
@@ -140,7 +152,9 @@ def check_input_ids(
     assert tensors.tid2eid is not None
     if len(tensors.tid2eid) == 0:
         raise ValueError("tid2eid: got no rows; allowed: one for each token id")
-    if num_tokens and can_be_asked(ids):
+    if isinstance(padding, Tensor) and can_be_asked(ids) and can_be_asked(padding):
+        ids = ids[~padding] if padding.dtype == torch.bool else ids[: max(0, int(padding))]
+    if ids.numel() and can_be_asked(ids):
         low, high, size = int(ids.min()), int(ids.max()), len(tensors.tid2eid)
         if low < 0 or high >= size:
             got = low if low < 0 else high

@@ -56,6 +56,7 @@ def select(
     global_scale: Tensor | None = None,
     tid2eid: Tensor | None = None,
     input_ids: Tensor | None = None,
+    padding: Tensor | None = None,
 ) -> Routing:
     """The experts of each token and their weights, from logits.
 
@@ -68,6 +69,8 @@ def select(
         global_scale: [1] float32, bfloat16 or float16.
         tid2eid: [vocabulary, top_k] int32 or int64, the experts of each token id, distinct in a row.
         input_ids: [M] int32 or int64, the token ids for hash routing.
+        padding: The rows that are no token's: a mask [M] bool, or how many rows in front are a token's, [1] or []
+            int32. Rows of padding get id -1 and weight 0. The values are read on the device, when the kernels run.
 
     Returns:
         A `Routing` without logits. No gradient flows through it.
@@ -86,12 +89,12 @@ def select(
         tid2eid=tid2eid,
     )
     arguments.check_tensors(spec, tensors, logits.device, gemm=False)
-    _check_hash_routing(input_ids, spec, tensors, len(logits), logits.device)
+    _check_rows(input_ids, padding, spec, tensors, len(logits), logits.device)
     if is_compiling():
-        return ops.select(logits.detach(), spec, tensors.detach(), input_ids, Options())
-    device = _place(logits, *tensors, input_ids)
+        return ops.select(logits.detach(), spec, tensors.detach(), input_ids, padding, Options())
+    device = _place(logits, *tensors, input_ids, padding)
     dispatch = for_selection(device, spec, logits.dtype, tensors, Options())
-    return dispatch.select(logits, tensors, input_ids).without_logits()
+    return dispatch.select(logits, tensors, input_ids, padding).without_logits()
 
 
 @torch.no_grad()
@@ -107,6 +110,7 @@ def route(
     global_scale: Tensor | None = None,
     tid2eid: Tensor | None = None,
     input_ids: Tensor | None = None,
+    padding: Tensor | None = None,
     return_logits: bool = False,
     backend: str | None = None,
 ) -> Routing:
@@ -123,6 +127,8 @@ def route(
         global_scale: [1] float32, bfloat16 or float16.
         tid2eid: [vocabulary, top_k] int32 or int64, the experts of each token id, distinct in a row.
         input_ids: [M] int32 or int64, the token ids for hash routing.
+        padding: The rows that are no token's: a mask [M] bool, or how many rows in front are a token's, [1] or []
+            int32. Rows of padding get id -1 and weight 0. The values are read on the device, when the kernels run.
         return_logits: Also return the logits [M, R] in the spec's `logits_dtype`.
         backend: "torch", "cuda" or "flashinfer": only this one runs; see `Gate`. None: the measured policy chooses.
 
@@ -139,8 +145,8 @@ def route(
     hidden = arguments.check_hidden(hidden, spec, weight.device)
     tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
     arguments.check_tensors(spec, tensors, hidden.device)
-    _check_hash_routing(input_ids, spec, tensors, len(hidden), hidden.device)
-    routing = _routed(hidden, weight, spec, tensors, input_ids, Options(backend=backend))
+    _check_rows(input_ids, padding, spec, tensors, len(hidden), hidden.device)
+    routing = _routed(hidden, weight, spec, tensors, input_ids, padding, Options(backend=backend))
     return routing if return_logits else routing.without_logits()
 
 
@@ -150,12 +156,13 @@ def _routed(
     spec: RouterSpec,
     tensors: RouterTensors,
     input_ids: Tensor | None,
+    padding: Tensor | None,
     options: Options,
 ) -> Routing:
     if is_compiling():
-        return ops.route(hidden.detach(), weight.detach(), spec, tensors.detach(), input_ids, options)
-    dispatch = for_route(_place(hidden, weight, *tensors, input_ids), spec, weight, tensors, options)
-    return dispatch.route(hidden, weight, tensors, input_ids, {})
+        return ops.route(hidden.detach(), weight.detach(), spec, tensors.detach(), input_ids, padding, options)
+    dispatch = for_route(_place(hidden, weight, *tensors, input_ids, padding), spec, weight, tensors, options)
+    return dispatch.route(hidden, weight, tensors, input_ids, {}, padding=padding)
 
 
 def _place(first: Tensor, *others: Tensor | None) -> torch.device:
@@ -163,10 +170,15 @@ def _place(first: Tensor, *others: Tensor | None) -> torch.device:
     return first.device if are_plain((first, *others)) else META
 
 
-def _check_hash_routing(
-    input_ids: Tensor | None, spec: RouterSpec, tensors: RouterTensors, num_tokens: int, device: torch.device
+def _check_rows(
+    input_ids: Tensor | None,
+    padding: Tensor | None,
+    spec: RouterSpec,
+    tensors: RouterTensors,
+    num_tokens: int,
+    device: torch.device,
 ) -> None:
-    """Checks the token ids and, on a CPU, the rows of the table that they name; `Gate` has checked the whole table."""
-    ids = arguments.check_input_ids(input_ids, spec, tensors, num_tokens, device)
+    """Checks what is said of the rows and, on a CPU, the rows of the table; `Gate` has checked the whole table."""
+    ids = arguments.check_rows(input_ids, padding, spec, tensors, num_tokens, device)
     if ids is not None and tensors.tid2eid is not None and can_be_asked(ids) and can_be_asked(tensors.tid2eid):
         arguments.check_table(tensors.tid2eid[ids.long()], spec)

@@ -121,6 +121,7 @@ class Gate(FromCheckpoint, TakesNote):
         hidden: Tensor,
         *,
         input_ids: Tensor | None = None,
+        padding: Tensor | None = None,
         return_logits: bool = False,
         out: Routing | None = None,
     ) -> Routing:
@@ -129,6 +130,8 @@ class Gate(FromCheckpoint, TakesNote):
         Args:
             hidden: [M, K] bfloat16, float16 or float32, on the gate's device; M may be 0.
             input_ids: [M] int32 or int64, the token ids, for hash routing only.
+            padding: The rows that are no token's: a mask [M] bool, or how many rows in front are a token's, [1] or []
+                int32. Rows of padding get id -1 and weight 0. The values are read on the device, when the kernels run.
             return_logits: Also return the logits [M, R] in the spec's `logits_dtype`.
             out: Contiguous tensors to fill and return, such as the routing of an earlier call with M tokens. If it has
                 logits, a call of the `cuda` backend with up to 64 tokens allocates nothing.
@@ -142,10 +145,10 @@ class Gate(FromCheckpoint, TakesNote):
             RuntimeError: Tensors of the gate changed, and a CUDA graph is being captured.
         """
         if is_compiling() or (
-            (type(hidden) is not Tensor or input_ids is not None or is_taken_over())
-            and not are_plain((hidden, input_ids))
+            (type(hidden) is not Tensor or input_ids is not None or padding is not None or is_taken_over())
+            and not are_plain((hidden, input_ids, padding))
         ):
-            routing = self._unlooked(hidden, input_ids, out)
+            routing = self._unlooked(hidden, input_ids, padding, out)
         else:
             spec, noted, parameters = self.spec, self._noted, self._parameters
             if noted is not None and noted.holds(parameters, self._buffers):
@@ -153,8 +156,8 @@ class Gate(FromCheckpoint, TakesNote):
             else:
                 noted, weight = self._notice()
             arguments.check_hidden(hidden, spec, noted.device)
-            if input_ids is not None or spec.hash_routing:
-                arguments.check_input_ids(input_ids, spec, noted.tensors, hidden.shape[0], noted.device)
+            if input_ids is not None or padding is not None or spec.hash_routing:
+                arguments.check_rows(input_ids, padding, spec, noted.tensors, hidden.shape[0], noted.device)
             if out is not None:
                 arguments.check_out(out, noted.outputs, spec, hidden.shape[0], noted.device)
             had_grad = torch.is_grad_enabled()
@@ -162,17 +165,19 @@ class Gate(FromCheckpoint, TakesNote):
                 warn_of_no_grad()
             try:
                 torch._C._set_grad_enabled(False)  # what torch.no_grad() does, in a tenth of the time
-                routing = noted.dispatch.route(hidden, weight, noted.tensors, input_ids, noted.prepared, out)
+                routing = noted.dispatch.route(hidden, weight, noted.tensors, input_ids, noted.prepared, out, padding)
             finally:
                 torch._C._set_grad_enabled(had_grad)
         return routing if return_logits else routing.without_logits()
 
-    def _unlooked(self, hidden: Tensor, input_ids: Tensor | None, out: Routing | None) -> Routing:
+    def _unlooked(
+        self, hidden: Tensor, input_ids: Tensor | None, padding: Tensor | None, out: Routing | None
+    ) -> Routing:
         """A call without a look: one operator for compilers; PyTorch's operations for wrappers, modes and tracers."""
         spec = self.spec
         weight, tensors = arguments.check_gate(widened(self._given()), spec)
         arguments.check_hidden(hidden, spec, weight.device)
-        arguments.check_input_ids(input_ids, spec, tensors, hidden.shape[0], weight.device)
+        arguments.check_rows(input_ids, padding, spec, tensors, hidden.shape[0], weight.device)
         if out is not None:
             arguments.check_out(out, outputs_of(spec), spec, hidden.shape[0], weight.device)
         if torch.is_grad_enabled() and _require_grad((hidden, weight, *learned(tensors))):
@@ -184,27 +189,32 @@ class Gate(FromCheckpoint, TakesNote):
                 spec,
                 tensors.detach(),
                 input_ids,
+                padding,
                 Options(self.frozen, self.pdl, self.backend, self.policy),
                 text=self._spec_text,
             ).into(out)
         if weight.is_cuda and not is_taken_over():
             warn_once(f"a {type(hidden).__name__} is routed by PyTorch's operations, which are many times slower")
         with torch.no_grad():
-            return for_route(META, spec, weight, tensors, Options()).route(hidden, weight, tensors, input_ids, {}, out)
+            dispatch = for_route(META, spec, weight, tensors, Options())
+            return dispatch.route(hidden, weight, tensors, input_ids, {}, out, padding)
 
-    def warmup(self, *hidden_dtypes: torch.dtype) -> None:
+    def warmup(self, *hidden_dtypes: torch.dtype, padding: torch.dtype | None = None) -> None:
         """Routes one token in each of these dtypes of `hidden`, so that later calls compile nothing.
 
         Args:
             hidden_dtypes: bfloat16, float16 or float32.
+            padding: The dtype of the `padding` that the calls bring, bool or int32; None: they bring none.
 
         Raises:
             TypeError: Another dtype.
         """
         weight = self.weight
         ids = torch.zeros(1, dtype=torch.int64, device=weight.device) if self.spec.hash_routing else None
+        rows = None if padding is None else torch.zeros(1, dtype=padding, device=weight.device)
         for hidden_dtype in hidden_dtypes:
-            self(torch.zeros((1, self.spec.hidden_size), dtype=hidden_dtype, device=weight.device), input_ids=ids)
+            hidden = torch.zeros((1, self.spec.hidden_size), dtype=hidden_dtype, device=weight.device)
+            self(hidden, input_ids=ids, padding=rows)
 
     def explain(self, num_tokens: int) -> Explanation:
         """Explains the plan for M tokens.

@@ -29,6 +29,8 @@ class Call(NamedTuple):
     tensors: RouterTensors
     input_ids: Tensor | None
     """[M], for hash routing."""
+    padding: Tensor | None
+    """[M] bool, or a number of rows; see `moegate.route`."""
     prepared: Prepared
     out: Routing | None
     """Tensors to be filled; None: new ones."""

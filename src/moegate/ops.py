@@ -21,11 +21,11 @@ from moegate.spec import RouterSpec
 _OPTIONS = "bool frozen, bool pdl, str? backend, str policy"
 _SCHEMAS = (
     "route(Tensor hidden, Tensor weight, str spec, Tensor? bias, Tensor? e_score_correction_bias, Tensor? input_scale,"
-    f" Tensor? per_expert_scale, Tensor? global_scale, Tensor? tid2eid, Tensor? input_ids, {_OPTIONS})"
+    f" Tensor? per_expert_scale, Tensor? global_scale, Tensor? tid2eid, Tensor? input_ids, Tensor? padding, {_OPTIONS})"
     " -> (Tensor topk_ids, Tensor topk_weights, Tensor logits, Tensor shared_weights, Tensor identity_weight)",
     f"router_gemm(Tensor hidden, Tensor weight, Tensor? bias, ScalarType out_dtype, {_OPTIONS}) -> Tensor",
     "select(Tensor logits, str spec, Tensor? e_score_correction_bias, Tensor? per_expert_scale, Tensor? global_scale,"
-    f" Tensor? tid2eid, Tensor? input_ids, {_OPTIONS})"
+    f" Tensor? tid2eid, Tensor? input_ids, Tensor? padding, {_OPTIONS})"
     " -> (Tensor topk_ids, Tensor topk_weights, Tensor shared_weights, Tensor identity_weight)",
 )
 _library = torch.library.Library("moegate", "DEF")
@@ -39,13 +39,14 @@ def route(
     spec: RouterSpec,
     tensors: RouterTensors,
     input_ids: Tensor | None,
+    padding: Tensor | None,
     options: Options,
     *,
     text: str | None = None,
 ) -> Routing:
     """`Dispatch.route` through the operator, in which no compiler looks; `text` is `spec_text(spec)`, if known."""
     text = text or spec_text(spec)
-    return _routing(spec, *torch.ops.moegate.route(hidden, weight, text, *tensors, input_ids, *options))
+    return _routing(spec, *torch.ops.moegate.route(hidden, weight, text, *tensors, input_ids, padding, *options))
 
 
 def router_gemm(
@@ -57,11 +58,16 @@ def router_gemm(
 
 
 def select(
-    logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None, options: Options
+    logits: Tensor,
+    spec: RouterSpec,
+    tensors: RouterTensors,
+    input_ids: Tensor | None,
+    padding: Tensor | None,
+    options: Options,
 ) -> Routing:
     """`Dispatch.select` through the operator; the routing has no logits."""
     small = tensors.e_score_correction_bias, tensors.per_expert_scale, tensors.global_scale, tensors.tid2eid
-    ids, weights, *others = torch.ops.moegate.select(logits, spec_text(spec), *small, input_ids, *options)
+    ids, weights, *others = torch.ops.moegate.select(logits, spec_text(spec), *small, input_ids, padding, *options)
     return _routing(spec, ids, weights, None, *others)
 
 
@@ -93,6 +99,7 @@ def _run_route(
     global_scale: Tensor | None,
     tid2eid: Tensor | None,
     input_ids: Tensor | None,
+    padding: Tensor | None,
     frozen: bool,
     pdl: bool,
     backend: str | None,
@@ -102,7 +109,7 @@ def _run_route(
     parsed = _spec(spec)
     dispatch = for_route(hidden.device, parsed, weight, tensors, Options(frozen, pdl, backend, policy))
     # A CPU's packed weight is the gate's, which a compiled graph does not have: so none is made here.
-    return _parts(dispatch.route(hidden, weight, tensors, input_ids, {}), parsed)
+    return _parts(dispatch.route(hidden, weight, tensors, input_ids, {}, padding=padding), parsed)
 
 
 def _run_router_gemm(
@@ -127,6 +134,7 @@ def _run_select(
     global_scale: Tensor | None,
     tid2eid: Tensor | None,
     input_ids: Tensor | None,
+    padding: Tensor | None,
     frozen: bool,
     pdl: bool,
     backend: str | None,
@@ -135,7 +143,7 @@ def _run_select(
     tensors = RouterTensors(None, e_score_correction_bias, None, per_expert_scale, global_scale, tid2eid)
     parsed, options = _spec(spec), Options(frozen, pdl, backend, policy)
     dispatch = for_selection(logits.device, parsed, logits.dtype, tensors, options)
-    ids, weights, _, *others = _parts(dispatch.select(logits, tensors, input_ids), parsed)
+    ids, weights, _, *others = _parts(dispatch.select(logits, tensors, input_ids, padding), parsed)
     return ids, weights, *others
 
 

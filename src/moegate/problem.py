@@ -22,6 +22,7 @@ class Dtypes(NamedTuple):
     global_scale: torch.dtype | None = None
     tid2eid: torch.dtype | None = None
     input_ids: torch.dtype | None = None
+    padding: torch.dtype | None = None
 
     def __str__(self) -> str:
         """As in "bfloat16 hidden, float32 weight"."""
@@ -44,11 +45,13 @@ class Problem(NamedTuple):
         """Of the logits."""
         return getattr(torch, self.spec.logits_dtype)  # type: ignore[no-any-return]
 
-    def given(self, hidden: torch.dtype, input_ids: torch.dtype | None) -> Problem:
-        """The same for a call's hidden states and token ids."""
-        if (hidden, input_ids) == (self.dtypes.hidden, self.dtypes.input_ids):
+    def given(
+        self, hidden: torch.dtype, input_ids: torch.dtype | None = None, padding: torch.dtype | None = None
+    ) -> Problem:
+        """The same for a call's hidden states, token ids and padding."""
+        if (hidden, input_ids, padding) == (self.dtypes.hidden, self.dtypes.input_ids, self.dtypes.padding):
             return self
-        return self._replace(dtypes=self.dtypes._replace(hidden=hidden, input_ids=input_ids))
+        return self._replace(dtypes=self.dtypes._replace(hidden=hidden, input_ids=input_ids, padding=padding))
 
     def __str__(self) -> str:
         """One line: shape, dtypes, what is declared, machine."""

@@ -15,6 +15,8 @@ from moegate.spec import RouterSpec
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LOGITS = (torch.float32, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
+PADDINGS = (torch.bool, torch.int32)
+"""A mask, or a number of rows."""
 
 
 class Input(NamedTuple):
@@ -124,7 +126,8 @@ class Routing(NamedTuple):
     """Where M tokens go."""
 
     topk_ids: Tensor
-    """[M, k] in the spec's `topk_ids_dtype`: distinct ids in 0..E-1, by key, best first (hash routing: in the table's order)."""
+    """[M, k] in the spec's `topk_ids_dtype`: distinct ids in 0..E-1, by key, best first (hash
+    routing: in the table's order). -1 in rows that are padding."""
     topk_weights: Tensor
     """[M, k] in the spec's `topk_weights_dtype`: the factors of the experts' outputs."""
     logits: Tensor | None = None

@@ -72,9 +72,18 @@ def dot_texts(arch: str, problem: Problem) -> list[str]:
     return list(dict.fromkeys(dot_gemm.source(problem, dot_gemm.tiling_of(*sizes, chip)) for chip in chips_of(arch)))
 
 
-def select_text(spec: RouterSpec, *, aligned: bool = True, frozen: bool = False, num_terms: int = 0) -> str:
+def select_text(
+    spec: RouterSpec,
+    *,
+    aligned: bool = True,
+    frozen: bool = False,
+    num_terms: int = 0,
+    padding: torch.dtype | None = None,
+) -> str:
     """The source text of a selection, with the dtypes of routers.tensors_of."""
-    return select_text_of(a_problem(spec, frozen=frozen), aligned=aligned, num_terms=num_terms)
+    problem = a_problem(spec, frozen=frozen)
+    problem = problem._replace(dtypes=problem.dtypes._replace(padding=padding))
+    return select_text_of(problem, aligned=aligned, num_terms=num_terms)
 
 
 def on_gpu(tensors: RouterTensors) -> RouterTensors:
@@ -117,10 +126,16 @@ def problems_of(
     return verify_call(routing, hidden, weight, spec, tensors, ids).problems
 
 
-def selected(logits: Tensor, spec: RouterSpec, tensors: RouterTensors, input_ids: Tensor | None = None) -> Routing:
+def selected(
+    logits: Tensor,
+    spec: RouterSpec,
+    tensors: RouterTensors,
+    input_ids: Tensor | None = None,
+    padding: Tensor | None = None,
+) -> Routing:
     """The routing of the selection alone for logits on the GPU, with these logits."""
     dispatch = for_selection(logits.device, spec, logits.dtype, tensors, Options(backend="cuda"))
-    return dispatch.select(logits, tensors, input_ids)
+    return dispatch.select(logits, tensors, input_ids, padding)
 
 
 def routed_by(
@@ -141,7 +156,7 @@ def bound_cublas(spec: RouterSpec, weight: Tensor, tensors: RouterTensors = NO_T
 def a_call(hidden: Tensor, weight: Tensor, tensors: RouterTensors = NO_TENSORS, **given: Any) -> Call:
     """On the current stream."""
     stream = torch.cuda.current_stream().cuda_stream
-    call = Call(len(hidden), hidden, weight, tensors, None, {}, None, stream)
+    call = Call(len(hidden), hidden, weight, tensors, None, None, {}, None, stream)
     return call._replace(**given)
 
 

@@ -72,7 +72,9 @@ def main() -> None:
                     routed_by(DOT_GEMM, random_hidden(spec, rows), weight, spec, tensors)
             logits = torch.randn(_MANY, spec.num_gate_rows, device="cuda", dtype=getattr(torch, spec.logits_dtype))
             ids = token_ids(_MANY).cuda() if spec.hash_routing else None
-            selected(logits, spec, tensors, ids)
+            number = torch.tensor(_MANY // 2, dtype=torch.int32, device="cuda")
+            for padding in (None, torch.arange(_MANY, device="cuda") % 3 == 1, number):
+                selected(logits, spec, tensors, ids, padding)
             beside_cublas(weight, spec, tensors)
             print(name, flush=True)
     torch.cuda.synchronize()

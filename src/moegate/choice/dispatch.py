@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Dispatch:
         # PyTorch's operations accept wrappers, too, and find their device by themselves.
         self._is_torch = {candidate.backend for candidate in self._candidates} == {"torch"}
         self._index = device.index or 0 if device.type == "cuda" and not self._is_torch else None
-        self._by_dtypes: dict[object, _Bound] = {}
+        self._by_dtypes: dict[tuple[Any, ...], _Bound] = {}
         self._selections: dict[object, BoundSelection] = {}
 
     @property
@@ -58,7 +58,7 @@ class Dispatch:
     def prepare(self, weight: Tensor) -> Prepared:
         """Compiles for a gate's likely calls; returns what is made once of a frozen weight."""
         problem = self.plan.problem
-        self._bind(problem.dtypes.hidden, problem.dtypes.input_ids)
+        self._bind(problem.dtypes.hidden, problem.dtypes.input_ids, problem.dtypes.padding)
         if not problem.frozen:
             return {}
         made = {each.gemm: each.gemm.prepare(problem, weight) for each in self._candidates}
@@ -72,17 +72,19 @@ class Dispatch:
         input_ids: Tensor | None,
         prepared: Prepared,
         out: Routing | None = None,
+        padding: Tensor | None = None,
     ) -> Routing:
         """Hidden states [M, K] -> routing, with its logits; in `out`, if that is given. See `moegate.route`."""
         index, stream = self._index, 0
         if index is not None:
             if gpu.current_device() != index:
                 with torch.cuda.device(index):
-                    return self.route(hidden, weight, tensors, input_ids, prepared, out)
+                    return self.route(hidden, weight, tensors, input_ids, prepared, out, padding)
             stream = gpu.current_stream(index)
         num_tokens = hidden.shape[0]
-        gemm, select = self._halves(num_tokens, hidden.dtype, None if input_ids is None else input_ids.dtype)
-        call = tuple.__new__(Call, (num_tokens, hidden, weight, tensors, input_ids, prepared, out, stream))
+        ids_dtype = None if input_ids is None else input_ids.dtype
+        gemm, select = self._halves(num_tokens, hidden.dtype, ids_dtype, None if padding is None else padding.dtype)
+        call = tuple.__new__(Call, (num_tokens, hidden, weight, tensors, input_ids, padding, prepared, out, stream))
         return select(call, gemm(call))
 
     def router_gemm(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -91,40 +93,41 @@ class Dispatch:
         if index is not None and gpu.current_device() != index:
             with torch.cuda.device(index):
                 return self.router_gemm(hidden, weight, bias)
-        gemm, _ = self._halves(hidden.shape[0], hidden.dtype, None)
+        gemm, _ = self._halves(hidden.shape[0], hidden.dtype, None, None)
         stream = 0 if index is None else gpu.current_stream(index)
-        return gemm.logits(Call(hidden.shape[0], hidden, weight, RouterTensors(bias), None, {}, None, stream))
+        return gemm.logits(Call(hidden.shape[0], hidden, weight, RouterTensors(bias), None, None, {}, None, stream))
 
-    def select(self, logits: Tensor, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
+    def select(
+        self, logits: Tensor, tensors: RouterTensors, input_ids: Tensor | None, padding: Tensor | None = None
+    ) -> Routing:
         """Logits [M, R] -> routing, with the logits. See `moegate.select`."""
         index = self._index
         if index is not None and gpu.current_device() != index:
             with torch.cuda.device(index):
-                return self.select(logits, tensors, input_ids)
-        select = self._selection(logits.shape[0], None if input_ids is None else input_ids.dtype)
+                return self.select(logits, tensors, input_ids, padding)
+        ids_dtype = None if input_ids is None else input_ids.dtype
+        select = self._selection(logits.shape[0], ids_dtype, None if padding is None else padding.dtype)
         stream = 0 if index is None else gpu.current_stream(index)
         # A selection reads neither hidden states nor a weight.
-        return select(Call(logits.shape[0], logits, logits, tensors, input_ids, {}, None, stream), logits)
+        call = Call(logits.shape[0], logits, logits, tensors, input_ids, padding, {}, None, stream)
+        return select(call, logits)
 
-    def _halves(
-        self, num_tokens: int, hidden_dtype: torch.dtype, ids_dtype: torch.dtype | None
-    ) -> tuple[BoundGemm, BoundSelection]:
-        """What runs for so many tokens.
+    def _halves(self, num_tokens: int, *dtypes: Any) -> tuple[BoundGemm, BoundSelection]:
+        """What runs for so many tokens; `dtypes`: of hidden states, token ids and padding.
 
         Raises:
             ValueError: The backend is forced, and cannot.
         """
-        key = hidden_dtype if ids_dtype is None else (hidden_dtype, ids_dtype)
-        ends, halves = self._by_dtypes.get(key) or self._bind(hidden_dtype, ids_dtype)
+        ends, halves = self._by_dtypes.get(dtypes) or self._bind(*dtypes)
         found = halves[bisect_left(ends, num_tokens)]
         if found is None:
-            self.plan.choice(num_tokens, self.plan.problem.given(hidden_dtype, ids_dtype))
+            self.plan.choice(num_tokens, self.plan.problem.given(*dtypes))
             raise AssertionError("the plan has a candidate where it had none")
         return found
 
-    def _bind(self, hidden_dtype: torch.dtype, ids_dtype: torch.dtype | None) -> _Bound:
+    def _bind(self, *dtypes: Any) -> _Bound:
         """Finds and compiles what runs for calls with these dtypes."""
-        problem = self.plan.problem.given(hidden_dtype, ids_dtype)
+        problem = self.plan.problem.given(*dtypes)
         plan = self.plan
         spans = plan.spans if problem is plan.problem else plan.spans_for(problem)
         if self._only is not None:
@@ -146,20 +149,20 @@ class Dispatch:
                 following = last + 1
         if len(bound.halves) == len(bound.ends):  # no candidate for any further number of tokens
             bound.halves.append(None)
-        self._by_dtypes[hidden_dtype if ids_dtype is None else (hidden_dtype, ids_dtype)] = bound
+        self._by_dtypes[dtypes] = bound
         return bound
 
     def _bound(self, candidate: Candidate, problem: Problem) -> tuple[BoundGemm, BoundSelection]:
         gemm = candidate.gemm.bind(problem, self._device)
         return gemm, candidate.selection.bind(problem, self._device, gemm)
 
-    def _selection(self, num_tokens: int, ids_dtype: torch.dtype | None) -> BoundSelection:
-        """The selection alone that runs for so many tokens."""
-        problem = self.plan.problem.given(self.plan.problem.dtypes.hidden, ids_dtype)
+    def _selection(self, num_tokens: int, *dtypes: Any) -> BoundSelection:
+        """The selection alone that runs for so many tokens; `dtypes`: of token ids and padding."""
+        problem = self.plan.problem.given(self.plan.problem.dtypes.hidden, *dtypes)
         if num_tokens == 0 and not self._is_torch:
             return _no_tokens(problem, self._device)[1]
         selection = self.plan.choice(num_tokens, problem).candidate.selection
-        key = selection, ids_dtype
+        key = selection, dtypes
         if key not in self._selections:
             self._selections[key] = selection.bind(problem, self._device, None)
         return self._selections[key]

@@ -46,13 +46,15 @@ def select(
     tensors: RouterTensors,
     input_ids: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    padding: Tensor | None = None,
 ) -> Routing:
     """Logits [M, R] -> the routing, every formula evaluated in `dtype`."""
+    is_padding = rows_of_padding(padding, logits)
     has_nan = logits.isnan().any(dim=-1, keepdim=True)
     finite = finite_logits(logits, dtype)
     if spec.hash_routing:
         assert tensors.tid2eid is not None and input_ids is not None
-        ids = tensors.tid2eid[input_ids.long()].long()
+        ids = tensors.tid2eid[input_ids.long().masked_fill(is_padding, 0)].long()
     else:
         keys = choice_keys(finite, spec, tensors)
         ids = best_first(keys, spec.top_k, eligible_experts(keys, spec))
@@ -60,14 +62,22 @@ def select(
     weights, shared_weights = weights_at(ids, finite, spec, tensors)
     identity_weight = weights.masked_fill(ids < spec.num_experts, 0).sum(dim=-1, keepdim=True)
     weights, shared_weights, identity_weight = (
-        each.masked_fill(has_nan, torch.nan) for each in (weights, shared_weights, identity_weight)
+        each.masked_fill(has_nan, torch.nan).masked_fill(is_padding[:, None], 0)
+        for each in (weights, shared_weights, identity_weight)
     )
     return Routing(
-        topk_ids=ids.to(getattr(torch, spec.topk_ids_dtype)),
+        topk_ids=ids.masked_fill(is_padding[:, None], -1).to(getattr(torch, spec.topk_ids_dtype)),
         topk_weights=weights,
         shared_weights=shared_weights if spec.num_shared_gates else None,
         identity_weight=identity_weight.squeeze(-1) if spec.num_zero_experts else None,
     )
+
+
+def rows_of_padding(padding: Tensor | None, rows: Tensor) -> Tensor:
+    """A mask [M] of the rows [M, ...] that are padding: a mask, or how many rows in front are no padding."""
+    if padding is None:
+        return torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    return padding if padding.dtype == torch.bool else torch.arange(len(rows), device=rows.device) >= padding
 
 
 def finite_logits(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moegate.contract import bounds
 from moegate.contract.bounds import Interval
-from moegate.contract.reference import router_logits, select
+from moegate.contract.reference import router_logits, rows_of_padding, select
 from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 
@@ -49,6 +49,7 @@ def verify_routing(
     tensors: RouterTensors,
     *,
     input_ids: Tensor | None = None,
+    padding: Tensor | None = None,
     logit_error: Tensor | None = None,
 ) -> Verdict:
     """Checks `routing` against the float64 reference on `logits` [M, R].
@@ -59,6 +60,7 @@ def verify_routing(
         spec: What the router computes.
         tensors: The small tensors that the spec asks for.
         input_ids: [M], for hash routing.
+        padding: The rows that are padding; see `moegate.route`. Other rows are counted without them.
         logit_error: [M, R] float64, the bound of the backend's logits around `logits`; None: they are equal.
 
     Returns:
@@ -68,6 +70,8 @@ def verify_routing(
     logits, input_ids = logits.cpu(), None if input_ids is None else input_ids.cpu()
     routing = Routing(*(tensor if tensor is None else tensor.cpu() for tensor in routing))  # type: ignore[arg-type]
     tensors = RouterTensors(*(tensor if tensor is None else tensor.cpu() for tensor in tensors))
+    if padding is not None:
+        return _verify_padded(routing, logits, spec, tensors, input_ids, padding.cpu(), logit_error)
     exact_logits = logit_error is None
     error = torch.zeros(logits.shape, dtype=torch.float64) if logit_error is None else logit_error.cpu()
 
@@ -89,6 +93,29 @@ def verify_routing(
     else:
         _verify_choice(verdict, ids, expected, bounds.key_interval(logits, spec, tensors, error), spec)
     _verify_weights(verdict, routing, logits, spec, tensors, error)
+    return verdict
+
+
+def _verify_padded(
+    routing: Routing,
+    logits: Tensor,
+    spec: RouterSpec,
+    tensors: RouterTensors,
+    input_ids: Tensor | None,
+    padding: Tensor,
+    logit_error: Tensor | None,
+) -> Verdict:
+    """Rows of padding have id -1 and weight 0; the others are held against the contract without them."""
+    is_padding = rows_of_padding(padding, logits)
+    kept = ~is_padding
+    of_tokens = Routing(*(None if part is None else part[kept] for part in routing))  # type: ignore[arg-type]
+    ids, error = (None if part is None else part[kept] for part in (input_ids, logit_error))
+    verdict = verify_routing(of_tokens, logits[kept], spec, tensors, input_ids=ids, logit_error=error)
+    verdict.rows = len(logits)
+    for name, part in routing._replace(logits=None)._asdict().items():
+        if part is not None:
+            differs = part.unsqueeze(-1).flatten(1) != (-1 if name == "topk_ids" else 0)
+            verdict.breach(differs.any(dim=-1) & is_padding, f"{name} of padding")
     return verdict
 
 
@@ -182,6 +209,7 @@ def verify_call(
     spec: RouterSpec,
     tensors: RouterTensors,
     input_ids: Tensor | None = None,
+    padding: Tensor | None = None,
 ) -> Verdict:
     """Checks the logits and the choice of a routing against the contract.
 
@@ -192,6 +220,7 @@ def verify_call(
         spec: What the router computes.
         tensors: The small tensors that the spec asks for.
         input_ids: [M], for hash routing.
+        padding: The rows that are padding; see `moegate.route`.
     """
     result = Verdict(rows=len(hidden))
     if routing.logits is None:
@@ -209,8 +238,9 @@ def verify_call(
         rows = slice(start, start + _CHUNK)
         chunk = Routing(*(None if tensor is None else tensor[rows] for tensor in routing))  # type: ignore[arg-type]
         ids = None if input_ids is None else input_ids[rows]
+        mask = None if padding is None else rows_of_padding(padding, hidden)[rows]
         where = f"rows from {start}: " if len(hidden) > _CHUNK else ""
-        _verify_chunk(result, where, chunk, hidden[rows], weight, spec, tensors, ids)
+        _verify_chunk(result, where, chunk, hidden[rows], weight, spec, tensors, ids, mask)
     return result
 
 
@@ -223,13 +253,14 @@ def _verify_chunk(
     spec: RouterSpec,
     tensors: RouterTensors,
     input_ids: Tensor | None,
+    padding: Tensor | None,
 ) -> None:
     logits = routing.logits
     assert logits is not None
     exactness = verify_logits(logits, hidden, weight, spec, tensors)
     problems = exactness.problems
     if logits.shape == (len(hidden), spec.num_gate_rows):
-        choice = verify_routing(routing, logits, spec, tensors, input_ids=input_ids)
+        choice = verify_routing(routing, logits, spec, tensors, input_ids=input_ids, padding=padding)
         problems = problems + choice.problems
         result.excused_rows += choice.excused_rows
         result.max_error = max(result.max_error, exactness.max_error)

@@ -60,7 +60,15 @@ TOP_K = Function(
 # What a function takes of a spec is written as what it knows: a field that is not named here must be at its default.
 _SIZES = {"hidden_size", "num_experts", "num_zero_experts", "num_shared_gates", "weight_dtype", "logits_dtype"}
 _OF_SELECTION = {
-    *("top_k", "scoring_func", "correction_bias", "weights_from", "topk_ids_dtype", "topk_weights_dtype", "hash_routing"),
+    *(
+        "top_k",
+        "scoring_func",
+        "correction_bias",
+        "weights_from",
+        "topk_ids_dtype",
+        "topk_weights_dtype",
+        "hash_routing",
+    ),
     *("n_group", "topk_group", "group_score", "group_score_top_j", "select_per_group"),
     *("renormalize", "renormalize_eps", "renormalize_floor", "routed_scaling_factor", "global_scale"),
     *("logit_multiplier", "logit_softcapping", "per_expert_scale"),

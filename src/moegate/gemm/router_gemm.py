@@ -171,7 +171,7 @@ class BoundRouterGemm:
 
     def __call__(self, call: Call) -> Tensor:
         """The logits [M, R], M from 1 to `MAX_GEMM_TOKENS`."""
-        num_tokens, hidden, weight, tensors, _, _, out, stream = call
+        num_tokens, hidden, weight, tensors, _, _, _, out, stream = call
         assert weight.dtype == self._weight_dtype, "Gate.refresh() was not called after a change of dtype"
         logits = None if out is None else out.logits
         if logits is None:

@@ -9,6 +9,7 @@ from moegate.flashinfer import functions, limits
 from moegate.halves import BoundGemm, Call, Logits, Selection
 from moegate.problem import Problem
 from moegate.routing import Routing
+from moegate.selection.padding import with_padding
 
 
 class FlashInferTopK(Selection):
@@ -58,4 +59,4 @@ class BoundFlashInferTopK:
         assert isinstance(logits, Tensor)
         # FlashInfer takes no tensor that needs a gradient.
         ids, weights = self._top_k(logits, call.tensors.detach().e_score_correction_bias)
-        return Routing(ids, weights, logits).into(call.out)
+        return with_padding(Routing(ids, weights, logits), call.padding).into(call.out)

@@ -114,7 +114,7 @@ class BoundSelect:
 
     def __call__(self, call: Call, logits: Logits) -> Routing:
         """The routing of M > 0 tokens, of logits [M, R] whose rows may be apart, or of partial sums."""
-        num_tokens, _, _, tensors, input_ids, _, out, stream = call
+        num_tokens, _, _, tensors, input_ids, padding, _, out, stream = call
         if isinstance(logits, Tensor) and (out is None or out.logits is None or out.logits is logits):
             source, made, norm_factors, num_splits = logits, logits, None, 0
         else:
@@ -142,6 +142,7 @@ class BoundSelect:
             0 if global_scale is None else global_scale.data_ptr(),
             0 if table is None else table.data_ptr(),
             0 if input_ids is None else input_ids.data_ptr(),
+            0 if padding is None else padding.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             0 if norm_factors is None else norm_factors.data_ptr(),
             address,

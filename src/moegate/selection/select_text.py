@@ -17,6 +17,7 @@ ARGUMENTS = text.Arguments(
     global_scale="const void*",
     tid2eid="const void*",
     input_ids="const void*",
+    padding="const void*",
     bias="const void*",  # the linear one, of partial sums
     norm_factors="const float*",  # [M], of partial sums with an input norm
     made_logits="void*",  # of partial sums: [M, R], contiguous, like all outputs
@@ -37,6 +38,7 @@ _SCORES = {
     "sqrtsoftplus": "kSqrtSoftplus",
     "identity": "kIdentity",
 }
+_PADDING = {None: 0, torch.bool: 1, torch.int32: 2}
 # Kernels, and the registers of a lane for partial sums in flight.
 _OF_LOGITS = (("select_few", 0), ("select_many", 0))
 _OF_PARTIAL_SUMS = (("select_few", 64), ("select_some", 64), ("select_many", 16))
@@ -58,6 +60,7 @@ def select_text(problem: Problem, *, aligned: bool, num_terms: int = 0) -> str:
         "bool kHasBias": num_terms > 0 and dtypes.bias is not None,
         "bool kAligned": aligned,
         "bool kFrozen": problem.frozen,
+        "int kPadding": _PADDING[dtypes.padding],
         "int kSharedWords": shared_words(spec),
     }
     types = {
@@ -113,6 +116,9 @@ def _constants_of(spec: RouterSpec) -> dict[str, object]:
         "bool kHasExpertScale": spec.per_expert_scale,
         "bool kHasGlobalScale": spec.global_scale,
         "bool kIsHash": spec.hash_routing,
+        "int kNoPadding": 0,
+        "int kMask": 1,
+        "int kNumRows": 2,
     }
 
 

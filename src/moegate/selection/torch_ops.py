@@ -12,6 +12,7 @@ from moegate.problem import Problem
 from moegate.routing import RouterTensors, Routing
 from moegate.selection.cpu_rows import known_finite, select_few_plain_rows
 from moegate.selection.formulas import choice_keys, mask_groups, routing_of, weights_of
+from moegate.selection.padding import with_padding
 from moegate.selection.top_k import top_k, top_k_per_group
 from moegate.spec import RouterSpec
 
@@ -41,7 +42,8 @@ class BoundOps:
     def __call__(self, call: Call, logits: Logits) -> Routing:
         """The routing, with its logits."""
         assert isinstance(logits, Tensor)
-        return self._select(logits, call.tensors, call.input_ids).into(call.out)
+        routing = self._select(logits, call.tensors, call.input_ids)
+        return with_padding(routing, call.padding).into(call.out)
 
     def _select(self, logits: Tensor, tensors: RouterTensors, input_ids: Tensor | None) -> Routing:
         spec = self._spec

@@ -142,6 +142,12 @@ struct Select {
     return lane < k ? int(table[row * arguments.table_stride + lane]) : 0;
   }
 
+  __forceinline__ bool is_padding() const {
+    if constexpr (Config::kPadding == Config::kMask) return static_cast<const unsigned char*>(arguments.padding)[token] != 0;
+    if constexpr (Config::kPadding == Config::kNumRows) return token >= *static_cast<const int*>(arguments.padding);
+    return false;
+  }
+
   __forceinline__ float basis_of(int id) const {
     if constexpr (Config::kIsHash) return transformed<Config>(finite(logits.at(id)));
     return reinterpret_cast<const float*>(shared)[id];
@@ -163,7 +169,8 @@ struct Select {
 
   __forceinline__ float shared_score(int gate) const { return score(transformed<Config>(finite(logits.at(E + gate)))); }
 
-  __forceinline__ void store_weights(int id, bool is_nan) const {
+  // `is_padding`: the row has no expert and no weight, whatever its logits are.
+  __forceinline__ void store_weights(int id, bool is_nan, bool is_padding) const {
     using Ids = typename Config::Ids;
     using Weights = typename Config::Weights;
     float weight = plain_weight(id);
@@ -184,19 +191,21 @@ struct Select {
     if constexpr (Config::kHasExpertScale) {
       weight *= widen(static_cast<const typename Config::ExpertScale*>(arguments.per_expert_scale)[lane < k ? id : 0]);
     }
-    const float nan = __uint_as_float(0x7fffffffu);
+    const auto stored = [=](float value) {
+      return narrow<Weights>(is_padding ? 0.0f : is_nan ? __uint_as_float(0x7fffffffu) : value);
+    };
     if (lane < k) {
-      static_cast<Ids*>(arguments.topk_ids)[int64(token) * k + lane] = id;
-      static_cast<Weights*>(arguments.topk_weights)[int64(token) * k + lane] = narrow<Weights>(is_nan ? nan : weight);
+      static_cast<Ids*>(arguments.topk_ids)[int64(token) * k + lane] = is_padding ? -1 : id;
+      static_cast<Weights*>(arguments.topk_weights)[int64(token) * k + lane] = stored(weight);
     }
     if constexpr (E > Config::kExperts) {
       const float identity = warp_sum<kChosenLanes>(lane < k and id >= Config::kExperts ? weight : 0.0f);
-      if (lane == 0) static_cast<Weights*>(arguments.identity_weight)[token] = narrow<Weights>(is_nan ? nan : identity);
+      if (lane == 0) static_cast<Weights*>(arguments.identity_weight)[token] = stored(identity);
     }
     if constexpr (R > E) {
       for (int gate = lane; gate < R - E; gate += 32) {
         const float of_gate = divide(shared_score(gate), total) * factor;
-        static_cast<Weights*>(arguments.shared_weights)[int64(token) * (R - E) + gate] = narrow<Weights>(is_nan ? nan : of_gate);
+        static_cast<Weights*>(arguments.shared_weights)[int64(token) * (R - E) + gate] = stored(of_gate);
       }
     }
   }
@@ -210,6 +219,7 @@ struct Select {
     trigger_dependents();
     if (token >= arguments.num_tokens) return;
     if constexpr (not Config::kFrozen) load_bias(bias);
+    const bool has_no_token = is_padding();  // loaded beside the logits
     bool is_nan = logits.load(values);
     if constexpr (kNeedsSoftmaxSum) sum_softmax(values);
     int id;
@@ -220,7 +230,7 @@ struct Select {
     } else {
       id = choose(values, bias);
     }
-    store_weights(id, is_nan);
+    store_weights(id, is_nan, has_no_token);
   }
 };
 

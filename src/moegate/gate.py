@@ -148,30 +148,33 @@ class Gate(FromCheckpoint, TakesNote):
             (type(hidden) is not Tensor or input_ids is not None or padding is not None or is_taken_over())
             and not are_plain((hidden, input_ids, padding))
         ):
-            routing = self._unlooked(hidden, input_ids, padding, out)
-        else:
-            spec, noted, parameters = self.spec, self._noted, self._parameters
-            if noted is not None and noted.holds(parameters, self._buffers):
-                weight: Tensor = parameters["weight"]  # type: ignore[assignment] # None would have failed the look
-            else:
-                noted, weight = self._notice()
-            arguments.check_hidden(hidden, spec, noted.device)
-            if input_ids is not None or padding is not None or spec.hash_routing:
-                arguments.check_rows(input_ids, padding, spec, noted.tensors, hidden.shape[0], noted.device)
-            if out is not None:
-                arguments.check_out(out, noted.outputs, spec, hidden.shape[0], noted.device)
-            had_grad = torch.is_grad_enabled()
-            if had_grad and (hidden.requires_grad or weight.requires_grad or _require_grad(noted.learned)):
-                warn_of_no_grad()
-            try:
-                torch._C._set_grad_enabled(False)  # what torch.no_grad() does, in a tenth of the time
-                routing = noted.dispatch.route(hidden, weight, noted.tensors, input_ids, noted.prepared, out, padding)
-            finally:
-                torch._C._set_grad_enabled(had_grad)
+            return self._unlooked(hidden, input_ids, padding, out, return_logits=return_logits)
+        spec, noted, parameters = self.spec, self._noted, self._parameters
+        weight: Tensor = parameters.get("weight")  # type: ignore[assignment] # if there is none, the look fails
+        if noted is None or not noted.holds(parameters, self._buffers):
+            noted, weight = self._notice()
+        arguments.check_hidden(hidden, spec, noted.device)
+        if input_ids is not None or padding is not None or spec.hash_routing:
+            arguments.check_rows(input_ids, padding, spec, noted.tensors, hidden.shape[0], noted.device)
+        if out is not None:
+            arguments.check_out(out, noted.outputs, spec, hidden.shape[0], noted.device)
+        if (had_grad := torch.is_grad_enabled()) and (_require_grad((hidden, weight)) or _require_grad(noted.learned)):
+            warn_of_no_grad()
+        try:
+            torch._C._set_grad_enabled(False)  # what torch.no_grad() does, in a tenth of the time
+            routing = noted.dispatch.route(hidden, weight, noted.tensors, input_ids, noted.prepared, out, padding)
+        finally:
+            torch._C._set_grad_enabled(had_grad)
         return routing if return_logits else routing.without_logits()
 
     def _unlooked(
-        self, hidden: Tensor, input_ids: Tensor | None, padding: Tensor | None, out: Routing | None
+        self,
+        hidden: Tensor,
+        input_ids: Tensor | None,
+        padding: Tensor | None,
+        out: Routing | None,
+        *,
+        return_logits: bool,
     ) -> Routing:
         """A call without a look: one operator for compilers; PyTorch's operations for wrappers, modes and tracers."""
         spec = self.spec
@@ -183,7 +186,7 @@ class Gate(FromCheckpoint, TakesNote):
         if torch.is_grad_enabled() and _require_grad((hidden, weight, *learned(tensors))):
             warn_of_no_grad()
         if is_compiling():
-            return ops.route(
+            routing = ops.route(
                 hidden.detach(),
                 weight.detach(),
                 spec,
@@ -193,11 +196,13 @@ class Gate(FromCheckpoint, TakesNote):
                 Options(self.frozen, self.pdl, self.backend, self.policy),
                 text=self._spec_text,
             ).into(out)
+            return routing if return_logits else routing.without_logits()
         if weight.is_cuda and not is_taken_over():
             warn_once(f"a {type(hidden).__name__} is routed by PyTorch's operations, which are many times slower")
         with torch.no_grad():
             dispatch = for_route(META, spec, weight, tensors, Options())
-            return dispatch.route(hidden, weight, tensors, input_ids, {}, out, padding)
+            routing = dispatch.route(hidden, weight, tensors, input_ids, {}, out, padding)
+        return routing if return_logits else routing.without_logits()
 
     def warmup(self, *hidden_dtypes: torch.dtype, padding: torch.dtype | None = None) -> None:
         """Routes one token in each of these dtypes of `hidden`, so that later calls compile nothing.

@@ -12,6 +12,8 @@ from routers import SPECS, random_logits, select_arguments, tensors_of
 from moegate import RouterSpec
 from moegate.contract import limits, reference
 from moegate.contract.verify import verify_routing
+from moegate.routing import RouterTensors
+from moegate.spec_values import CHOICES
 
 
 @pytest.mark.parametrize("rows", [3, 200])
@@ -46,17 +48,32 @@ def test_weights_do_not_see_the_bias() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("eps", [0.0, 1e-20, 1e-6])
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "sqrtsoftplus"])
-def test_renormalisation_of_underflowing_scores(scoring_func: str, rows: int) -> None:
-    """0/0 gives 0, and the weights of tiny sums approach 0 continuously."""
-    spec = RouterSpec(8, 4, 2, scoring_func, "score", renormalize=True)  # type: ignore[arg-type]
+def test_renormalisation_of_underflowing_scores(scoring_func: str, eps: float, rows: int) -> None:
+    """0/0 gives 0, and the weights of tiny sums approach 0 continuously, also beside an eps below the least sum."""
+    spec = RouterSpec(8, 4, 2, scoring_func, "score", renormalize=True, renormalize_eps=eps)  # type: ignore[arg-type]
     bias = torch.zeros(4)
+    tensors = RouterTensors(e_score_correction_bias=bias)
     for level, expected in ((-1000.0, 0.0), (-1.0, 0.5)):
         routing = select(torch.full((rows, 4), level), spec, e_score_correction_bias=bias)
-        assert routing.topk_weights.tolist() == [[expected] * 2] * rows
+        assert routing.topk_weights.flatten().tolist() == pytest.approx([expected] * 2 * rows, rel=1e-5)  # 1e-6 of eps
     level, score = (-80.0, 1.804851e-35) if scoring_func == "sigmoid" else (-80.0, 4.248354e-18)
     routing = select(torch.full((rows, 4), level), spec, e_score_correction_bias=bias)
-    assert routing.topk_weights[0, 0].item() == pytest.approx(score / limits.least_sum(spec), rel=1e-4)
+    total = max(2 * score + eps, limits.least_sum(spec))
+    assert routing.topk_weights[0, 0].item() == pytest.approx(score / total, rel=1e-4)
+    assert verify_routing(routing, torch.full((rows, 4), level), spec, tensors).problems == []
+
+
+@pytest.mark.parametrize("scoring_func", CHOICES["scoring_func"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_small_scores_are_accurate(scoring_func: str, rows: int) -> None:
+    """All experts are chosen, those far below the best too: there a formula that cancels shows."""
+    spec = RouterSpec(8, 9, 9, scoring_func, "score")  # type: ignore[arg-type]
+    tensors = tensors_of(spec)
+    logits = torch.linspace(-30, -3, 9 * rows).view(rows, 9)
+    routing = select(logits, spec, **select_arguments(spec, tensors, rows))
+    assert verify_routing(routing, logits, spec, tensors).problems == []
 
 
 @pytest.mark.parametrize("rows", [1, 40])

@@ -133,6 +133,19 @@ def test_the_selection(name: str, num_splits: int, recorder: Recorder) -> None:
     }
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_dependents_are_held_back_up_to_a_number_of_tokens(more: int, recorder: Recorder) -> None:
+    problem, call = a_call(SPECS["softmax"])
+    behind = router_gemm.BoundRouterGemm(problem, CPU)
+    num_tokens = behind.holds_dependents_to + more
+    logits = torch.empty(num_tokens, problem.spec.num_gate_rows)
+    padding = torch.zeros(num_tokens, dtype=torch.bool)
+    select_kernel.BoundSelect(problem, CPU, behind)(
+        call._replace(num_tokens=num_tokens, padding=padding, out=None), logits
+    )
+    assert recorder.last(select_text.ARGUMENTS)["holds_dependents"] == (more == 0)
+
+
 @pytest.mark.parametrize("has_norm", [False, True])
 def test_what_is_around_cublas(has_norm: bool, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = RouterSpec(64, 12, 2, linear_bias=True, input_norm_eps=1e-6 if has_norm else None)

@@ -97,7 +97,9 @@ def test_tokens_are_cut_as_was_fastest_on_an_h100(hidden_size: int, rows: int, t
         (4096, 256, 7168, 1),
         (512, 128, 2880, 5),  # 6, 7 and 8 splits would not be multiples of 64
         (256, 768, 3072, 4),
-        (65, 8, 448, 1),  # two splits would be shorter than 256
+        (65, 8, 384, 1),  # two splits would have 192 columns of K, which are fewer than 256
+        (65, 8, 448, 1),  # half of K would be no whole number of steps
+        (65, 8, 512, 2),
         (65, 8, 1000, 1),
     ],
 )

@@ -104,3 +104,11 @@ def too_long(file: Path) -> Iterator[str]:
 def test_pages_that_are_written_from_data_are_up_to_date(page: str, writer: str) -> None:
     printed = subprocess.run([sys.executable, ROOT / writer], capture_output=True, text=True, check=True).stdout
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == printed
+
+
+def test_the_page_of_the_kernels_names_each_file() -> None:
+    page = (ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
+    listed = page.partition("\n    kernels/ ")[2].partition("\n  choice/")[0]
+    assert sorted(re.findall(r"\w+\.cuh", listed)) == sorted(
+        file.name for file in (ROOT / "src" / "moegate").rglob("*.cuh")
+    )

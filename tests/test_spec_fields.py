@@ -173,6 +173,11 @@ def test_a_spec_that_was_written_before_a_field_was_there_still_loads() -> None:
             assert ops._spec(json.dumps(old)) == spec
 
 
+@pytest.mark.parametrize("scoring_func", CHOICES["scoring_func"])
+def test_every_score_has_a_phrase(scoring_func: str) -> None:
+    assert describe(RouterSpec(64, 8, 2, scoring_func))  # type: ignore[arg-type]
+
+
 def test_groups_in_a_phrase() -> None:
     assert describe(BASE) == "sigmoid + bias, 4 of 8 groups, renorm"
     assert (
@@ -182,12 +187,15 @@ def test_groups_in_a_phrase() -> None:
     assert describe(by_three) == "sigmoid + bias, 4 of 8 groups by their best 3, renorm"
 
 
-@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.n_group > 1])
+@pytest.mark.parametrize("name", SPECS)
 def test_the_plain_router_chooses_the_same_experts(name: str) -> None:
     """The router of measure/plain.py; on random logits, ties, which it may break otherwise, are rare."""
     spec = SPECS[name]
     tensors, logits = tensors_of(spec), random_logits(spec, 50)
-    ids, weights = plain_select(spec, tensors, None)(logits)
-    routing = moegate.select(logits, spec, **select_arguments(spec, tensors, 50))
-    assert ids.equal(routing.topk_ids)
-    torch.testing.assert_close(weights, routing.topk_weights.float(), rtol=1e-5, atol=1e-7)
+    given = select_arguments(spec, tensors, 50)
+    ids, weights = plain_select(spec, tensors, given.get("input_ids"))(logits)
+    routing = moegate.select(logits, replace(spec, topk_weights_dtype="float32"), **given)
+    assert ids.equal(routing.topk_ids.int())
+    shared = routing.shared_weights
+    expected = routing.topk_weights if shared is None else torch.cat([routing.topk_weights, shared], dim=-1)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)  # exp is off by ulps

@@ -113,7 +113,7 @@ def _why_not(
     """Why a candidate that could run does not."""
     broken = candidate.breaks(plan.problem, num_tokens)
     if plan.policy == "sglang":
-        return "the rule says another"
+        return "the rule names another kernel"
     if plan.backend not in (None, candidate.backend):
         return f"backend = {plan.backend!r}"
     if broken is not None and plan.choice(num_tokens).candidate.breaks(plan.problem, num_tokens) is None:

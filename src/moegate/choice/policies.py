@@ -11,6 +11,7 @@ import torch
 from moegate.choice import costs
 from moegate.choice.candidates import CANDIDATES, CUBLAS, FLASHINFER_GEMM, ROUTER_GEMM, TORCH, Candidate
 from moegate.contract.limits import MAX_DECODE_TOKENS
+from moegate.gemm.router_gemm import promises_bits
 from moegate.gemm.router_gemm_tiling import MAX_GEMM_TOKENS
 from moegate.problem import Problem, short
 
@@ -38,6 +39,9 @@ def measured(problem: Problem, num_tokens: int) -> Choice:
         if candidate.breaks(problem, num_tokens) is None and candidate.unsupported(problem, num_tokens) is None
     ]
     assert able, "PyTorch's operations run everything"
+    if ROUTER_GEMM in able and promises_bits(problem, num_tokens):
+        why = f"up to {MAX_DECODE_TOKENS} tokens router_gemm runs, so that a token's bits do not depend on M"
+        return Choice(ROUTER_GEMM, why)
     candidate, why = _cheapest(able, problem, num_tokens)
     return Choice(candidate, f"{why} that keeps what a gate promises")
 

@@ -181,10 +181,10 @@ def _print_problems(checks: list[dict[str, Any]], out: Console) -> None:
             out.print(Text(f"{where}: {problem}", style="red"), soft_wrap=True)
     passed = sum(row["ok"] for row in checks)
     counts = ", ".join(map(str, TOKENS))
-    summary = f"{passed} of {len(checks)} checks passed"
+    summary = f"{passed} of {len(checks)} checks passed, for {counts} tokens"
     out.print(Text(summary, style="green" if passed == len(checks) else "bold red"))
     legend = (
-        f"Each router on {counts} random tokens, against float64. The worst logit, and its share of the error that "
+        "Each router on so many random tokens, against float64. The worst logit, and its share of the error that "
         "the contract allows (bfloat16 logits: half an ulp and little more); rows with other experts than "
         "float64's, excused as near-ties."
     )

@@ -70,7 +70,10 @@ def print_kernels(kernels: Kernels, machine: Machine, out: Console) -> None:
     texts = {each["text"]: each["header"] for found in kernels.values() for each in found if each["text"]}
     for text, header in texts.items():
         out.print(Text(f"The text that instantiates {header}", style="bold cyan"))
-        out.print(Syntax(text.rstrip(), "cpp", background_color="default", word_wrap=True))
+        if out.is_terminal:
+            out.print(Syntax(text.rstrip(), "cpp", background_color="default", word_wrap=True))
+        else:  # for a compiler, which wants the lines as they are
+            out.print(text.rstrip(), soft_wrap=True, markup=False, highlight=False)
         out.print()
 
 

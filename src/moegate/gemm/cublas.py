@@ -59,7 +59,7 @@ class Cublas(Gemm):
     def unsupported(self, problem: Problem, num_tokens: int) -> str | None:
         """Why it cannot run for so many tokens."""
         if promises_bits(problem, num_tokens):
-            return f"up to {MAX_DECODE_TOKENS} tokens router_gemm runs, so that a token's bits do not depend on M"
+            return f"its bits depend on M, and up to {MAX_DECODE_TOKENS} tokens router_gemm's do not"
         return gpu.unsupported(problem.machine)
 
     def falls_back(self, problem: Problem) -> str | None:

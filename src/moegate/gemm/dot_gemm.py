@@ -60,7 +60,7 @@ class DotGemm(Gemm):
         if weight_dtype != torch.float32:
             return f"it takes a weight in float32, and this one is in {short(weight_dtype)}"
         if num_tokens > MAX_DOT_TOKENS:
-            return f"its product takes up to {MAX_DOT_TOKENS} tokens"
+            return f"the GEMM takes up to {MAX_DOT_TOKENS} tokens"
         if problem.spec.input_norm_eps is not None:
             return "it has no input norm"
         if hidden_size > MAX_COLUMNS:

@@ -48,7 +48,7 @@ class RouterGemm(Gemm):
     def unsupported(self, problem: Problem, num_tokens: int) -> str | None:
         """Why it cannot run for so many tokens."""
         if num_tokens > MAX_GEMM_TOKENS:
-            return f"its product takes up to {MAX_GEMM_TOKENS} tokens"
+            return f"the GEMM takes up to {MAX_GEMM_TOKENS} tokens"
         return gpu.unsupported(problem.machine) or unsupported_size(problem.spec.hidden_size)
 
     def bind(self, problem: Problem, device: torch.device) -> BoundRouterGemm:
@@ -66,6 +66,9 @@ class RouterGemm(Gemm):
             f"{tiling.steps} steps of {COLUMNS_OF_STEP} columns a warp, {tiling.ahead[cut.tiles]} in flight at once"
         )
         size = bytes_of_block(cut.tiles, tiling, chip, is_alone=cut.is_alone)
+        used = shared_bytes(tiling.num_splits, tiling.warps, cut.tiles)
+        if size > used:
+            plan += f"; it uses {used} bytes of shared memory, and asks for more to be alone on its multiprocessor"
         return [KernelSource(f"gemm_{cut.tiles}", "router_gemm.cuh", plan, source(problem, tiling), size)]
 
 

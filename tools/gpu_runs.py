@@ -31,7 +31,16 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "benchmarks" / "results" / "gpu_runs.csv"
 PACKAGE = ROOT / "src" / "moegate"
-KERNEL_PATHS = ("cuda", "gemm", "selection", "contract/limits.py", "choice/dispatch.py", "halves.py", "problem.py")
+KERNEL_PATHS = (
+    "cuda",
+    "gemm",
+    "selection",
+    "contract/limits.py",
+    "choice/by_tokens.py",
+    "choice/dispatch.py",
+    "halves.py",
+    "problem.py",
+)
 """Folders and files of the package that determine which kernels run, how they are called, and what they compute."""
 CONTRACT_TESTS = (
     "test_contract_*.py",

@@ -20,6 +20,7 @@ from moegate.measure.layers import Stage
 from moegate.measure.names import DEFAULT, DEFAULT_NOT_FROZEN, FLOOR, NO_PDL
 from moegate.measure.session import Stages
 from moegate.measure.timing import Contestant, measure
+from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
 
 Key = tuple[str, int, str]
@@ -150,7 +151,7 @@ class Bench:
         dispatch = for_gemm(stage.layers.device, weights[0], None, torch.float32, GateOptions(frozen=True))
 
         def frozen(layer: int, hidden: Tensor) -> Tensor:
-            return dispatch.router_gemm(hidden, weights[layer], None)
+            return dispatch.router_gemm(hidden, weights[layer], RouterTensors(), {})
 
         peer = "F.linear float32" if is_float32 else "torch.mm(out_dtype=float32)"
         contestants = [

@@ -43,7 +43,7 @@ def router_gemm(
             hidden.detach(), weight.detach(), None if bias is None else bias.detach(), out_dtype, Options()
         )
     device = _place(hidden, weight, bias)
-    return for_gemm(device, weight, bias, out_dtype, Options()).router_gemm(hidden, weight, bias)
+    return for_gemm(device, weight, bias, out_dtype, Options()).router_gemm(hidden, weight, RouterTensors(bias), {})
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ that all gates with the same problem share it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class Call(NamedTuple):
     """The current stream of the current device, as CUDA's handle; 0 where no kernel of ours runs."""
 
 
+Half = Literal["both", "gemm", "selection"]
+"""What of a route is computed."""
 Prepared = dict[Any, object]
 """By GEMM, what it made of one gate's weight; of those that made anything."""
 

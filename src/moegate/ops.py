@@ -123,7 +123,7 @@ def _run_router_gemm(
     policy: str,
 ) -> Tensor:
     dispatch = for_gemm(hidden.device, weight, bias, out_dtype, Options(frozen, pdl, backend, policy))
-    return dispatch.router_gemm(hidden, weight, bias)
+    return dispatch.router_gemm(hidden, weight, RouterTensors(bias), {})
 
 
 def _run_select(

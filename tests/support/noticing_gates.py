@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moegate import Gate, RouterSpec
 from moegate.choice.dispatch import Dispatch
-from moegate.halves import Prepared
+from moegate.halves import Half, Prepared
 
 SPEC = SPECS["sigmoid with bias in groups"]
 PINNED = SPECS["softmax with bias and floor"]
@@ -46,9 +46,10 @@ def record_prepared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     weights: list[Tensor] = []
     prepare = Dispatch.prepare
 
-    def recorded(self: Dispatch, weight: Tensor) -> Prepared:
+    def recorded(self: Dispatch, weight: Tensor | None, half: Half = "both") -> Prepared:
+        assert weight is not None
         weights.append(weight)
-        return prepare(self, weight)
+        return prepare(self, weight, half)
 
     monkeypatch.setattr(Dispatch, "prepare", recorded)
     return weights

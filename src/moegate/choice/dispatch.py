@@ -11,24 +11,16 @@ import torch
 from torch import Tensor
 
 from moegate.choice import costs, policies, tables
+from moegate.choice.by_tokens import ByTokens, NoTokens, by_tokens
 from moegate.choice.candidates import Candidate
 from moegate.choice.machines import machine_of
 from moegate.choice.plan import Plan, Span, warn_of_slow_paths
 from moegate.cuda import device as gpu
-from moegate.halves import BoundGemm, BoundSelection, Call, Logits, Prepared
+from moegate.halves import BoundGemm, BoundSelection, Call, Half, Prepared
 from moegate.problem import Dtypes, Problem, default_weight_dtype, dtypes_of
-from moegate.routing import RouterTensors, Routing, outputs_of
+from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 from moegate.spec_values import LogitsDtype
-
-
-class _Bound(NamedTuple):
-    """What runs for one dtype of hidden states and one of token ids."""
-
-    ends: list[int]
-    """The last number of tokens of each span, less that of the last one, which has none."""
-    halves: list[tuple[BoundGemm, BoundSelection] | None]
-    """By span; None: a forced backend cannot run there."""
 
 
 class Dispatch:
@@ -47,19 +39,18 @@ class Dispatch:
         # PyTorch's operations accept wrappers, too, and find their device by themselves.
         self._is_torch = {candidate.backend for candidate in self._candidates} == {"torch"}
         self._index = device.index or 0 if device.type == "cuda" and not self._is_torch else None
-        self._by_dtypes: dict[tuple[Any, ...], _Bound] = {}
-        self._selections: dict[object, BoundSelection] = {}
+        self._by_half: dict[tuple[Any, ...], ByTokens[Any]] = {}
 
     @property
     def name(self) -> str:
         """The backends that take part."""
         return "+".join(dict.fromkeys(candidate.backend for candidate in self._candidates))
 
-    def prepare(self, weight: Tensor) -> Prepared:
-        """Compiles for a gate's likely calls; returns what is made once of a frozen weight."""
+    def prepare(self, weight: Tensor | None, half: Half = "both") -> Prepared:
+        """Compiles for likely calls of a module; returns what is made once of a frozen weight."""
         problem = self.plan.problem
-        self._bind(problem.dtypes.hidden, problem.dtypes.input_ids, problem.dtypes.padding)
-        if not problem.frozen:
+        self._bind(half, problem.dtypes.hidden, problem.dtypes.input_ids, problem.dtypes.padding)
+        if not problem.frozen or weight is None:
             return {}
         made = {each.gemm: each.gemm.prepare(problem, weight) for each in self._candidates}
         return {gemm: prepared for gemm, prepared in made.items() if prepared is not None}
@@ -83,125 +74,80 @@ class Dispatch:
             stream = gpu.current_stream(index)
         num_tokens = hidden.shape[0]
         ids_dtype = None if input_ids is None else input_ids.dtype
-        gemm, select = self._halves(num_tokens, hidden.dtype, ids_dtype, None if padding is None else padding.dtype)
+        padding_dtype = None if padding is None else padding.dtype
+        gemm, select = self._at(num_tokens, "both", hidden.dtype, ids_dtype, padding_dtype)
         call = tuple.__new__(Call, (num_tokens, hidden, weight, tensors, input_ids, padding, prepared, out, stream))
-        return select(call, gemm(call))
+        routing: Routing = select(call, gemm(call))
+        return routing
 
-    def router_gemm(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def router_gemm(self, hidden: Tensor, weight: Tensor, tensors: RouterTensors, prepared: Prepared) -> Tensor:
         """Hidden states [M, K] -> logits [M, R]. See `moegate.router_gemm`."""
         index = self._index
         if index is not None and gpu.current_device() != index:
             with torch.cuda.device(index):
-                return self.router_gemm(hidden, weight, bias)
-        gemm, _ = self._halves(hidden.shape[0], hidden.dtype, None, None)
+                return self.router_gemm(hidden, weight, tensors, prepared)
         stream = 0 if index is None else gpu.current_stream(index)
-        return gemm.logits(Call(hidden.shape[0], hidden, weight, RouterTensors(bias), None, None, {}, None, stream))
+        gemm = self._at(hidden.shape[0], "gemm", hidden.dtype, None, None)
+        logits: Tensor = gemm.logits(Call(hidden.shape[0], hidden, weight, tensors, None, None, prepared, None, stream))
+        return logits
 
     def select(
-        self, logits: Tensor, tensors: RouterTensors, input_ids: Tensor | None, padding: Tensor | None = None
+        self,
+        logits: Tensor,
+        tensors: RouterTensors,
+        input_ids: Tensor | None,
+        padding: Tensor | None = None,
+        out: Routing | None = None,
     ) -> Routing:
-        """Logits [M, R] -> routing, with the logits. See `moegate.select`."""
+        """Logits [M, R] -> routing, with the logits; in `out`, which has none. See `moegate.select`."""
         index = self._index
         if index is not None and gpu.current_device() != index:
             with torch.cuda.device(index):
-                return self.select(logits, tensors, input_ids, padding)
-        ids_dtype = None if input_ids is None else input_ids.dtype
-        select = self._selection(logits.shape[0], ids_dtype, None if padding is None else padding.dtype)
+                return self.select(logits, tensors, input_ids, padding, out)
         stream = 0 if index is None else gpu.current_stream(index)
+        ids_dtype = None if input_ids is None else input_ids.dtype
+        padding_dtype = None if padding is None else padding.dtype
+        select = self._at(logits.shape[0], "selection", self.plan.problem.dtypes.hidden, ids_dtype, padding_dtype)
         # A selection reads neither hidden states nor a weight.
-        call = Call(logits.shape[0], logits, logits, tensors, input_ids, padding, {}, None, stream)
-        return select(call, logits)
+        call = Call(logits.shape[0], logits, logits, tensors, input_ids, padding, {}, out, stream)
+        routing: Routing = select(call, logits)
+        return routing
 
-    def _halves(self, num_tokens: int, *dtypes: Any) -> tuple[BoundGemm, BoundSelection]:
-        """What runs for so many tokens; `dtypes`: of hidden states, token ids and padding.
+    def _at(self, num_tokens: int, *key: Any) -> Any:
+        """What runs for so many tokens; `key`: a half, and the dtypes of hidden states, token ids and padding.
 
         Raises:
             ValueError: The backend is forced, and cannot.
         """
-        ends, halves = self._by_dtypes.get(dtypes) or self._bind(*dtypes)
-        found = halves[bisect_left(ends, num_tokens)]
+        ends, bound = self._by_half.get(key) or self._bind(*key)
+        found = bound[bisect_left(ends, num_tokens)]
         if found is None:
-            self.plan.choice(num_tokens, self.plan.problem.given(*dtypes))
+            self.plan.choice(num_tokens, self.plan.problem.given(*key[1:]))
             raise AssertionError("the plan has a candidate where it had none")
         return found
 
-    def _bind(self, *dtypes: Any) -> _Bound:
+    def _bind(self, half: Half, *dtypes: Any) -> ByTokens[Any]:
         """Finds and compiles what runs for calls with these dtypes."""
-        problem = self.plan.problem.given(*dtypes)
-        plan = self.plan
+        problem, plan, device = self.plan.problem.given(*dtypes), self.plan, self._device
         spans = plan.spans if problem is plan.problem else plan.spans_for(problem)
         if self._only is not None:
             spans = (Span(1, None, self._only),)
-        candidates = dict.fromkeys(span.candidate for span in spans)
-        halves = {candidate: self._bound(candidate, problem) for candidate in candidates}
-        bound = _Bound([], [])
-        if not self._is_torch:
-            bound.ends.append(0)
-            bound.halves.append(_no_tokens(problem, self._device))
-        following = 1
-        for first, last, candidate in spans:
-            if first > following:
-                bound.ends.append(first - 1)
-                bound.halves.append(None)
-            bound.halves.append(halves[candidate])
-            if last is not None:
-                bound.ends.append(last)
-                following = last + 1
-        if len(bound.halves) == len(bound.ends):  # no candidate for any further number of tokens
-            bound.halves.append(None)
-        self._by_dtypes[dtypes] = bound
-        return bound
+        gemms = cache(lambda way: way.bind(problem, device))
+        alone = cache(lambda way: way.bind(problem, device, None))
+        no_tokens = NoTokens(problem, device)
 
-    def _bound(self, candidate: Candidate, problem: Problem) -> tuple[BoundGemm, BoundSelection]:
-        gemm = candidate.gemm.bind(problem, self._device)
-        return gemm, candidate.selection.bind(problem, self._device, gemm)
+        def both(candidate: Candidate) -> tuple[BoundGemm, BoundSelection]:
+            gemm = gemms(candidate.gemm)
+            return gemm, candidate.selection.bind(problem, device, gemm)
 
-    def _selection(self, num_tokens: int, *dtypes: Any) -> BoundSelection:
-        """The selection alone that runs for so many tokens; `dtypes`: of token ids and padding."""
-        problem = self.plan.problem.given(self.plan.problem.dtypes.hidden, *dtypes)
-        if num_tokens == 0 and not self._is_torch:
-            return _no_tokens(problem, self._device)[1]
-        selection = self.plan.choice(num_tokens, problem).candidate.selection
-        key = selection, dtypes
-        if key not in self._selections:
-            self._selections[key] = selection.bind(problem, self._device, None)
-        return self._selections[key]
-
-
-class _NoTokens:
-    """Both halves where there is nothing to compute: only the tensors are made."""
-
-    num_terms = holds_dependents_to = 0
-
-    def __init__(self, problem: Problem, device: torch.device) -> None:
-        self._spec, self._device = problem.spec, device
-
-    def logits(self, call: Call) -> Tensor:
-        """No logits [0, R]."""
-        made = self._made(call).logits
-        assert made is not None
-        return made
-
-    def select(self, call: Call, logits: Logits) -> Routing:
-        """The routing of no token."""
-        assert isinstance(logits, Tensor)
-        return self._made(call)._replace(logits=logits)
-
-    __call__ = logits
-
-    def _made(self, call: Call) -> Routing:
-        if call.out is not None and call.out.logits is not None:
-            return call.out
-        made = (
-            torch.empty(each.shape(0), dtype=each.dtype, device=self._device) if each.is_there else None
-            for each in outputs_of(self._spec)
-        )
-        return Routing(*made).into(call.out)  # type: ignore[arg-type]
-
-
-def _no_tokens(problem: Problem, device: torch.device) -> tuple[BoundGemm, BoundSelection]:
-    nothing = _NoTokens(problem, device)
-    return nothing, nothing.select
+        bind, nothing = {
+            "both": (both, (no_tokens, no_tokens.select)),
+            "gemm": (lambda candidate: gemms(candidate.gemm), no_tokens),
+            "selection": (lambda candidate: alone(candidate.selection), no_tokens.select),
+        }[half]
+        found = by_tokens(spans, bind, None if self._is_torch else nothing)
+        self._by_half[(half, *dtypes)] = found
+        return found
 
 
 class Options(NamedTuple):

@@ -9,8 +9,6 @@ from routers import SPECS, tensors_of, token_ids
 
 from moegate import Routing
 
-pytestmark = pytest.mark.gpu
-
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", ["softmax", "sigmoid with bias in groups", "sigmoid with shared gates", "hash"])

@@ -34,8 +34,13 @@ def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
 def test_fsdp_that_writes_where_no_version_tells(frozen: bool, mesh: DeviceMesh) -> None:
     """FSDP2 frees a weight and assigns the same Parameter again, with the same version and often the same address."""
     spec = RouterSpec(256, 64, 4)
-    hidden = torch.randn(8, 256)
-    gate = Gate(spec, torch.randn(64, 256), frozen=frozen)
+
+    def whole(rows: int) -> torch.Tensor:
+        """Whole numbers, of which every order of a sum makes the same logits; ties go to the lowest id."""
+        return torch.randint(-4, 5, (rows, 256)).float()
+
+    hidden = whole(8)
+    gate = Gate(spec, whole(64), frozen=frozen)
     fully_shard(gate, mesh=mesh, reshard_after_forward=True)
     for _ in range(100):
         with torch.no_grad():
@@ -43,7 +48,7 @@ def test_fsdp_that_writes_where_no_version_tells(frozen: bool, mesh: DeviceMesh)
             gate.reshard()  # type: ignore[operator]
             assert isinstance(gate.weight, torch.distributed.tensor.DTensor)
             assert got.equal(moegate.route(hidden, gate.weight.full_tensor(), spec).topk_ids)
-            gate.weight.copy_(distribute_tensor(torch.randn(64, 256), mesh, [Shard(0)]))
+            gate.weight.copy_(distribute_tensor(whole(64), mesh, [Shard(0)]))
 
 
 @FROZEN

@@ -45,6 +45,7 @@ KERNEL_PATHS = (
 CONTRACT_TESTS = (
     "test_contract_*.py",
     "test_gate.py",
+    "test_gate_linear.py",
     "test_properties.py",
     "test_arguments.py",
     "test_ops.py",

@@ -10,11 +10,13 @@ from moegate.spec import RouterSpec
 if TYPE_CHECKING:
     from moegate.functional import route, router_gemm, select
     from moegate.gate import Gate
+    from moegate.gate_linear import GateLinear
     from moegate.routing import Routing
 else:
     # PyTorch is imported at the first use of a name below: the import takes over a second, and specs do not need it.
     _NEEDS_TORCH = {
         "Gate": "moegate.gate",
+        "GateLinear": "moegate.gate_linear",
         "Routing": "moegate.routing",
         "route": "moegate.functional",
         "router_gemm": "moegate.functional",
@@ -32,4 +34,15 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["Gate", "RouterSpec", "Routing", "__version__", "catalog", "get_spec", "route", "router_gemm", "select"]
+__all__ = [
+    "Gate",
+    "GateLinear",
+    "RouterSpec",
+    "Routing",
+    "__version__",
+    "catalog",
+    "get_spec",
+    "route",
+    "router_gemm",
+    "select",
+]

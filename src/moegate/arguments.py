@@ -57,16 +57,25 @@ def _fits(got: Sequence[int], allowed: Sequence[int | str]) -> bool:
 def check_gemm(hidden: object, weight: object, bias: object, out_dtype: object) -> None:
     """Checks the arguments of `router_gemm`."""
     hidden = check_tensor("hidden", hidden, FLOATS, ("M", "K"))
-    weight = check_tensor("weight", weight, FLOATS, ("N", hidden.shape[1]), hidden.device)
+    if hidden.shape[1] == 0:
+        raise ValueError("hidden: got shape [M, 0]; allowed: a K of at least 1")
+    check_tensor("weight", weight, FLOATS, ("N", hidden.shape[1]), hidden.device)
+    check_gate_linear(weight, bias, out_dtype)
+
+
+def check_gate_linear(weight: object, bias: object, out_dtype: object) -> tuple[int, int]:
+    """Checks what `GateLinear` is made of; returns N and K."""
+    weight = check_tensor("weight", weight, FLOATS, ("N", "K"))
     rows, columns = weight.shape
     if not 1 <= rows <= MAX_GATE_ROWS:
         raise ValueError(f"weight: got {rows} rows; allowed: 1 to {MAX_GATE_ROWS}")
     if columns == 0:
-        raise ValueError("hidden: got shape [M, 0]; allowed: a K of at least 1")
+        raise ValueError("weight: got shape [N, 0]; allowed: a K of at least 1")
     if bias is not None:
-        check_tensor("bias", bias, FLOATS, (rows,), hidden.device)
+        check_tensor("bias", bias, FLOATS, (rows,), weight.device)
     if out_dtype not in LOGITS:
         raise ValueError(f"out_dtype: got {out_dtype}; allowed: {', '.join(map(_short, LOGITS))}")
+    return rows, columns
 
 
 def check_spec(spec: object) -> None:

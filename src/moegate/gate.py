@@ -6,21 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from moegate import arguments, ops
-from moegate.choice import Explanation, explain
 from moegate.choice.dispatch import Options, for_route
 from moegate.choice.plan import check_names
 from moegate.from_checkpoint import FromCheckpoint
 from moegate.noticing import (
-    Noted,
     learned,
-    lock_of,
+    requires_grad,
     warn_of_no_grad,
     widened,
 )
 from moegate.plain import META, are_plain, is_compiling, is_taken_over
 from moegate.routing import FLOATS, RouterTensors, Routing, outputs_of
 from moegate.spec import RouterSpec
-from moegate.takes_note import TakesNote, refresh_after_load
+from moegate.takes_note import TakesNote
 from moegate.warn import warn_once
 
 
@@ -91,7 +89,6 @@ class Gate(FromCheckpoint, TakesNote):
         backend: str | None = None,
         policy: str = "measured",
     ) -> None:
-        super().__init__()
         arguments.check_spec(spec)
         check_names(policy, backend)  # before caches, which raise for what cannot be hashed
         weight = arguments.check_weight(weight, spec)
@@ -99,22 +96,7 @@ class Gate(FromCheckpoint, TakesNote):
             e_score_correction_bias = e_score_correction_bias.detach().float()
         tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
         arguments.check_tensors(spec, tensors, weight.device)
-
-        self.spec = spec
-        self.frozen = frozen
-        self.pdl = pdl
-        self.backend, self.policy = backend, policy
-        self._noted: Noted | None = None
-        self.register_parameter("weight", _parameter(weight))
-        for name in ("bias", "input_scale", "per_expert_scale", "global_scale"):
-            self.register_parameter(name, _parameter(getattr(tensors, name)))
-        self.register_buffer("e_score_correction_bias", e_score_correction_bias)
-        self.register_buffer("tid2eid", tid2eid)
-        self.register_load_state_dict_post_hook(refresh_after_load)  # type: ignore[no-untyped-call]
-        if self.weight.device == weight.device:
-            self._take_note(is_loaded=False)
-        else:  # accelerate's init_empty_weights() moved the weight to meta; the real weight comes later
-            self._refresh_if_fit()
+        super().__init__(spec, weight, tensors, Options(frozen, pdl, backend, policy))
 
     def forward(
         self,
@@ -158,7 +140,7 @@ class Gate(FromCheckpoint, TakesNote):
             arguments.check_rows(input_ids, padding, spec, noted.tensors, hidden.shape[0], noted.device)
         if out is not None:
             arguments.check_out(out, noted.outputs, spec, hidden.shape[0], noted.device)
-        if (had_grad := torch.is_grad_enabled()) and (_require_grad((hidden, weight)) or _require_grad(noted.learned)):
+        if (had_grad := torch.is_grad_enabled()) and (requires_grad((hidden, weight)) or requires_grad(noted.learned)):
             warn_of_no_grad()
         try:
             torch._C._set_grad_enabled(False)  # what torch.no_grad() does, in a tenth of the time
@@ -183,7 +165,7 @@ class Gate(FromCheckpoint, TakesNote):
         arguments.check_rows(input_ids, padding, spec, tensors, hidden.shape[0], weight.device)
         if out is not None:
             arguments.check_out(out, outputs_of(spec), spec, hidden.shape[0], weight.device)
-        if torch.is_grad_enabled() and _require_grad((hidden, weight, *learned(tensors))):
+        if torch.is_grad_enabled() and requires_grad((hidden, weight, *learned(tensors))):
             warn_of_no_grad()
         if is_compiling():
             routing = ops.route(
@@ -221,41 +203,9 @@ class Gate(FromCheckpoint, TakesNote):
             hidden = torch.zeros((1, self.spec.hidden_size), dtype=hidden_dtype, device=weight.device)
             self(hidden, input_ids=ids, padding=rows)
 
-    def explain(self, num_tokens: int) -> Explanation:
-        """Explains the plan for M tokens.
-
-        Args:
-            num_tokens: M, 0 or more, of hidden states in the weight's dtype (bfloat16 beside a float32 weight).
-
-        Returns:
-            The kernels, the expected time with its evidence, and the reason against each other candidate.
-
-        Raises:
-            TypeError: Not an int.
-            ValueError: A negative number; or the gate's `backend` cannot route M tokens.
-        """
-        with lock_of(self):
-            if self._noted is None or not self._holds(self._noted):
-                self._take_note(is_loaded=False)
-            assert self._noted is not None
-            return explain(self._noted.dispatch.plan, num_tokens)
-
     def extra_repr(self) -> str:
         """The gate's spec and options in one line."""
         spec = self.spec
         size = f"hidden_size={spec.hidden_size}, num_experts={spec.num_experts}, top_k={spec.top_k}"
         backend = None if self._noted is None else self._noted.dispatch.name
         return f"{size}, scoring_func={spec.scoring_func!r}, backend={backend!r}, frozen={self.frozen}"
-
-
-def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
-    if tensor is None or isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor, requires_grad=tensor.requires_grad)
-
-
-def _require_grad(tensors: tuple[Tensor, ...]) -> bool:
-    for tensor in tensors:  # noqa: SIM110 # faster than any(), in every call with autograd
-        if tensor.requires_grad:
-            return True
-    return False

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moegate import arguments
 from moegate.choice.dispatch import Dispatch, Options, for_route
 from moegate.choice.plan import BACKEND_NAMES
-from moegate.halves import Prepared
+from moegate.halves import Half, Prepared
 from moegate.look import NAMES, Form, Given, Look, Questions, form_of, look_of, place_of, questions_about
 from moegate.plain import META, are_plain
 from moegate.routing import Output, RouterTensors, outputs_of
@@ -126,16 +126,22 @@ def warn_of_many_refreshes(in_calls: int) -> None:
 
 
 def take_note(
-    spec: RouterSpec, given: Given, buffers: frozenset[str], options: Options, *, is_loaded: bool, in_calls: int
+    spec: RouterSpec,
+    given: Given,
+    buffers: frozenset[str],
+    options: Options,
+    half: Half,
+    *,
+    is_loaded: bool,
+    in_calls: int,
 ) -> Noted:
     """Checks a gate's tensors as the constructor does, makes the plan, and prepares the weight of a frozen gate.
 
-    `is_loaded`: a hash table with wrong values is an error. Otherwise it may be a placeholder, and the next call takes
-    note again. `in_calls`: see `Noted`.
+    `half`: what of a route the module computes. `is_loaded`: a hash table with wrong values is an error. Otherwise it
+    may be a placeholder, and the next call takes note again. `in_calls`: see `Noted`.
 
     Raises:
-        TypeError: See `Gate`.
-        ValueError: See `Gate`.
+        TypeError, ValueError: See `Gate`.
         RuntimeError: A CUDA graph is being captured.
     """
     weight, tensors = arguments.check_gate(given, spec)
@@ -145,16 +151,13 @@ def take_note(
         refuse_in_capture("gate")
     is_final = are_all_plain and (weight.is_meta or _has_table(tensors, spec, is_loaded=is_loaded))
     dispatch = _dispatch_for(weight, are_all_plain, spec, tensors, options)
-    keeps = options.frozen and is_here
-    if keeps and weight.is_cuda:
-        # A frozen gate's kernels read the weight before griddepcontrol.wait. This kernel, launched without PDL, is a
-        # fence in the stream: it runs after whichever kernel wrote the weight, and before every call.
-        torch.zeros(1, device=weight.device)
+    if keeps := options.frozen and is_here:
+        _fence(weight.device)
     own = (weight if keeps else None, *tensors) if are_all_plain else (None,) * len(NAMES)
     named = _named(own)
     questions = questions_about(*{"weight": weight, **named}.values()) if are_all_plain else None
     places = {name: place_of(tensor) for name, tensor in named.items() if keeps or name == "tid2eid"}
-    prepared = dispatch.prepare(weight.detach()) if is_here else {}
+    prepared = dispatch.prepare(weight.detach(), half) if is_here else {}
     return Noted(
         spec if is_final else None,
         own,
@@ -172,6 +175,12 @@ def take_note(
         prepared,
         in_calls,
     )
+
+
+def _fence(device: torch.device) -> None:
+    """Runs a kernel after whichever wrote the weight, and before every call: a frozen gate's read it early, by PDL."""
+    if device.type == "cuda":
+        torch.zeros(1, device=device)  # launched without PDL
 
 
 def _dispatch_for(
@@ -244,3 +253,11 @@ def warn_of_no_grad() -> None:
         "no gradient flows through a routing, neither to hidden nor to the gate's parameters, of which one requires "
         "it here: their grad stays as it is. Call the gate under torch.no_grad() if none is wanted"
     )
+
+
+def requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    """True if any of the tensors does."""
+    for tensor in tensors:  # noqa: SIM110 # faster than any(), in every call with autograd
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False

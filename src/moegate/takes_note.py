@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moegate import arguments, ops
+from moegate.choice import Explanation, explain
 from moegate.choice.dispatch import Options
 from moegate.choice.plan import log
+from moegate.halves import Half
 from moegate.look import NAMES, Given
 from moegate.noticing import (
     Noted,
@@ -22,6 +24,7 @@ from moegate.noticing import (
     warn_of_many_refreshes,
     widen_correction_bias,
 )
+from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
 
 if TYPE_CHECKING:
@@ -40,6 +43,44 @@ class TakesNote(nn.Module):
     policy: str
     _noted: Noted | None
     _spec_text: str
+
+    def __init__(
+        self, spec: RouterSpec, weight: Tensor, tensors: RouterTensors, options: Options, *, half: Half = "both"
+    ) -> None:
+        """Of tensors that were checked; `half` is what of a route the module computes."""
+        super().__init__()
+        self.spec, self._half = spec, half
+        self.frozen, self.pdl, self.backend, self.policy = options
+        self._noted = None
+        self.register_parameter("weight", _parameter(weight))
+        for name in ("bias", "input_scale", "per_expert_scale", "global_scale"):
+            self.register_parameter(name, _parameter(getattr(tensors, name)))
+        self.register_buffer("e_score_correction_bias", tensors.e_score_correction_bias)
+        self.register_buffer("tid2eid", tensors.tid2eid)
+        self.register_load_state_dict_post_hook(refresh_after_load)  # type: ignore[no-untyped-call]
+        if self.get_parameter("weight").device == weight.device:
+            self._take_note(is_loaded=False)
+        else:  # accelerate's init_empty_weights() moved the weight to meta; the real weight comes later
+            self._refresh_if_fit()
+
+    def explain(self, num_tokens: int) -> Explanation:
+        """Explains the plan for M tokens.
+
+        Args:
+            num_tokens: M, 0 or more, of hidden states in the weight's dtype (bfloat16 beside a float32 weight).
+
+        Returns:
+            The kernels, the expected time with its evidence, and the reason against each other candidate.
+
+        Raises:
+            TypeError: Not an int.
+            ValueError: A negative number; or the gate's `backend` cannot route M tokens.
+        """
+        with lock_of(self):
+            if self._noted is None or not self._holds(self._noted):
+                self._take_note(is_loaded=False)
+            assert self._noted is not None
+            return explain(self._noted.dispatch.plan, num_tokens)
 
     def refresh(self) -> None:
         """Takes note of changed tensors and checks them.
@@ -92,7 +133,9 @@ class TakesNote(nn.Module):
         before = None if self._noted is None else self._noted.dispatch
         options = Options(self.frozen, self.pdl, self.backend, self.policy)
         buffers = frozenset(self._buffers)
-        self._noted = take_note(self.spec, self._given(), buffers, options, is_loaded=is_loaded, in_calls=in_calls)
+        self._noted = take_note(
+            self.spec, self._given(), buffers, options, self._half, is_loaded=is_loaded, in_calls=in_calls
+        )
         if self._noted.dispatch is not before:
             log(self._noted.dispatch.plan)
 
@@ -149,6 +192,12 @@ class TakesNote(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._refresh_if_fit()
+
+
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=tensor.requires_grad)
 
 
 def refresh_after_load(module: TakesNote, incompatible_keys: object) -> None:

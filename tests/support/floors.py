@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("look", "ops"),
     ("from_checkpoint", "functional", "noticing"),
     ("takes_note",),
-    ("gate",),
+    ("gate", "gate_linear"),
     ("__init__", "synthetic"),
     ("measure",),
     ("report",),

@@ -73,7 +73,7 @@ def test_router_gemm_runs_as_far_as_it_takes_no_more(
         weight = torch.zeros(256, 7168, dtype=torch.bfloat16)
         tensors = RouterTensors(e_score_correction_bias=torch.zeros(256))
         dispatch = for_route(CPU, get_spec("deepseek-v3"), weight, tensors, Options(frozen=True))
-        halves = [dispatch._at(tokens, "both", torch.bfloat16, None, None) for tokens in (1, most, most + 1, 1 << 20)]
+        halves = [dispatch._at("both", tokens, torch.bfloat16) for tokens in (1, most, most + 1, 1 << 20)]
         assert halves[0] is halves[1]
         assert halves[2] is halves[3]
         assert halves[1] is not halves[2]

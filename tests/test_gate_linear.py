@@ -141,5 +141,11 @@ def test_what_is_no_option() -> None:
 
 def test_the_plan_is_explained() -> None:
     gate = a_gate(random(33, 64), frozen=True)
-    assert gate.explain(3).tokens == 3
+    explained = gate.explain(3)
+    kernels = [explained.kernel, *(each.kernel for each in explained.rejected)]
+    assert len(set(kernels)) == len(kernels)
+    assert not any("+" in kernel for kernel in kernels), "a selection does not run"
+    times = [explained.expected_us, *(each.expected_us for each in explained.rejected)]
+    assert set(times) == {None}, "what is measured is whole routes"
+    assert gate.explain(100).kernel in kernels
     assert repr(gate).startswith("GateLinear(64 -> 33, out_dtype=float32, backend=")

@@ -76,9 +76,7 @@ def test_both_gemms_of_the_cuda_backend_are_measured_each_by_itself(here: sessio
     plan = Plan(problem_of(MACHINE, get_spec("deepseek-v3"), torch.bfloat16))
     for candidate in (ROUTER_GEMM, CUBLAS):
         dispatch = Dispatch(plan, only=candidate)
-        assert (
-            len({dispatch._at(tokens, "both", torch.bfloat16, None, None) for tokens in (1, 64, 65, 1024, 4096)}) == 1
-        )
+        assert len({dispatch._at("both", tokens, torch.bfloat16) for tokens in (1, 64, 65, 1024, 4096)}) == 1
         assert dispatch.name == candidate.backend
 
 

@@ -59,13 +59,14 @@ def check_gemm(hidden: object, weight: object, bias: object, out_dtype: object) 
     hidden = check_tensor("hidden", hidden, FLOATS, ("M", "K"))
     if hidden.shape[1] == 0:
         raise ValueError("hidden: got shape [M, 0]; allowed: a K of at least 1")
-    check_tensor("weight", weight, FLOATS, ("N", hidden.shape[1]), hidden.device)
-    check_gate_linear(weight, bias, out_dtype)
+    check_gate_linear(weight, bias, out_dtype, hidden.shape[1], hidden.device)
 
 
-def check_gate_linear(weight: object, bias: object, out_dtype: object) -> tuple[int, int]:
-    """Checks what `GateLinear` is made of; returns N and K."""
-    weight = check_tensor("weight", weight, FLOATS, ("N", "K"))
+def check_gate_linear(
+    weight: object, bias: object, out_dtype: object, hidden_size: int | str = "K", device: torch.device | None = None
+) -> tuple[int, int]:
+    """Checks what `GateLinear` is made of, for hidden states if their K and device are given; returns N and K."""
+    weight = check_tensor("weight", weight, FLOATS, ("N", hidden_size), device)
     rows, columns = weight.shape
     if not 1 <= rows <= MAX_GATE_ROWS:
         raise ValueError(f"weight: got {rows} rows; allowed: 1 to {MAX_GATE_ROWS}")

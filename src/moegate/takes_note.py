@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moegate import arguments, ops
-from moegate.choice import Explanation, explain
+from moegate.choice import Explanation, explain, explain_gemm
 from moegate.choice.dispatch import Options
 from moegate.choice.plan import log
 from moegate.halves import Half
@@ -70,17 +70,19 @@ class TakesNote(nn.Module):
             num_tokens: M, 0 or more, of hidden states in the weight's dtype (bfloat16 beside a float32 weight).
 
         Returns:
-            The kernels, the expected time with its evidence, and the reason against each other candidate.
+            The kernels, the expected time with its evidence, and the reason against each other candidate. Of a
+            `GateLinear` no time is expected, since whole routes are what is measured.
 
         Raises:
             TypeError: Not an int.
             ValueError: A negative number; or the gate's `backend` cannot route M tokens.
         """
+        explained = explain_gemm if self._half == "gemm" else explain
         with lock_of(self):
             if self._noted is None or not self._holds(self._noted):
                 self._take_note(is_loaded=False)
             assert self._noted is not None
-            return explain(self._noted.dispatch.plan, num_tokens)
+            return explained(self._noted.dispatch.plan, num_tokens)
 
     def refresh(self) -> None:
         """Takes note of changed tensors and checks them.

@@ -151,7 +151,7 @@ def test_given_logits_may_start_anywhere(rows: int) -> None:
 def test_a_failed_launch_leaves_the_next_call_right(rows: int) -> None:
     gate, hidden = gate_on_gpu(SPEC), random_hidden(SPEC, rows)
     expected = run(gate, hidden)
-    gemm, select = gate._notice()[0].dispatch._at(rows, "both", hidden.dtype, None, None)
+    gemm, select = gate._notice()[0].dispatch._at("both", rows, hidden.dtype)
     assert isinstance(gemm, BoundRouterGemm)
     assert isinstance(select, BoundSelect)
     few = [kernels[0][-1] for kernels in select._of_logits if kernels is not None]

@@ -82,7 +82,7 @@ def test_the_contract_is_kept(name: str, rows: int) -> None:
     expected = run(not_frozen, hidden)
     assert problems_of(expected, hidden, not_frozen.weight, spec, tensors_of(spec)) == []
     for gate in (frozen, gate_on_gpu(spec, torch.float32, pdl=False)):
-        gemm, _ = gate._notice()[0].dispatch._at(rows, "both", hidden.dtype, None, None)
+        gemm, _ = gate._notice()[0].dispatch._at("both", rows, hidden.dtype)
         assert isinstance(gemm, BoundCublas)
         assert_same_bits(run(gate, hidden), expected)
     out = copy_of(expected)

@@ -46,8 +46,7 @@ def record_prepared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     weights: list[Tensor] = []
     prepare = Dispatch.prepare
 
-    def recorded(self: Dispatch, weight: Tensor | None, half: Half = "both") -> Prepared:
-        assert weight is not None
+    def recorded(self: Dispatch, weight: Tensor, half: Half = "both") -> Prepared:
         weights.append(weight)
         return prepare(self, weight, half)
 

@@ -46,11 +46,11 @@ class Dispatch:
         """The backends that take part."""
         return "+".join(dict.fromkeys(candidate.backend for candidate in self._candidates))
 
-    def prepare(self, weight: Tensor | None, half: Half = "both") -> Prepared:
+    def prepare(self, weight: Tensor, half: Half = "both") -> Prepared:
         """Compiles for likely calls of a module; returns what is made once of a frozen weight."""
         problem = self.plan.problem
-        self._bind(half, problem.dtypes.hidden, problem.dtypes.input_ids, problem.dtypes.padding)
-        if not problem.frozen or weight is None:
+        self._bind(*_key(half, problem.dtypes.hidden, problem.dtypes.input_ids, None))
+        if not problem.frozen:
             return {}
         made = {each.gemm: each.gemm.prepare(problem, weight) for each in self._candidates}
         return {gemm: prepared for gemm, prepared in made.items() if prepared is not None}
@@ -73,9 +73,7 @@ class Dispatch:
                     return self.route(hidden, weight, tensors, input_ids, prepared, out, padding)
             stream = gpu.current_stream(index)
         num_tokens = hidden.shape[0]
-        ids_dtype = None if input_ids is None else input_ids.dtype
-        padding_dtype = None if padding is None else padding.dtype
-        gemm, select = self._at(num_tokens, "both", hidden.dtype, ids_dtype, padding_dtype)
+        gemm, select = self._at("both", num_tokens, hidden.dtype, input_ids, padding)
         call = tuple.__new__(Call, (num_tokens, hidden, weight, tensors, input_ids, padding, prepared, out, stream))
         routing: Routing = select(call, gemm(call))
         return routing
@@ -87,38 +85,42 @@ class Dispatch:
             with torch.cuda.device(index):
                 return self.router_gemm(hidden, weight, tensors, prepared)
         stream = 0 if index is None else gpu.current_stream(index)
-        gemm = self._at(hidden.shape[0], "gemm", hidden.dtype, None, None)
+        gemm = self._at("gemm", hidden.shape[0], hidden.dtype)
         logits: Tensor = gemm.logits(Call(hidden.shape[0], hidden, weight, tensors, None, None, prepared, None, stream))
         return logits
 
     def select(
-        self,
-        logits: Tensor,
-        tensors: RouterTensors,
-        input_ids: Tensor | None,
-        padding: Tensor | None = None,
-        out: Routing | None = None,
+        self, logits: Tensor, tensors: RouterTensors, input_ids: Tensor | None, padding: Tensor | None = None
     ) -> Routing:
-        """Logits [M, R] -> routing, with the logits; in `out`, which has none. See `moegate.select`."""
+        """Logits [M, R] -> routing, with the logits. See `moegate.select`."""
         index = self._index
         if index is not None and gpu.current_device() != index:
             with torch.cuda.device(index):
-                return self.select(logits, tensors, input_ids, padding, out)
+                return self.select(logits, tensors, input_ids, padding)
         stream = 0 if index is None else gpu.current_stream(index)
-        ids_dtype = None if input_ids is None else input_ids.dtype
-        padding_dtype = None if padding is None else padding.dtype
-        select = self._at(logits.shape[0], "selection", self.plan.problem.dtypes.hidden, ids_dtype, padding_dtype)
+        select = self._at("selection", logits.shape[0], self.plan.problem.dtypes.hidden, input_ids, padding)
         # A selection reads neither hidden states nor a weight.
-        call = Call(logits.shape[0], logits, logits, tensors, input_ids, padding, {}, out, stream)
+        call = Call(logits.shape[0], logits, logits, tensors, input_ids, padding, {}, None, stream)
         routing: Routing = select(call, logits)
         return routing
 
-    def _at(self, num_tokens: int, *key: Any) -> Any:
-        """What runs for so many tokens; `key`: a half, and the dtypes of hidden states, token ids and padding.
+    def _at(
+        self,
+        half: Half,
+        num_tokens: int,
+        hidden_dtype: torch.dtype,
+        input_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Any:
+        """What runs a half for so many tokens.
 
         Raises:
             ValueError: The backend is forced, and cannot.
         """
+        key: tuple[Any, ...] = (half, hidden_dtype)
+        if input_ids is not None or padding is not None:
+            ids_dtype = None if input_ids is None else input_ids.dtype
+            key = _key(half, hidden_dtype, ids_dtype, None if padding is None else padding.dtype)
         ends, bound = self._by_half.get(key) or self._bind(*key)
         found = bound[bisect_left(ends, num_tokens)]
         if found is None:
@@ -148,6 +150,11 @@ class Dispatch:
         found = by_tokens(spans, bind, None if self._is_torch else nothing)
         self._by_half[(half, *dtypes)] = found
         return found
+
+
+def _key(half: Half, hidden: torch.dtype, ids: torch.dtype | None, padding: torch.dtype | None) -> tuple[Any, ...]:
+    """Of `Dispatch._by_half`; short for the usual call, which brings hidden states alone."""
+    return (half, hidden) if ids is None and padding is None else (half, hidden, ids, padding)
 
 
 class Options(NamedTuple):

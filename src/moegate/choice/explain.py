@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moegate.choice import costs
@@ -55,6 +55,30 @@ class Explanation:
             f"  not {each.backend} {each.kernel}, {time(each.expected_us)}: {each.reason}" for each in self.rejected
         ]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def explain_gemm(plan: Plan, num_tokens: int) -> Explanation:
+    """The same of the GEMM of a plan alone: each once, without times, which are those of whole routes.
+
+    Raises:
+        TypeError: Not an int.
+        ValueError: The backend is forced, and cannot; or a negative number.
+    """
+    whole, problem = explain(plan, num_tokens), plan.problem
+    names = {(each.backend, each.kernel_of(problem)): each.gemm.name_of(problem) for each in CANDIDATES}
+    kernel = names[whole.backend, whole.kernel]
+    rejected: dict[str, Rejected] = {}
+    for each in whole.rejected:
+        name = names[each.backend, each.kernel]
+        if name != kernel:
+            rejected.setdefault(name, replace(each, kernel=name, expected_us=None, evidence=None))
+    return replace(
+        whole,
+        kernel=kernel,
+        expected_us=None,
+        evidence="nothing is measured of a GEMM alone; the times of whole routes choose",
+        rejected=tuple(rejected.values()),
+    )
 
 
 def explain(plan: Plan, num_tokens: int) -> Explanation:

@@ -60,7 +60,7 @@ def verify_routing(
         spec: What the router computes.
         tensors: The small tensors that the spec asks for.
         input_ids: [M], for hash routing.
-        padding: The rows that are padding; see `moegate.route`. Other rows are counted without them.
+        padding: The rows that are padding; see `moegate.route`. Breaches of other rows are counted without them.
         logit_error: [M, R] float64, the bound of the backend's logits around `logits`; None: they are equal.
 
     Returns:

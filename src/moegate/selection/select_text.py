@@ -17,7 +17,7 @@ ARGUMENTS = text.Arguments(
     global_scale="const void*",
     tid2eid="const void*",
     input_ids="const void*",
-    padding="const void*",
+    padding="const void*",  # a mask [M], or the number of rows that are a token's
     bias="const void*",  # the linear one, of partial sums
     norm_factors="const float*",  # [M], of partial sums with an input norm
     made_logits="void*",  # of partial sums: [M, R], contiguous, like all outputs
@@ -116,9 +116,8 @@ def _constants_of(spec: RouterSpec) -> dict[str, object]:
         "bool kHasExpertScale": spec.per_expert_scale,
         "bool kHasGlobalScale": spec.global_scale,
         "bool kIsHash": spec.hash_routing,
-        "int kNoPadding": 0,
         "int kMask": 1,
-        "int kNumRows": 2,
+        "int kCount": 2,
     }
 
 

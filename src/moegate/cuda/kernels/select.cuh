@@ -144,7 +144,7 @@ struct Select {
 
   __forceinline__ bool is_padding() const {
     if constexpr (Config::kPadding == Config::kMask) return static_cast<const unsigned char*>(arguments.padding)[token] != 0;
-    if constexpr (Config::kPadding == Config::kNumRows) return token >= *static_cast<const int*>(arguments.padding);
+    if constexpr (Config::kPadding == Config::kCount) return token >= *static_cast<const int*>(arguments.padding);
     return false;
   }
 

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from moegate import RouterSpec, get_spec
 from moegate.choice.dispatch import Dispatch, Options, for_gemm, for_route, for_selection
+from moegate.choice.machines import machine_of
 from moegate.choice.plan import Plan
-from moegate.problem import Problem, problem_of
+from moegate.halves import BoundGemm
+from moegate.problem import Dtypes, Problem, problem_of
 from moegate.routing import RouterTensors
+from moegate.selection.torch_ops import BoundOps, TorchOps
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("shipped")]
 
@@ -108,3 +111,25 @@ def test_the_halves_run_the_plan_of_a_router_with_their_logits(
         selection = for_selection(CPU, spec, dtype, tensors, Options())
         assert selection.plan.problem.logits_dtype == dtype
         assert selection.plan.spans[0].candidate.backend == "cuda"
+
+
+def test_what_is_bound_knows_the_dtypes_of_ids_and_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is compiled for them: one that was bound for other dtypes would read them wrongly."""
+    bound: list[tuple[torch.dtype | None, torch.dtype | None]] = []
+    bind = TorchOps.bind
+
+    def recorded(self: TorchOps, problem: Problem, device: torch.device, gemm: BoundGemm | None) -> BoundOps:
+        bound.append((problem.dtypes.input_ids, problem.dtypes.padding))
+        return bind(self, problem, device, gemm)
+
+    monkeypatch.setattr(TorchOps, "bind", recorded)
+    dispatch = Dispatch(
+        Plan(Problem(machine_of(torch.device("cpu")), RouterSpec(16, 8, 2), Dtypes(torch.float32, torch.float32)))
+    )
+    ids, padding = torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.bool)
+    asked = [(None, None), (ids, None), (ids.long(), None), (None, padding), (None, ids[:1]), (ids, padding)]
+    for given in asked:
+        for _ in range(2):
+            dispatch._at("both", 4, torch.float32, *given)
+    dtypes = [tuple(None if part is None else part.dtype for part in given) for given in asked]
+    assert bound == dtypes

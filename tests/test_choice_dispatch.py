@@ -11,7 +11,8 @@ from cost_tables import CUBLAS, DECODE, GPU, HERE, OPS, a_table, problem
 from machines import CPU, described, forget, pretend, pretended
 from torch import Tensor
 
-from moegate import RouterSpec, get_spec
+from moegate import Gate, RouterSpec, get_spec
+from moegate.choice import dispatch as dispatch_module
 from moegate.choice.dispatch import Dispatch, Options, for_gemm, for_route, for_selection
 from moegate.choice.machines import machine_of
 from moegate.choice.plan import Plan
@@ -133,3 +134,18 @@ def test_what_is_bound_knows_the_dtypes_of_ids_and_padding(monkeypatch: pytest.M
             dispatch._at("both", 4, torch.float32, *given)
     dtypes = [tuple(None if part is None else part.dtype for part in given) for given in asked]
     assert bound == dtypes
+
+
+def test_a_call_of_a_prepared_module_says_what_it_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once for each dtype; what was made ready is not told of."""
+    forget()
+    monkeypatch.setattr(dispatch_module, "_SECONDS_OF_COMPILING", -1.0)
+    gate = Gate(RouterSpec(64, 8, 2), torch.ones(8, 64))
+    for dtype in (torch.bfloat16, torch.float16, torch.float16):
+        gate(torch.ones(3, 64, dtype=dtype))
+    (told,) = [each.message for each in caplog.records if each.levelname == "WARNING"]
+    assert told.startswith("a call waited ")
+    assert "float16 hidden, float32 weight" in told
+    assert told.endswith("warmup() does so before")

@@ -46,6 +46,7 @@ CONTRACT_TESTS = (
     "test_contract_*.py",
     "test_gate.py",
     "test_gate_linear.py",
+    "test_top_k.py",
     "test_properties.py",
     "test_arguments.py",
     "test_ops.py",

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from moegate.gate import Gate
     from moegate.gate_linear import GateLinear
     from moegate.routing import Routing
+    from moegate.top_k import TopK
 else:
     # PyTorch is imported at the first use of a name below: the import takes over a second, and specs do not need it.
     _NEEDS_TORCH = {
         "Gate": "moegate.gate",
         "GateLinear": "moegate.gate_linear",
         "Routing": "moegate.routing",
+        "TopK": "moegate.top_k",
         "route": "moegate.functional",
         "router_gemm": "moegate.functional",
         "select": "moegate.functional",
@@ -39,6 +41,7 @@ __all__ = [
     "GateLinear",
     "RouterSpec",
     "Routing",
+    "TopK",
     "__version__",
     "catalog",
     "get_spec",

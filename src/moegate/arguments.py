@@ -121,7 +121,7 @@ def check_logits(logits: object, spec: RouterSpec) -> Tensor:
     return check_tensor("logits", logits, LOGITS, ("M", spec.num_gate_rows))
 
 
-def check_tensors(spec: RouterSpec, tensors: RouterTensors, device: torch.device, *, gemm: bool = True) -> None:
+def check_tensors(spec: RouterSpec, tensors: RouterTensors, device: torch.device | None, *, gemm: bool = True) -> None:
     """Checks that the small tensors are those that the spec asks for; `gemm`: those of the logits, too."""
     for wanted in inputs_of(spec)[1:]:
         if wanted.half == "gemm" and not gemm:

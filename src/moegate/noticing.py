@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -157,7 +157,7 @@ def take_note(
     named = _named(own)
     questions = questions_about(*{"weight": weight, **named}.values()) if are_all_plain else None
     places = {name: place_of(tensor) for name, tensor in named.items() if keeps or name == "tid2eid"}
-    prepared = dispatch.prepare(weight.detach(), half) if is_here else {}
+    prepared = dispatch.prepare(weight.detach(), tensors.detach(), half) if is_here else {}
     return Noted(
         spec if is_final else None,
         own,
@@ -217,21 +217,6 @@ def widened(given: Given) -> Given:
     if not isinstance(bias, Tensor) or bias.dtype not in (torch.bfloat16, torch.float16):
         return given
     return (*given[:_CORRECTION], bias.detach().float(), *given[_CORRECTION + 1 :])
-
-
-def widen_correction_bias(gate: nn.Module) -> None:
-    """Replaces a gate's correction bias in half precision by a float32 copy."""
-    name = "e_score_correction_bias"
-    bias = getattr(gate, name, None)
-    if not isinstance(bias, Tensor) or bias.dtype not in (torch.bfloat16, torch.float16):
-        return
-    wide: Tensor = bias.detach().float()
-    if isinstance(bias, nn.Parameter):
-        wide = nn.Parameter(wide, requires_grad=bias.requires_grad)
-    holders: tuple[dict[str, Any], ...] = (gate._parameters, gate._buffers, gate.__dict__)
-    for holder in holders:
-        if name in holder:
-            holder[name] = wide
 
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # not in the gate: locks cannot be pickled

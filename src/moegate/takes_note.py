@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moegate import arguments, ops
-from moegate.choice import Explanation, explain, explain_gemm
+from moegate.choice import Explanation, explain, explain_half
 from moegate.choice.dispatch import Options
 from moegate.choice.plan import log
+from moegate.gate_tensors import GateTensors, as_parameter, widen_correction_bias
 from moegate.halves import Half
 from moegate.look import NAMES, Given
 from moegate.noticing import (
@@ -22,7 +23,6 @@ from moegate.noticing import (
     refuse_in_capture,
     take_note,
     warn_of_many_refreshes,
-    widen_correction_bias,
 )
 from moegate.routing import RouterTensors
 from moegate.spec import RouterSpec
@@ -33,10 +33,9 @@ if TYPE_CHECKING:
 _OPTIONS = frozenset({"spec", "frozen", "pdl", "backend", "policy"})
 
 
-class TakesNote(nn.Module):
+class TakesNote(GateTensors):
     """A module with a gate's tensors under the names of `look.NAMES`; `_noted` is the result of the last refresh."""
 
-    spec: RouterSpec
     frozen: bool
     pdl: bool
     backend: str | None
@@ -52,11 +51,9 @@ class TakesNote(nn.Module):
         self.spec, self._half = spec, half
         self.frozen, self.pdl, self.backend, self.policy = options
         self._noted = None
-        self.register_parameter("weight", _parameter(weight))
-        for name in ("bias", "input_scale", "per_expert_scale", "global_scale"):
-            self.register_parameter(name, _parameter(getattr(tensors, name)))
-        self.register_buffer("e_score_correction_bias", tensors.e_score_correction_bias)
-        self.register_buffer("tid2eid", tensors.tid2eid)
+        self.register_parameter("weight", as_parameter(weight))
+        self._register(tensors, "bias", "input_scale", "per_expert_scale", "global_scale")
+        self._register(tensors, "e_score_correction_bias", "tid2eid")
         self.register_load_state_dict_post_hook(refresh_after_load)  # type: ignore[no-untyped-call]
         if self.get_parameter("weight").device == weight.device:
             self._take_note(is_loaded=False)
@@ -77,12 +74,12 @@ class TakesNote(nn.Module):
             TypeError: Not an int.
             ValueError: A negative number; or the gate's `backend` cannot route M tokens.
         """
-        explained = explain_gemm if self._half == "gemm" else explain
         with lock_of(self):
             if self._noted is None or not self._holds(self._noted):
                 self._take_note(is_loaded=False)
             assert self._noted is not None
-            return explained(self._noted.dispatch.plan, num_tokens)
+            plan = self._noted.dispatch.plan
+            return explain(plan, num_tokens) if self._half == "both" else explain_half(plan, num_tokens, self._half)
 
     def refresh(self) -> None:
         """Takes note of changed tensors and checks them.
@@ -177,13 +174,7 @@ class TakesNote(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts like any module, except for casts of tensors that are pinned to float32."""
-        pinned = ["e_score_correction_bias"] + ["weight"] * (self.spec.weight_dtype == "float32")
-        before = {name: tensor.detach() for name in pinned if (tensor := getattr(self, name, None)) is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in before.items():
-            now = getattr(self, name)
-            if now.dtype != torch.float32:
-                now.data = tensor.to(now.device)
+        super()._apply(fn, recurse)
         self._refresh_if_fit()
         return self
 
@@ -194,12 +185,6 @@ class TakesNote(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._refresh_if_fit()
-
-
-def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
-    if tensor is None or isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor, requires_grad=tensor.requires_grad)
 
 
 def refresh_after_load(module: TakesNote, incompatible_keys: object) -> None:

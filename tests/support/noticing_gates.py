@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moegate import Gate, RouterSpec
 from moegate.choice.dispatch import Dispatch
 from moegate.halves import Half, Prepared
+from moegate.routing import RouterTensors
 
 SPEC = SPECS["sigmoid with bias in groups"]
 PINNED = SPECS["softmax with bias and floor"]
@@ -46,9 +47,9 @@ def record_prepared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     weights: list[Tensor] = []
     prepare = Dispatch.prepare
 
-    def recorded(self: Dispatch, weight: Tensor, half: Half = "both") -> Prepared:
+    def recorded(self: Dispatch, weight: Tensor, tensors: RouterTensors, half: Half = "both") -> Prepared:
         weights.append(weight)
-        return prepare(self, weight, half)
+        return prepare(self, weight, tensors, half)
 
     monkeypatch.setattr(Dispatch, "prepare", recorded)
     return weights

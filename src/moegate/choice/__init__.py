@@ -7,7 +7,7 @@ dispatch.py    a plan made to run                          explain.py    what ru
 chips.py       NVIDIA's chips by name                      by_tokens.py  the spans of a plan, bound to kernels
 """
 
-from moegate.choice.explain import Explanation, Rejected, explain, explain_gemm
+from moegate.choice.explain import Explanation, Rejected, explain, explain_half
 from moegate.choice.plan import Plan
 
-__all__ = ["Explanation", "Plan", "Rejected", "explain", "explain_gemm"]
+__all__ = ["Explanation", "Plan", "Rejected", "explain", "explain_half"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from bisect import bisect_left
 from dataclasses import replace
 from functools import cache
@@ -22,6 +24,9 @@ from moegate.routing import RouterTensors, Routing
 from moegate.spec import RouterSpec
 from moegate.spec_values import LogitsDtype
 
+_log = logging.getLogger("moegate")
+_SECONDS_OF_COMPILING = 0.1  # kernels that the cache has are loaded in some milliseconds
+
 
 class Dispatch:
     """The halves of a plan's candidates, bound to a device. It holds no tensor: each call brings its own.
@@ -40,20 +45,40 @@ class Dispatch:
         self._is_torch = {candidate.backend for candidate in self._candidates} == {"torch"}
         self._index = device.index or 0 if device.type == "cuda" and not self._is_torch else None
         self._by_half: dict[tuple[Any, ...], ByTokens[Any]] = {}
+        self._prepared: set[Half] = set()
 
     @property
     def name(self) -> str:
         """The backends that take part."""
         return "+".join(dict.fromkeys(candidate.backend for candidate in self._candidates))
 
-    def prepare(self, weight: Tensor, half: Half = "both") -> Prepared:
-        """Compiles for likely calls of a module; returns what is made once of a frozen weight."""
+    def prepare(self, weight: Tensor, tensors: RouterTensors, half: Half = "both") -> Prepared:
+        """Compiles and loads for likely calls of a module; returns what is made once of a frozen weight."""
         problem = self.plan.problem
-        self._bind(*_key(half, problem.dtypes.hidden, problem.dtypes.input_ids, None))
+        if half not in self._prepared:
+            bound = self._bind(*_key(half, problem.dtypes.hidden, problem.dtypes.input_ids, None))
+            if self._index is not None:
+                self._run_gemms(bound, weight, tensors)
+            self._prepared.add(half)
         if not problem.frozen:
             return {}
         made = {each.gemm: each.gemm.prepare(problem, weight) for each in self._candidates}
         return {gemm: prepared for gemm, prepared in made.items() if prepared is not None}
+
+    def _run_gemms(self, by_number: ByTokens[Any], weight: Tensor, tensors: RouterTensors) -> None:
+        """Runs each GEMM once: the first use of cuBLAS takes tens of milliseconds, which no call shall wait for."""
+        hidden_dtype = self.plan.problem.dtypes.hidden
+        with torch.cuda.device(self._device):
+            stream = gpu.current_stream(self._device.index or 0)
+            for last, bound in zip(by_number.ends, by_number.bound[1:], strict=True):
+                if bound is None:
+                    continue
+                hidden = torch.zeros((last + 1, weight.shape[1]), dtype=hidden_dtype, device=self._device)
+                call = Call(last + 1, hidden, weight, tensors, None, None, {}, None, stream)
+                if isinstance(bound, tuple):
+                    bound[0](call)
+                else:
+                    bound.logits(call)
 
     def route(
         self,
@@ -90,17 +115,22 @@ class Dispatch:
         return logits
 
     def select(
-        self, logits: Tensor, tensors: RouterTensors, input_ids: Tensor | None, padding: Tensor | None = None
+        self,
+        logits: Tensor,
+        tensors: RouterTensors,
+        input_ids: Tensor | None,
+        padding: Tensor | None = None,
+        out: Routing | None = None,
     ) -> Routing:
         """Logits [M, R] -> routing, with the logits. See `moegate.select`."""
         index = self._index
         if index is not None and gpu.current_device() != index:
             with torch.cuda.device(index):
-                return self.select(logits, tensors, input_ids, padding)
+                return self.select(logits, tensors, input_ids, padding, out)
         stream = 0 if index is None else gpu.current_stream(index)
         select = self._at("selection", logits.shape[0], self.plan.problem.dtypes.hidden, input_ids, padding)
         # A selection reads neither hidden states nor a weight.
-        call = Call(logits.shape[0], logits, logits, tensors, input_ids, padding, {}, None, stream)
+        call = Call(logits.shape[0], logits, logits, tensors, input_ids, padding, {}, out, stream)
         routing: Routing = select(call, logits)
         return routing
 
@@ -121,11 +151,23 @@ class Dispatch:
         if input_ids is not None or padding is not None:
             ids_dtype = None if input_ids is None else input_ids.dtype
             key = _key(half, hidden_dtype, ids_dtype, None if padding is None else padding.dtype)
-        ends, bound = self._by_half.get(key) or self._bind(*key)
+        ends, bound = self._by_half.get(key) or self._bind_in_call(*key)
         found = bound[bisect_left(ends, num_tokens)]
         if found is None:
             self.plan.choice(num_tokens, self.plan.problem.given(*key[1:]))
             raise AssertionError("the plan has a candidate where it had none")
+        return found
+
+    def _bind_in_call(self, half: Half, *dtypes: Any) -> ByTokens[Any]:
+        """The same as `_bind`; says that a call of a prepared module waited for it, if it took long."""
+        start = time.perf_counter()
+        found = self._bind(half, *dtypes)
+        seconds = time.perf_counter() - start
+        if half in self._prepared and seconds > _SECONDS_OF_COMPILING:
+            problem = self.plan.problem.given(*dtypes)
+            _log.warning(
+                "a call waited %.1f s for kernels to be compiled (%s); warmup() does so before", seconds, problem
+            )
         return found
 
     def _bind(self, half: Half, *dtypes: Any) -> ByTokens[Any]:

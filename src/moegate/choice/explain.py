@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from moegate.choice import costs
@@ -10,6 +11,7 @@ from moegate.choice.candidates import CANDIDATES, CUBLAS, ROUTER_GEMM, Candidate
 from moegate.choice.plan import Plan
 from moegate.choice.policies import gemm_tokens
 from moegate.choice.tables import table_for
+from moegate.halves import Half
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,16 @@ class Explanation:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
-def explain_gemm(plan: Plan, num_tokens: int) -> Explanation:
-    """The same of the GEMM of a plan alone: each once, without times, which are those of whole routes.
+def explain_half(plan: Plan, num_tokens: int, half: Half) -> Explanation:
+    """The same of one half of a plan: each way once, without times, which are those of whole routes.
 
     Raises:
         TypeError: Not an int.
         ValueError: The backend is forced, and cannot; or a negative number.
     """
     whole, problem = explain(plan, num_tokens), plan.problem
-    names = {(each.backend, each.kernel_of(problem)): each.gemm.name_of(problem) for each in CANDIDATES}
+    way = attrgetter(half)
+    names = {(each.backend, each.kernel_of(problem)): way(each).name_of(problem) for each in CANDIDATES}
     kernel = names[whole.backend, whole.kernel]
     rejected: dict[str, Rejected] = {}
     for each in whole.rejected:
@@ -76,7 +79,7 @@ def explain_gemm(plan: Plan, num_tokens: int) -> Explanation:
         whole,
         kernel=kernel,
         expected_us=None,
-        evidence="nothing is measured of a GEMM alone; the times of whole routes choose",
+        evidence=f"nothing is measured of a {half} alone; the times of whole routes choose",
         rejected=tuple(rejected.values()),
     )
 

@@ -100,7 +100,7 @@ def _timed(candidate: Candidate, problem: Problem, stage: Stage, name: str) -> t
     """A candidate as a contestant, with one weight a layer."""
     dispatch = Dispatch(Plan(problem), only=candidate)
     weights, tensors, ids = stage.layers.weights, stage.layers.tensors, stage.input_ids
-    prepared = [dispatch.prepare(weight) for weight in weights]
+    prepared = [dispatch.prepare(weight, tensors) for weight in weights]
 
     def call(layer: int, hidden: torch.Tensor) -> Any:
         return dispatch.route(hidden, weights[layer], tensors, ids, prepared[layer]).without_logits()

@@ -44,8 +44,10 @@ gate.warmup(torch.float32)
 
 
 def run(code: str, *arguments: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A new process, in which nothing has used cuBLAS; `cache`: the folder of compiled kernels."""
-    environment = os.environ | ({} if cache is None else {"XDG_CACHE_HOME": str(cache)})
+    """A new process, in which nothing has used cuBLAS; `cache`: an empty folder for compiled kernels."""
+    # NVRTC has a cache of its own, in which an earlier test may have left the same kernel.
+    empty = {"XDG_CACHE_HOME": str(cache), "CUDA_CACHE_DISABLE": "1"}
+    environment = os.environ | ({} if cache is None else empty)
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -112,6 +112,24 @@ def test_compiled_in_one_graph_for_any_number_of_tokens(name: str) -> None:
         assert is_same(compiled(logits, **more), top_k(logits, **more))
 
 
+def test_compiled_like_eager_with_a_bias_in_half_precision_and_tensors_to_fill() -> None:
+    top_k, logits = a_top_k(), there(random_logits(BIASED, 9))
+    top_k.e_score_correction_bias = there(given_to(BIASED)["e_score_correction_bias"].bfloat16())
+    expected = top_k(logits)
+    compiled = torch.compile(top_k, fullgraph=True, backend="aot_eager")
+    out = Routing(*(None if part is None else torch.empty_like(part) for part in expected))  # type: ignore[arg-type]
+    assert is_same(compiled(logits, out=out), expected)
+    assert is_same(out, expected)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="check_out"):  # a compiler cannot write the error's words
+        compiled(logits[:3], out=out)
+
+
+def test_no_gradient_is_told() -> None:
+    with pytest.warns(RuntimeWarning, match="no gradient flows"):
+        routing = a_top_k()(there(random_logits(BIASED, 3)).requires_grad_())
+    assert not routing.topk_weights.requires_grad
+
+
 def test_wrappers() -> None:
     spec = SPECS["softmax"]
     top_k, logits = a_top_k(spec), there(random_logits(spec, 15).view(3, 5, -1))

@@ -122,7 +122,10 @@ def check_logits(logits: object, spec: RouterSpec) -> Tensor:
 
 
 def check_tensors(spec: RouterSpec, tensors: RouterTensors, device: torch.device | None, *, gemm: bool = True) -> None:
-    """Checks that the small tensors are those that the spec asks for; `gemm`: those of the logits, too."""
+    """Checks that the small tensors are those that the spec asks for; `gemm`: those of the logits, too.
+
+    `device`: where they must be; None: anywhere.
+    """
     for wanted in inputs_of(spec)[1:]:
         if wanted.half == "gemm" and not gemm:
             continue

@@ -9,6 +9,7 @@ from moegate import arguments, ops
 from moegate.choice.dispatch import Options, for_route
 from moegate.choice.plan import check_names
 from moegate.from_checkpoint import FromCheckpoint
+from moegate.gate_tensors import given_correction_bias
 from moegate.noticing import (
     learned,
     requires_grad,
@@ -16,7 +17,7 @@ from moegate.noticing import (
     widened,
 )
 from moegate.plain import META, are_plain, is_compiling, is_taken_over
-from moegate.routing import FLOATS, RouterTensors, Routing, outputs_of
+from moegate.routing import RouterTensors, Routing, outputs_of
 from moegate.spec import RouterSpec
 from moegate.takes_note import TakesNote
 from moegate.warn import warn_once
@@ -92,8 +93,7 @@ class Gate(FromCheckpoint, TakesNote):
         arguments.check_spec(spec)
         check_names(policy, backend)  # before caches, which raise for what cannot be hashed
         weight = arguments.check_weight(weight, spec)
-        if isinstance(e_score_correction_bias, Tensor) and e_score_correction_bias.dtype in FLOATS:
-            e_score_correction_bias = e_score_correction_bias.detach().float()
+        e_score_correction_bias = given_correction_bias(e_score_correction_bias)
         tensors = RouterTensors(bias, e_score_correction_bias, input_scale, per_expert_scale, global_scale, tid2eid)
         arguments.check_tensors(spec, tensors, weight.device)
         super().__init__(spec, weight, tensors, Options(frozen, pdl, backend, policy))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moegate.routing import RouterTensors
+from moegate.routing import FLOATS, RouterTensors
 from moegate.spec import RouterSpec
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ def as_parameter(tensor: Tensor | None) -> nn.Parameter | None:
     if tensor is None or isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor, requires_grad=tensor.requires_grad)
+
+
+def given_correction_bias(value: Tensor | None) -> Tensor | None:
+    """A constructor's correction bias as the module holds it: in float32, without a gradient; else for the checks."""
+    return value.detach().float() if isinstance(value, Tensor) and value.dtype in FLOATS else value
 
 
 def widen_correction_bias(gate: nn.Module) -> None:

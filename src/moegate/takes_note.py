@@ -79,7 +79,7 @@ class TakesNote(GateTensors):
                 self._take_note(is_loaded=False)
             assert self._noted is not None
             plan = self._noted.dispatch.plan
-            return explain(plan, num_tokens) if self._half == "both" else explain_half(plan, num_tokens, self._half)
+            return explain_half(plan, num_tokens, "gemm") if self._half == "gemm" else explain(plan, num_tokens)
 
     def refresh(self) -> None:
         """Takes note of changed tensors and checks them.

@@ -11,10 +11,11 @@ from moegate import arguments, ops
 from moegate.choice import Explanation, explain_half
 from moegate.choice.dispatch import Dispatch, Options, for_selection
 from moegate.choice.plan import check_names
-from moegate.gate_tensors import GateTensors, widen_correction_bias
+from moegate.gate_tensors import GateTensors, given_correction_bias
 from moegate.look import form_of
+from moegate.noticing import learned, requires_grad, warn_of_no_grad, widened
 from moegate.plain import META, are_plain, is_compiling
-from moegate.routing import FLOATS, RouterTensors, Routing, outputs_of
+from moegate.routing import RouterTensors, Routing, outputs_of
 from moegate.spec import RouterSpec
 
 
@@ -62,9 +63,8 @@ class TopK(GateTensors):
     ) -> None:
         arguments.check_spec(spec)
         check_names(policy, backend)
-        if isinstance(e_score_correction_bias, Tensor) and e_score_correction_bias.dtype in FLOATS:
-            e_score_correction_bias = e_score_correction_bias.detach().float()
-        tensors = RouterTensors(None, e_score_correction_bias, None, per_expert_scale, global_scale, tid2eid)
+        correction_bias = given_correction_bias(e_score_correction_bias)
+        tensors = RouterTensors(None, correction_bias, None, per_expert_scale, global_scale, tid2eid)
         first = next((tensor for tensor in tensors if isinstance(tensor, Tensor)), None)
         arguments.check_tensors(spec, tensors, None if first is None else first.device, gemm=False)
         super().__init__()
@@ -98,40 +98,37 @@ class TopK(GateTensors):
         """
         spec = self.spec
         arguments.check_logits(logits, spec)
+        tensors = self._tensors()
         if is_compiling():
-            return self._compiled(logits, input_ids, padding).into(out)
-        dispatch, tensors = self._dispatch(logits, are_plain((logits, input_ids, padding)))
+            dispatch = None
+            arguments.check_tensors(spec, tensors, logits.device, gemm=False)
+        else:
+            dispatch = self._dispatch(logits, tensors, are_plain((logits, *tensors, input_ids, padding)))
         arguments.check_rows(input_ids, padding, spec, tensors, logits.shape[0], logits.device)
         if out is not None:
             arguments.check_out(out, outputs_of(spec), spec, logits.shape[0], logits.device)
+        if torch.is_grad_enabled() and requires_grad((logits, *learned(tensors))):
+            warn_of_no_grad()
+        if dispatch is None:
+            selected = ops.select(logits.detach(), spec, tensors.detach(), input_ids, padding, self._options())
+            return selected.into(out).without_logits()
         with torch.no_grad():
             return dispatch.select(logits, tensors, input_ids, padding, out).without_logits()
 
-    def _compiled(self, logits: Tensor, input_ids: Tensor | None, padding: Tensor | None) -> Routing:
-        """The same as one operator, for compilers."""
-        spec, tensors = self.spec, self._tensors()
-        arguments.check_tensors(spec, tensors, logits.device, gemm=False)
-        arguments.check_rows(input_ids, padding, spec, tensors, logits.shape[0], logits.device)
-        return ops.select(logits.detach(), spec, tensors.detach(), input_ids, padding, self._options())
-
-    def _dispatch(self, logits: Tensor, is_plain: bool) -> tuple[Dispatch, RouterTensors]:
-        """What runs, and the tensors, checked if they have changed."""
-        tensors = self._tensors()
-        is_plain = is_plain and are_plain(tensors)
+    def _dispatch(self, logits: Tensor, tensors: RouterTensors, is_plain: bool) -> Dispatch:
+        """What runs; the tensors are checked if their forms have changed."""
         known = (self.spec, self._options(), is_plain, logits.dtype, logits.device, *map(form_of, tensors))
-        if self._found is None or self._found[0] != known:
-            widen_correction_bias(self)
-            tensors = self._tensors()
+        found = self._found  # once: another thread may replace it
+        if found is None or found[0] != known:
             arguments.check_tensors(self.spec, tensors, logits.device, gemm=False)
-            place = logits.device if is_plain else META
-            options = self._options() if is_plain else Options()
-            self._found = known, for_selection(place, self.spec, logits.dtype, tensors, options)
-        return self._found[1], tensors
+            place, options = (logits.device, self._options()) if is_plain else (META, Options())
+            self._found = found = known, for_selection(place, self.spec, logits.dtype, tensors, options)
+        return found[1]
 
     def _tensors(self) -> RouterTensors:
-        return RouterTensors(
-            None, self.e_score_correction_bias, None, self.per_expert_scale, self.global_scale, self.tid2eid
-        )
+        """By name; a correction bias that was assigned in half precision is widened."""
+        given = (getattr(self, name, None) for name in RouterTensors._fields)
+        return RouterTensors(*widened((None, *given))[1:])
 
     def _options(self) -> Options:
         return Options(False, self.pdl, self.backend, self.policy)

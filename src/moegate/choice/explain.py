@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 from moegate.choice import costs
 from moegate.choice.candidates import CANDIDATES, CUBLAS, ROUTER_GEMM, Candidate
 from moegate.choice.plan import Plan
 from moegate.choice.policies import gemm_tokens
 from moegate.choice.tables import table_for
-from moegate.halves import Half
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Explanation:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
-def explain_half(plan: Plan, num_tokens: int, half: Half) -> Explanation:
+def explain_half(plan: Plan, num_tokens: int, half: Literal["gemm", "selection"]) -> Explanation:
     """The same of one half of a plan: each way once, without times, which are those of whole routes.
 
     Raises:
@@ -67,8 +65,8 @@ def explain_half(plan: Plan, num_tokens: int, half: Half) -> Explanation:
         ValueError: The backend is forced, and cannot; or a negative number.
     """
     whole, problem = explain(plan, num_tokens), plan.problem
-    way = attrgetter(half)
-    names = {(each.backend, each.kernel_of(problem)): way(each).name_of(problem) for each in CANDIDATES}
+    word = "GEMM" if half == "gemm" else half
+    names = {(each.backend, each.kernel_of(problem)): getattr(each, half).name_of(problem) for each in CANDIDATES}
     kernel = names[whole.backend, whole.kernel]
     rejected: dict[str, Rejected] = {}
     for each in whole.rejected:
@@ -79,7 +77,7 @@ def explain_half(plan: Plan, num_tokens: int, half: Half) -> Explanation:
         whole,
         kernel=kernel,
         expected_us=None,
-        evidence=f"nothing is measured of a {half} alone; the times of whole routes choose",
+        evidence=f"nothing is measured of a {word} alone; the times of whole routes choose",
         rejected=tuple(rejected.values()),
     )
 

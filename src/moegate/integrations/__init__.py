@@ -1,0 +1,1 @@
+"""moegate inside the engines: one module an engine, each off until it is asked for."""

@@ -29,8 +29,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("takes_note",),
     ("gate", "gate_linear", "top_k"),
     ("__init__", "synthetic"),
-    ("measure",),
-    ("report",),
+    ("integrations.engines", "integrations.takeover", "measure"),
+    ("integrations", "report"),
     ("cli",),
     ("__main__",),
 )

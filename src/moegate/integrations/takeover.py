@@ -6,6 +6,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 
+class LeftToEngineError(Exception):
+    """A router that is not provably the same as one of moegate's; the text is the reason, short enough for a log."""
+
+
 @dataclass
 class Takeover:
     """The MoE layers of a model, by who routes them.

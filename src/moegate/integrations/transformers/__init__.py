@@ -1,0 +1,128 @@
+"""moegate in Transformers: `enable()` for models that are loaded afterwards, `patch(model)` for a live one.
+
+A router then computes with `moegate.route` what its class computed, and returns what its class returned: the same
+tensors in the same order, shapes and dtypes. Parameters stay the router's own. Where moegate may not route a call, such
+as one that wants a gradient, the class's own forward runs, and a log line says so once.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from moegate.integrations.engines import TRANSFORMERS
+from moegate.integrations.takeover import Takeover
+from moegate.integrations.transformers.classes import STATE, StandsForOriginal, generated, look_at, why_not
+from moegate.integrations.transformers.forms import types_of_classes
+from moegate.integrations.transformers.taken import TakenRouter
+
+__all__ = ["disable", "enable", "patch", "report", "unpatch"]
+
+_log = logging.getLogger("moegate")
+_LAYER = re.compile(r"\.(\d+)\.")
+# A module of such a name that the catalog does not know is counted, and left.
+_ROUTER_NAME = re.compile(r"(Top[kK]Router|MoE\w*Gate|MoeGate)$")
+
+
+def enable() -> None:
+    """Has moegate route in all models that `from_pretrained` and `from_config` make from now on.
+
+    Does nothing but a warning in the log if the installed Transformers is outside of the tested range.
+    """
+    if (reason := TRANSFORMERS.why_not()) is not None:
+        _log.warning("moegate stands aside: %s", reason)
+        return
+    from transformers.monkey_patching import register_patch_mapping
+
+    register_patch_mapping(_mapping(), overwrite=True)
+
+
+def disable() -> None:
+    """Undoes `enable` for models that are made from now on; models that are there keep their routers."""
+    from transformers.monkey_patching import get_patch_mapping, unregister_patch_mapping
+
+    ours, registered = _mapping(), get_patch_mapping()
+    unregister_patch_mapping([name for name, found in ours.items() if registered.get(name) is found])
+
+
+def patch(model: nn.Module) -> Takeover:
+    """Has moegate route in a model that is there.
+
+    Args:
+        model: A model of Transformers, or a part of one that has a `config`.
+
+    Returns:
+        What was taken over, and what was left for which reason; the line is logged at INFO, too. A second call changes
+        nothing.
+    """
+    for _, router, found in _look_at(model):
+        if isinstance(found, TakenRouter):
+            own = type(router)
+            new = generated(own.__name__)
+            assert new is not None
+            router.__class__ = new
+            vars(router)[STATE] = found
+            _rebind(router, own)
+            found.warm_up(router)
+    takeover = report(model)
+    _log.info("%s", takeover)
+    return takeover
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives a model its own routers back, whether `patch` or `enable` replaced them."""
+    for router in model.modules():
+        new = type(router)
+        if isinstance(new, StandsForOriginal):
+            router.__class__ = new.__mro__[1]
+            vars(router).pop(STATE, None)
+            _rebind(router, new)
+
+
+def report(model: nn.Module) -> Takeover:
+    """Which routers of a model moegate routes, and why not the others."""
+    takeover = Takeover()
+    for name, router, found in _look_at(model):
+        if isinstance(vars(router).get(STATE), TakenRouter):
+            takeover.taken.append(name)
+        else:
+            takeover.left[name] = "not patched" if isinstance(found, TakenRouter) else found
+    return takeover
+
+
+def _look_at(model: nn.Module) -> Iterator[tuple[str, nn.Module, TakenRouter | str]]:
+    """The routers of a model by name: what moegate would take note of, or why it leaves the router."""
+    aside = TRANSFORMERS.why_not()
+    configs: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        own = getattr(module, "config", None)
+        configs[name] = own if hasattr(own, "to_dict") else configs.get(name.rpartition(".")[0])
+        kind = type(module)
+        if kind.__name__ not in types_of_classes():
+            if _ROUTER_NAME.search(kind.__name__):
+                yield name, module, f"no router class of the catalog: {kind.__name__}"
+            continue
+        if isinstance(kind, StandsForOriginal):
+            yield name, module, vars(module)[STATE]
+            continue
+        numbered = _LAYER.search(f".{name}.")
+        layer = None if numbered is None else int(numbered[1])
+        reason = aside or why_not(module, configs[name], layer)
+        yield name, module, reason or look_at(module, configs[name], layer)
+
+
+def _mapping() -> dict[str, type[nn.Module]]:
+    found = {name: generated(name) for name in types_of_classes()}
+    return {name: new for name, new in found.items() if new is not None}
+
+
+def _rebind(router: nn.Module, before: type[nn.Module]) -> None:
+    """Points accelerate's hook, which keeps the bound method that it wrapped, to the forward of the module's class."""
+    kept = vars(router).get("_old_forward")
+    if getattr(kept, "__func__", None) is before.forward:
+        vars(router)["_old_forward"] = MethodType(type(router).forward, router)

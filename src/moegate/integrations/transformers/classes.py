@@ -1,0 +1,105 @@
+"""The generated classes: a router class of Transformers whose forward moegate computes where it may."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moegate.integrations.takeover import LeftToEngineError
+from moegate.integrations.transformers.forms import LEFT, types_of_classes
+from moegate.integrations.transformers.taken import TakenRouter, say_once, settings_of
+
+STATE = "_moegate"
+"""The attribute of a router module with its `TakenRouter`, or with the reason why there is none."""
+
+
+class StandsForOriginal(type):
+    """Makes `isinstance(router, Generated)` true for a router of the original class, too.
+
+    Transformers replaces the original in the lists of what its models record (`_can_record_outputs`), which all models
+    of a class share, and never puts it back.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, cls.__mro__[1])
+
+
+@cache
+def original(class_name: str) -> type[nn.Module] | None:
+    """The router class of that name in Transformers; None: the installed version has none."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = types_of_classes()[class_name]
+    if model_type not in CONFIG_MAPPING:
+        return None
+    modeling = CONFIG_MAPPING[model_type].__module__.replace(".configuration_", ".modeling_")
+    return getattr(importlib.import_module(modeling), class_name, None)
+
+
+@cache
+def generated(class_name: str) -> type[nn.Module] | None:
+    """The class that takes the place of a router class of Transformers; None: that class stays, or there is none."""
+    own = original(class_name)
+    if own is None or class_name in LEFT:
+        return None
+
+    signature = inspect.signature(own.__init__)
+
+    def init(self: nn.Module, *arguments: Any, **named: Any) -> None:
+        own.__init__(self, *arguments, **named)
+        given = signature.bind(self, *arguments, **named).arguments
+        vars(self)[STATE] = look_at(self, given["config"], given.get("layer_idx"))
+
+    @functools.wraps(own.forward)
+    def forward(self: nn.Module, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
+        taken = vars(self).get(STATE)
+        if not isinstance(taken, TakenRouter):
+            return own.forward(self, hidden_states, *arguments, **named)
+        reason = taken.why_not_now(self, hidden_states)
+        if reason is not None:
+            say_once(self, reason)
+            return own.forward(self, hidden_states, *arguments, **named)
+        return taken.route(self, hidden_states, *arguments, *named.values())
+
+    # The original's name, by which Transformers and its quantisers know a router.
+    return StandsForOriginal(class_name, (own,), {"__init__": init, "forward": forward, "__module__": __name__})
+
+
+def look_at(router: nn.Module, config: Any, layer: int | None) -> TakenRouter | str:
+    """What moegate knows of a router; or why the router stays Transformers' own."""
+    try:
+        return TakenRouter(router, config, layer)
+    except LeftToEngineError as error:
+        return str(error)
+
+
+def why_not(router: nn.Module, config: Any, layer: int | None) -> str | None:
+    """Why a router of a model that is there cannot become one of a generated class; None: it can."""
+    kind = type(router)
+    if kind is not original(kind.__name__):
+        return f"its class {kind.__name__} is not Transformers' own"
+    if kind.__name__ in LEFT:
+        return LEFT[kind.__name__]
+    wrapped = vars(router).get("_old_forward", vars(router).get("forward"))  # accelerate's hook keeps the former
+    if wrapped is not None and getattr(wrapped, "__func__", None) is not kind.forward:
+        return "its forward was replaced"
+    # What its forward reads must be what its config says.
+    parameters = inspect.signature(kind.__init__).parameters
+    with torch.device("meta"):
+        fresh = kind(config, layer) if "layer_idx" in parameters else kind(config)
+    differs = dict(set(settings_of(router)) ^ set(settings_of(fresh)))
+    return f"its {', '.join(sorted(differs))} is not what its config says" if differs else None
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """A generated class by its name, for pickle."""
+    found = generated(name) if name in types_of_classes() else None
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found

@@ -1,0 +1,162 @@
+"""What moegate knows of one router module of a model: its spec, what its class returns, when moegate may route."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moegate.configs.model_types import model_types
+from moegate.functional import route
+from moegate.integrations.engines import logits_dtype
+from moegate.integrations.takeover import LeftToEngineError
+from moegate.integrations.transformers.forms import HASH_ROUTER, LEFT, OUTPUTS, form_of, types_of_classes
+from moegate.noticing import requires_grad
+from moegate.plain import is_compiling, is_plain
+from moegate.routing import inputs_of
+from moegate.spec import RouterSpec
+
+_log = logging.getLogger("moegate")
+
+_WARM_UP_TOKENS = (1, 4, 16, 64, 1024)
+"""Numbers of tokens between which the kernels change."""
+
+
+class TakenRouter:
+    """A router that moegate routes.
+
+    Args:
+        router: The module; its tensors may be on meta.
+        config: The config that the module was made from, or the model's.
+        layer: The number of the layer, for models whose layers differ; None: unknown.
+
+    Raises:
+        LeftToEngineError: The module stays Transformers' own, for the reason in the text.
+    """
+
+    def __init__(self, router: nn.Module, config: Any, layer: int | None) -> None:
+        name = type(router).__name__
+        if name in LEFT:
+            raise LeftToEngineError(LEFT[name])
+        form, entry = form_of(name), model_types()[types_of_classes()[name]]
+        self.outputs = tuple(OUTPUTS[output] for output in form.returns)
+        self.flattens = form.flattens
+        self.exact = _spec(name, config, layer, torch.float32)
+        rounded = _spec(name, config, layer, torch.bfloat16)
+        self.rounds = form.rounds_logits or rounded.logits_dtype != self.exact.logits_dtype
+        self.rounded = replace(rounded, logits_dtype=logits_dtype("bfloat16")) if self.rounds else rounded
+        self.casts_weights_to = form.casts_weights_to or ("hidden_states" if entry.casts_weights else None)
+        roles = [given.name for given in inputs_of(self.exact) if given.is_needed]
+        self.tensors = tuple((role, form.names.get(role, role)) for role in roles if role != form.argument)
+        self.argument = form.argument if form.argument in (*roles, "input_ids") else None
+        self.model_dtype: torch.dtype | None = getattr(config, "dtype", None)
+        self.settings = settings_of(router)
+
+    def spec_for(self, weight_dtype: torch.dtype, hidden_dtype: torch.dtype) -> RouterSpec:
+        """What the class computes of these dtypes."""
+        spec = self.rounded if weight_dtype == torch.bfloat16 else self.exact
+        if self.casts_weights_to is None:
+            return spec
+        cast_to = hidden_dtype if self.casts_weights_to == "hidden_states" else weight_dtype
+        return _with_weights(spec, str(cast_to).removeprefix("torch."))
+
+    def why_not_now(self, router: nn.Module, hidden: Tensor) -> str | None:
+        """Why Transformers' own forward has to compute this call; None: moegate may."""
+        tensors = [_tensor(router, name) for _, name in self.tensors]
+        weight = tensors[0]
+        if torch.is_grad_enabled() and requires_grad((hidden, *tensors)):
+            return "a gradient is wanted, and none flows through moegate's routing"
+        if torch.is_autocast_enabled(hidden.device.type):
+            return "autocast is on"
+        if not all(getattr(router, name) == value for name, value in self.settings):
+            return "a setting of the router was changed"
+        if not is_compiling() and not all(map(is_plain, tensors)):
+            return f"its weight is a {type(weight).__name__}"
+        if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"hidden_states are {hidden.dtype}"
+        if self.rounds and (weight.dtype == torch.float16 or weight.dtype not in (torch.float32, hidden.dtype)):
+            return f"it rounds to {weight.dtype} in its product"
+        if hidden.dim() != 2 and not self.flattens:
+            return "hidden_states have more than two dimensions"
+        return None
+
+    @torch.no_grad()
+    def warm_up(self, router: nn.Module) -> None:
+        """On a GPU: compiles what calls in the dtypes of the weight and of the model run."""
+        weight = _tensor(router, "".join(name for role, name in self.tensors if role == "weight"))
+        if not weight.is_cuda or self.argument is not None:
+            return
+        for dtype in {weight.dtype, self.model_dtype or weight.dtype}:
+            for tokens in _WARM_UP_TOKENS:
+                hidden = torch.zeros((tokens, self.exact.hidden_size), dtype=dtype, device=weight.device)
+                if self.why_not_now(router, hidden) is None:
+                    self.route(router, hidden, None)
+
+    def route(self, router: nn.Module, hidden: Tensor, second: Tensor | None = None) -> Any:
+        """What the class returns, of moegate's routing."""
+        given: dict[str, Tensor] = {role: _tensor(router, name) for role, name in self.tensors}
+        weight = given.pop("weight")
+        if self.argument is not None and second is not None:
+            given[self.argument] = second.reshape(-1)
+        if "e_score_correction_bias" in given:
+            given["e_score_correction_bias"] = given["e_score_correction_bias"].reshape(-1).float()
+        spec = self.spec_for(weight.dtype, hidden.dtype)
+        routing = route(hidden.reshape(-1, hidden.shape[-1]), weight, spec, **given, return_logits=True)
+        if self.rounds and routing.logits.dtype != weight.dtype:
+            routing = routing._replace(logits=routing.logits.to(weight.dtype))
+        return tuple(output(routing, spec) for output in self.outputs)
+
+
+def _spec(class_name: str, config: Any, layer: int | None, dtype: torch.dtype) -> RouterSpec:
+    """The spec of a router class in a model of this dtype."""
+    values = {**config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+    try:
+        spec = RouterSpec.from_config(values, layer=layer)
+        if class_name == HASH_ROUTER:
+            spec = replace(spec, hash_routing=True, correction_bias=None)
+    except (TypeError, ValueError) as error:
+        raise LeftToEngineError(str(error)) from None
+    factor = model_types()[types_of_classes()[class_name]].output_factor
+    if factor is not None:  # the block around the router multiplies by the factor, which is in the spec's weights
+        spec = replace(spec, routed_scaling_factor=spec.routed_scaling_factor / values[factor])
+    # The classes widen a weight of any dtype, where they multiply in float32.
+    return replace(spec, weight_dtype="model", topk_ids_dtype="int64")
+
+
+@cache
+def _with_weights(spec: RouterSpec, dtype: Any) -> RouterSpec:
+    return replace(spec, topk_weights_dtype=dtype)
+
+
+def settings_of(router: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The plain attributes of a router, which its forward reads."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (name, value)
+        for name, value in vars(router).items()
+        if isinstance(value, plain) and name != "training" and not name.startswith("_")
+    )
+
+
+def _tensor(router: nn.Module, name: str) -> Tensor:
+    """A tensor of a router by its dotted name."""
+    value: Any = router
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def say_once(router: nn.Module, reason: str) -> None:
+    """Says that a call went to Transformers' own forward; a compiler hears nothing."""
+    if not is_compiling():
+        _say(type(router).__name__, reason)
+
+
+@cache
+def _say(name: str, reason: str) -> None:
+    _log.warning("%s: Transformers' own forward runs: %s", name, reason)

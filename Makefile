@@ -4,13 +4,21 @@ PYTHON ?= python3
 SHELL := bash
 RUN := .venv/bin
 
-.PHONY: demo test test-gpu sanitize-gpu release-check lint docs bench-cpu bench-gpu env clean
+.PHONY: demo test test-engines test-engines-newest test-gpu sanitize-gpu release-check lint docs bench-cpu bench-gpu env clean
 
 demo: env
 	$(RUN)/moegate route deepseek-v3 --tokens 256
 
 test: env
 	$(RUN)/python -m pytest -n auto
+
+# moegate inside each engine, in an environment of its own under .engines: about 10 minutes and 6 GB the first time.
+test-engines:
+	$(PYTHON) tools/engines.py
+
+# The same with the newest releases, for information: tells how each went, and fails never.
+test-engines-newest:
+	$(PYTHON) tools/engines.py --newest
 
 # On a GPU host, with what PYTHON has there (torch, pytest, hypothesis and pytest-xdist): the contract's tests on the
 # GPU, then tests/gpu. What came out is a row of benchmarks/results/gpu_runs.csv.

@@ -158,6 +158,7 @@ def tiny_cases() -> list[Case]:
     variants = {
         f"{model_type}, {name}": (model_type, tiny_overrides(model_type) | overrides)
         for model_type, name, overrides in VARIANTS
+        if model_type in types
     }
     cases = [
         Case(f"{name} {dtype}", model_type, overrides, dtype, 256, layer=_layer(model_type))

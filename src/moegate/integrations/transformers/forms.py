@@ -71,12 +71,10 @@ OUTPUTS: dict[str, Callable[[Routing, RouterSpec], Tensor | None]] = {
 _SELECTED = ("topk_weights", "topk_ids")
 _UPCAST = ("logits in float32", *_SELECTED)
 _BIAS = "e_score_correction_bias"
-_MOE_STATICS = Form(names={_BIAS: "moe_statics.e_score_correction_bias"})
+_MOE_STATICS = Form(names={_BIAS: "moe_statics.e_score_correction_bias"}, flattens=False)
 _ROWS = Form(flattens=False)
 _ROWS_UPCAST = Form(_UPCAST, flattens=False)
-_GEMMA4 = Form(
-    ("probabilities", *_SELECTED), names={"weight": "proj.weight", "input_scale": "scale"}, flattens=False
-)
+_GEMMA4 = Form(("probabilities", *_SELECTED), names={"weight": "proj.weight", "input_scale": "scale"}, flattens=False)
 
 _FORMS = {
     "AfmoeTokenChoiceRouter": Form(_UPCAST, names={"weight": "gate.weight"}, argument=_BIAS),
@@ -95,17 +93,19 @@ _FORMS = {
     "GraniteMoeSharedTopKRouter": _ROWS_UPCAST,
     "GraniteMoeTopKRouter": _ROWS_UPCAST,
     "HYV3TopKRouter": Form(argument=_BIAS),
-    "HunYuanMoEV1Gate": Form(names={"weight": "wg.weight"}, casts_weights_to="weight"),
+    "HunYuanMoEV1Gate": Form(names={"weight": "wg.weight"}, rounds_logits=True, casts_weights_to="weight"),
     "InklingTopkRouter": Form(("experts' logits", *_SELECTED, "shared_weights")),
     "JambaTopKRouter": _ROWS,
     "LagunaTopKRouter": Form(("transformed logits", *_SELECTED)),
     "Lfm2MoeTopKRouter": Form(argument=_BIAS, flattens=False, casts_weights_to="weight"),
     "Llama4Router": Form(("scores of all", "logits"), flattens=False),
     "LongcatFlashTopkRouter": Form(names={"weight": "classifier.weight"}),
-    "MiniMaxM2TopKRouter": Form(argument=_BIAS),
+    "MiniMaxM2TopKRouter": Form(argument=_BIAS, rounds_logits=True),
+    "MiniMaxM3VLTopKRouter": Form(rounds_logits=True),
     "Mistral4TopkRouter": Form(casts_weights_to="weight"),
     "MuseSparkTopkRouter": Form(("transformed logits", *_SELECTED)),
     "OpenAIPrivacyFilterTopKRouter": _ROWS,
+    "Step3p7TopKRouter": Form(rounds_logits=True),
 }
 
 LEFT = {

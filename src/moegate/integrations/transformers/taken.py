@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from moegate.integrations.takeover import LeftToEngineError
 from moegate.integrations.transformers.forms import HASH_ROUTER, LEFT, OUTPUTS, form_of, types_of_classes
 from moegate.noticing import requires_grad
 from moegate.plain import is_compiling, is_plain
-from moegate.routing import inputs_of
+from moegate.routing import FLOATS, inputs_of
 from moegate.spec import RouterSpec
 
 _log = logging.getLogger("moegate")
@@ -43,13 +44,18 @@ class TakenRouter:
         if name in LEFT:
             raise LeftToEngineError(LEFT[name])
         form, entry = form_of(name), model_types()[types_of_classes()[name]]
-        self.outputs = tuple(OUTPUTS[output] for output in form.returns)
+        self.returns = form.returns
         self.flattens = form.flattens
         self.exact = _spec(name, config, layer, torch.float32)
         rounded = _spec(name, config, layer, torch.bfloat16)
         self.rounds = form.rounds_logits or rounded.logits_dtype != self.exact.logits_dtype
-        self.rounded = replace(rounded, logits_dtype=logits_dtype("bfloat16")) if self.rounds else rounded
-        self.casts_weights_to = form.casts_weights_to or ("hidden_states" if entry.casts_weights else None)
+        rounded = replace(rounded, logits_dtype=logits_dtype("bfloat16")) if self.rounds else rounded
+        cast_to = form.casts_weights_to or ("hidden_states" if entry.casts_weights else None)
+        self.specs = {
+            (weight, hidden): _with_weights(rounded if weight == torch.bfloat16 else self.exact, found)
+            for weight, hidden in product(FLOATS, FLOATS)
+            for found in [{"hidden_states": hidden, "weight": weight, None: torch.float32}[cast_to]]
+        }
         roles = [given.name for given in inputs_of(self.exact) if given.is_needed]
         self.tensors = tuple((role, form.names.get(role, role)) for role in roles if role != form.argument)
         self.argument = form.argument if form.argument in (*roles, "input_ids") else None
@@ -58,11 +64,7 @@ class TakenRouter:
 
     def spec_for(self, weight_dtype: torch.dtype, hidden_dtype: torch.dtype) -> RouterSpec:
         """What the class computes of these dtypes."""
-        spec = self.rounded if weight_dtype == torch.bfloat16 else self.exact
-        if self.casts_weights_to is None:
-            return spec
-        cast_to = hidden_dtype if self.casts_weights_to == "hidden_states" else weight_dtype
-        return _with_weights(spec, str(cast_to).removeprefix("torch."))
+        return self.specs[weight_dtype, hidden_dtype]
 
     def why_not_now(self, router: nn.Module, hidden: Tensor) -> str | None:
         """Why Transformers' own forward has to compute this call; None: moegate may."""
@@ -76,8 +78,8 @@ class TakenRouter:
             return "a setting of the router was changed"
         if not is_compiling() and not all(map(is_plain, tensors)):
             return f"its weight is a {type(weight).__name__}"
-        if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"hidden_states are {hidden.dtype}"
+        if hidden.dtype not in FLOATS or weight.dtype not in FLOATS:
+            return f"hidden_states are {hidden.dtype}, its weight is {weight.dtype}"
         if self.rounds and (weight.dtype == torch.float16 or weight.dtype not in (torch.float32, hidden.dtype)):
             return f"it rounds to {weight.dtype} in its product"
         if hidden.dim() != 2 and not self.flattens:
@@ -98,7 +100,7 @@ class TakenRouter:
 
     def route(self, router: nn.Module, hidden: Tensor, second: Tensor | None = None) -> Any:
         """What the class returns, of moegate's routing."""
-        given: dict[str, Tensor] = {role: _tensor(router, name) for role, name in self.tensors}
+        given: dict[str, Any] = {role: _tensor(router, name) for role, name in self.tensors}
         weight = given.pop("weight")
         if self.argument is not None and second is not None:
             given[self.argument] = second.reshape(-1)
@@ -106,9 +108,10 @@ class TakenRouter:
             given["e_score_correction_bias"] = given["e_score_correction_bias"].reshape(-1).float()
         spec = self.spec_for(weight.dtype, hidden.dtype)
         routing = route(hidden.reshape(-1, hidden.shape[-1]), weight, spec, **given, return_logits=True)
-        if self.rounds and routing.logits.dtype != weight.dtype:
+        assert routing.logits is not None
+        if self.rounds and routing.logits.dtype != weight.dtype:  # MOEGATE_LOGITS=float32
             routing = routing._replace(logits=routing.logits.to(weight.dtype))
-        return tuple(output(routing, spec) for output in self.outputs)
+        return tuple(OUTPUTS[output](routing, spec) for output in self.returns)
 
 
 def _spec(class_name: str, config: Any, layer: int | None, dtype: torch.dtype) -> RouterSpec:
@@ -127,9 +130,9 @@ def _spec(class_name: str, config: Any, layer: int | None, dtype: torch.dtype) -
     return replace(spec, weight_dtype="model", topk_ids_dtype="int64")
 
 
-@cache
-def _with_weights(spec: RouterSpec, dtype: Any) -> RouterSpec:
-    return replace(spec, topk_weights_dtype=dtype)
+def _with_weights(spec: RouterSpec, dtype: torch.dtype) -> RouterSpec:
+    name: Any = str(dtype).removeprefix("torch.")
+    return replace(spec, topk_weights_dtype=name)
 
 
 def settings_of(router: nn.Module) -> tuple[tuple[str, Any], ...]:

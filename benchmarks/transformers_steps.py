@@ -1,9 +1,10 @@
 """Decode steps of Transformers with its own routers and with moegate's, on one GPU, in one process.
 
-`python benchmarks/transformers_steps.py qwen3 deepseek-v3 generate` prints a Markdown table for each part:
+`python benchmarks/transformers_steps.py [PART...]` prints a Markdown table for each part; all parts, if none is named:
 
 - `qwen3`: Qwen3-30B-A3B whole, a step in a CUDA graph.
-- `deepseek-v3`: DeepSeek-V3 with four MoE layers of real sizes, a step in a CUDA graph.
+- `deepseek-v3`: DeepSeek-V3 with four MoE layers, a step in a CUDA graph.
+- `deepseek-v3-tp8`: the same with an eighth of each expert, as a rank of tensor parallel 8 has it.
 - `generate`: Qwen3-30B-A3B with eight layers, `generate` with a compiled static cache.
 
 Weights are random. The two graphs take turns, and a time is the median over the turns. After the turns, the routing of
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,9 +67,9 @@ def random_model(config: Any) -> Any:
             tensor.data.fill_(1.0 if "norm" in name else 0.0)
     for module in model.modules():  # to_empty lost what the constructor computed
         if hasattr(module, "inv_freq"):
-            fresh = type(module)(config, device="cuda")
-            module.inv_freq = fresh.inv_freq
-            module.original_inv_freq = fresh.original_inv_freq
+            fresh = type(module)(config)
+            module.inv_freq.copy_(fresh.inv_freq)
+            module.original_inv_freq.copy_(fresh.original_inv_freq)
     return model.eval().requires_grad_(False)
 
 
@@ -118,7 +120,8 @@ class Step:
             self.graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e3 / REPLAYS
+        elapsed: float = start.elapsed_time(end)
+        return elapsed * 1e3 / REPLAYS
 
 
 def verify(calls: list[tuple[nn.Module, Tensor, Any]]) -> int:
@@ -130,7 +133,7 @@ def verify(calls: list[tuple[nn.Module, Tensor, Any]]) -> int:
         spec = taken.spec_for(weight.dtype, hidden.dtype)
         tensors = RouterTensors(e_score_correction_bias=getattr(router, "e_score_correction_bias", None))
         cpu = RouterTensors(*(None if tensor is None else tensor.cpu() for tensor in tensors))
-        exact = reference.router_logits(hidden.cpu(), weight.cpu(), spec, cpu)
+        exact = reference.router_logits(hidden.cpu(), weight.cpu(), replace(spec, logits_dtype="float32"), cpu)
         error = bounds.logit_bound(hidden.cpu(), weight.cpu(), exact, spec, cpu)
         assert ((logits.cpu().double() - exact).abs() <= error).all()
         verdict = verify_routing(Routing(ids, weights), exact, spec, cpu, logit_error=error)
@@ -148,10 +151,10 @@ def steps(config: Any) -> None:
         takeover = patch(model)
         assert not takeover.left, takeover.left
         ours = Step(model, batch)
-        unpatch(model)
         times = [(own.microseconds(), ours.microseconds()) for _ in range(TURNS)]
         theirs, mine = (statistics.median(found) for found in zip(*times, strict=True))
         rows = verify(ours.calls)
+        unpatch(model)
         print(f"| {batch} | {theirs:.0f} | {mine:.0f} | {theirs / mine:.3f} | {rows} |", flush=True)
         del own, ours
         torch.cuda.empty_cache()
@@ -162,9 +165,9 @@ def qwen3() -> None:
     steps(Qwen3MoeConfig(**QWEN3))
 
 
-def deepseek_v3() -> None:
-    """DeepSeek-V3 with four layers, all of them with experts."""
-    steps(DeepseekV3Config(num_hidden_layers=4, first_k_dense_replace=0, mlp_layer_types=["sparse"] * 4))
+def deepseek_v3(parts: int = 1) -> None:
+    """DeepSeek-V3 with four layers, all of them with experts, of which a GPU has one of `parts` parts."""
+    steps(DeepseekV3Config(num_hidden_layers=4, first_k_dense_replace=0, moe_intermediate_size=2048 // parts))
 
 
 def generate() -> None:
@@ -189,7 +192,12 @@ def generate() -> None:
         print(f"| {batch} | {times[0]:.3f} | {times[1]:.3f} | {times[0] / times[1]:.3f} |", flush=True)
 
 
-PARTS: dict[str, Callable[[], None]] = {"qwen3": qwen3, "deepseek-v3": deepseek_v3, "generate": generate}
+PARTS: dict[str, Callable[[], None]] = {
+    "qwen3": qwen3,
+    "deepseek-v3": deepseek_v3,
+    "deepseek-v3-tp8": lambda: deepseek_v3(8),
+    "generate": generate,
+}
 
 if __name__ == "__main__":
     run = describe_run(" ".join(sys.argv))

@@ -10,7 +10,7 @@ A block is marked by the words behind its fence.
 | `python gpu`, `sh gpu` | needs a GPU; is parsed here, and counted as skipped |
 
 Blocks run in a folder that has `path/to/checkpoint`, `path/to/DeepSeek-V3` (layers 3 to 8 of DeepSeek-V3's router),
-`path/to/config.json` and `hidden.safetensors`. Python finds two names: `path`, the folder of that checkpoint, and
+`path/to/config.json`, `hidden.safetensors` and `path/to/Qwen3-30B-A3B`, which is a tiny model. Python finds two names: `path`, the folder of that checkpoint, and
 `hidden`, hidden states for it.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import typer
 from command_line import run
@@ -66,6 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file(tensors, checkpoint / "model.safetensors")
     (folder / "path" / "to" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file({"hidden": torch.zeros(4, spec.hidden_size, dtype=torch.bfloat16)}, folder / "hidden.safetensors")
+    tiny_models.tiny_model("qwen3_moe").save_pretrained(folder / "path" / "to" / "Qwen3-30B-A3B")
     return folder
 
 

@@ -88,15 +88,15 @@ class TakenRouter:
 
     @torch.no_grad()
     def warm_up(self, router: nn.Module) -> None:
-        """On a GPU: compiles what calls in the dtypes of the weight and of the model run."""
-        weight = _tensor(router, "".join(name for role, name in self.tensors if role == "weight"))
+        """On a GPU: compiles what calls in the model's dtype run."""
+        weight = _tensor(router, dict(self.tensors)["weight"])
         if not weight.is_cuda or self.argument is not None:
             return
-        for dtype in {weight.dtype, self.model_dtype or weight.dtype}:
-            for tokens in _WARM_UP_TOKENS:
-                hidden = torch.zeros((tokens, self.exact.hidden_size), dtype=dtype, device=weight.device)
-                if self.why_not_now(router, hidden) is None:
-                    self.route(router, hidden, None)
+        for tokens in _WARM_UP_TOKENS:
+            shape = tokens, self.exact.hidden_size
+            hidden = torch.zeros(shape, dtype=self.model_dtype or weight.dtype, device=weight.device)
+            if self.why_not_now(router, hidden) is None:
+                self.route(router, hidden)
 
     def route(self, router: nn.Module, hidden: Tensor, second: Tensor | None = None) -> Any:
         """What the class returns, of moegate's routing."""

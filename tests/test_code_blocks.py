@@ -10,8 +10,8 @@ A block is marked by the words behind its fence.
 | `python gpu`, `sh gpu` | needs a GPU; is parsed here, and counted as skipped |
 
 Blocks run in a folder that has `path/to/checkpoint`, `path/to/DeepSeek-V3` (layers 3 to 8 of DeepSeek-V3's router),
-`path/to/config.json`, `hidden.safetensors` and `path/to/Qwen3-30B-A3B`, which is a tiny model. Python finds two names: `path`, the folder of that checkpoint, and
-`hidden`, hidden states for it.
+`path/to/config.json`, `hidden.safetensors` and `path/to/Qwen3-30B-A3B`, a tiny model. Python finds two names: `path`,
+the folder of the second checkpoint, and `hidden`, hidden states for it.
 """
 
 from __future__ import annotations

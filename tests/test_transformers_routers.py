@@ -14,15 +14,22 @@ import router_cases
 import torch
 import transformers_routers
 from router_cases import Case
-from router_runs import EXCUSED, Run, hold_same_weights, hold_their_logits, is_separated, same_experts
-from torch import Tensor
+from router_runs import (
+    EXCUSED,
+    Run,
+    hold_more_rounded_weights,
+    hold_same_weights,
+    hold_their_logits,
+    input_error,
+    is_separated,
+    same_experts,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moegate
 from moegate import RouterSpec, Routing
 from moegate.catalog import Model, models
 from moegate.configs.model_types import model_types
-from moegate.contract import bounds, reference
 from moegate.contract.bounds import BFLOAT16_U
 from moegate.contract.verify import verify_routing
 
@@ -96,23 +103,7 @@ def test_more_rounding(case: Case) -> None:
     if not run.spec.hash_routing:
         assert is_separated(run, error, rounded.of_score * BFLOAT16_U).all(), "the input leaves a choice to rounding"
     assert same_experts(run.ours(), theirs).all()
-    allowed, _ = bounds.weight_interval(theirs.topk_ids.long(), run.exact, run.spec, run.tensors, error)
-    relative = rounded.of_weights * BFLOAT16_U
-    weights = theirs.topk_weights.double()
-    assert ((weights >= allowed.low * (1 - relative)) & (weights <= allowed.high * (1 + relative))).all()
-
-
-def input_error(run: Run, roundings: int) -> Tensor:
-    """The bound on the change of logits when each input is rounded to bfloat16 so many times.
-
-    Each rounding changes a product by at most 2**-8 of the product, up or down. By Hoeffding's inequality, the sum of
-    the changes is within 7 times the root of the sum of squares, except for one logit in 10**10.
-    """
-    if not roundings:
-        return torch.zeros_like(run.exact)
-    x = reference.normed_input(run.hidden, run.spec, run.tensors, torch.float64)
-    error: Tensor = 7 * roundings**0.5 * BFLOAT16_U * (x.square() @ run.weight.double().square().T).sqrt()
-    return error
+    hold_more_rounded_weights(run, theirs, rounded)
 
 
 @pytest.mark.parametrize(

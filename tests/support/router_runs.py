@@ -7,13 +7,14 @@ from functools import cached_property
 
 import torch
 import transformers_routers
-from router_cases import Case
+from router_cases import Case, Rounding
 from router_inputs import random_hidden, separated_hidden
 from torch import Tensor
 from transformers_routers import as_routing
 
 from moegate import Gate, RouterSpec, Routing
 from moegate.contract import bounds, reference
+from moegate.contract.bounds import BFLOAT16_U
 from moegate.routing import RouterTensors
 
 EXCUSED = 0.01
@@ -129,3 +130,25 @@ def is_separated(run: Run, error: Tensor, score_error: float = 0.0) -> Tensor:
     chosen = reference.best_first(reference.choice_keys(run.exact, run.spec, run.tensors), run.spec.top_k)
     least = (keys.low - slack).gather(-1, chosen).amin(dim=-1)
     return least > (keys.high + slack).scatter(1, chosen, -torch.inf).amax(dim=-1)
+
+
+def input_error(run: Run, roundings: int) -> Tensor:
+    """The bound on the change of logits when each input is rounded to bfloat16 so many times.
+
+    Each rounding changes a product by at most 2**-8 of the product, up or down. By Hoeffding's inequality, the sum of
+    the changes is within 7 times the root of the sum of squares, except for one logit in 10**10.
+    """
+    if not roundings:
+        return torch.zeros_like(run.exact)
+    x = reference.normed_input(run.hidden, run.spec, run.tensors, torch.float64)
+    error: Tensor = 7 * roundings**0.5 * BFLOAT16_U * (x.square() @ run.weight.double().square().T).sqrt()
+    return error
+
+
+def hold_more_rounded_weights(run: Run, theirs: Routing, rounded: Rounding) -> None:
+    """Weights of a class that rounds more than a spec can say: within these roundings of the contract's interval."""
+    error = run.error + input_error(run, rounded.of_input)
+    allowed, _ = bounds.weight_interval(theirs.topk_ids.long(), run.exact, run.spec, run.tensors, error)
+    relative = rounded.of_weights * BFLOAT16_U
+    weights = theirs.topk_weights.double()
+    assert ((weights >= allowed.low * (1 - relative)) & (weights <= allowed.high * (1 + relative))).all()

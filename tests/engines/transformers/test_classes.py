@@ -11,7 +11,7 @@ import torch
 import transformers
 import transformers_routers
 from router_cases import Case
-from router_runs import EXCUSED, Run, same_experts
+from router_runs import EXCUSED, Run, hold_more_rounded_weights, hold_same_weights, same_experts
 from torch import Tensor
 from transformers_routers import TransformersRouter, as_routing
 
@@ -63,6 +63,11 @@ def test_same_router(case: Case) -> None:
     theirs = as_routing(unpacked(run, run.router, call_own(run)), run.exact, run.spec, run.tensors)
     same = same_experts(routing, theirs)
     assert int((~same).sum()) <= (EXCUSED if case.rounded is None else 0.1) * len(same)
+    if case.rounded is None:
+        hold_same_weights(run, routing, theirs, same)
+    else:
+        vars(run)["spec"] = replace(run.spec, topk_weights_dtype="float32")  # the roundings are counted
+        hold_more_rounded_weights(run, theirs, case.rounded)
 
 
 def call_own(run: Run) -> Any:

@@ -88,16 +88,16 @@ def _check_shared_experts(config: Any) -> None:
         raise LeftToEngineError(f"{slots} shared experts in the top-k")
 
 
-def _scoring_func(config: Any) -> str:
+def _scoring_func(config: Any) -> Any:
     if config.use_grouped_topk:
         if config.correction_bias is not None:
             return "sigmoid"  # `biased_grouped_topk` reads no scoring_func
         if config.scoring_func not in ("softmax", "sigmoid"):
             raise LeftToEngineError(f"scoring_func {config.scoring_func!r} with groups")
-        return str(config.scoring_func)
+        return config.scoring_func
     if config.scoring_func == "softmax":
         if config.correction_bias is not None:
             raise LeftToEngineError("softmax with a correction bias, which not all of SGLang's kernels add")
         if config.runner_backend is not None and config.runner_backend.is_flashinfer_trtllm_routed():
             raise LeftToEngineError("raw logits as weights, for flashinfer_trtllm_routed")
-    return str(config.scoring_func)
+    return config.scoring_func

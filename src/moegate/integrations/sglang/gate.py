@@ -28,13 +28,16 @@ class GateOfLayer:
 
     Args:
         weight: The gate's parameter, [num_experts, K].
+        is_taken: False: SGLang goes on to compute this gate.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, *, is_taken: bool) -> None:
+        self.weight, self.is_taken = weight, is_taken
+        if not is_taken:
+            return
         dtype = logits_dtype("float32" if weight.is_cuda or weight.dtype == torch.float32 else "bfloat16")
-        # On a GPU a gate keeps nothing of a frozen weight, and only reads it early. On a CPU it would pack a copy, which
-        # a reload through `.data` does not reach.
+        # On a GPU a gate keeps nothing of a frozen weight, and only reads it early. On a CPU it would pack a copy,
+        # which a reload through `.data` does not reach.
         self._frozen = weight.is_cuda
         with torch.inference_mode(False):
             self._linear = GateLinear(weight, out_dtype=getattr(torch, dtype), frozen=self._frozen)
@@ -66,8 +69,7 @@ class GateOfLayer:
         return logits
 
 
-_gates: WeakKeyDictionary[nn.Module, GateOfLayer | None] = WeakKeyDictionary()
-"""None: SGLang goes on to compute this gate."""
+_gates: WeakKeyDictionary[nn.Module, GateOfLayer] = WeakKeyDictionary()
 
 
 def forward(
@@ -82,21 +84,14 @@ def forward(
 
 def _of(gate: nn.Module, hidden_states: Tensor) -> GateOfLayer | None:
     weight: Tensor = gate.weight  # type: ignore[assignment]
-    if gate in _gates:
-        found = _gates[gate]
-        if found is None:
-            return None
-    else:
-        found = None
+    found = _gates.get(gate)
     if found is None or found.weight is not weight:
         if _is_capturing(weight):
             return None  # what is built compiles, which a CUDA graph cannot record
         in_place.check()
-        found = _gates[gate] = GateOfLayer(weight) if _is_taken(gate, weight) else None
-        if found is None:
-            return None
+        found = _gates[gate] = GateOfLayer(weight, is_taken=_is_taken(gate, weight))
     fits = hidden_states.dim() == 2 and hidden_states.dtype in FLOATS and hidden_states.device == weight.device
-    return found if fits else None
+    return found if fits and found.is_taken else None
 
 
 def _is_taken(gate: nn.Module, weight: Tensor) -> bool:

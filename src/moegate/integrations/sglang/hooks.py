@@ -19,12 +19,28 @@ from moegate.integrations.sglang import gate, in_place
 from moegate.integrations.sglang.report import REPORT
 from moegate.integrations.sglang.top_k import MoegateTopK
 
-CONFIG_FIELDS = frozenset(
-    "top_k use_grouped_topk topk_group num_expert_group renormalize shared_experts custom_routing_function"
-    " correction_bias torch_native routed_scaling_factor apply_routed_scaling_factor_on_output"
-    " fused_shared_experts_scaling_factor output_format runner_backend routing_method_type scoring_func"
-    " sqrtsoftplus_log1p fused_gate_packed_ids allow_routed_experts_capture layer_id".split()
-)
+CONFIG_FIELDS = {
+    "top_k",
+    "use_grouped_topk",
+    "topk_group",
+    "num_expert_group",
+    "renormalize",
+    "shared_experts",
+    "custom_routing_function",
+    "correction_bias",
+    "torch_native",
+    "routed_scaling_factor",
+    "apply_routed_scaling_factor_on_output",
+    "fused_shared_experts_scaling_factor",
+    "output_format",
+    "runner_backend",
+    "routing_method_type",
+    "scoring_func",
+    "sqrtsoftplus_log1p",
+    "fused_gate_packed_ids",
+    "allow_routed_experts_capture",
+    "layer_id",
+}
 """All that `TopKConfig` says. A field more may mean a router that moegate does not know."""
 _SIGNATURES: tuple[tuple[Callable[..., Any], str], ...] = (
     (MoEGate.forward, "self hidden_states gemm_output_zero_allocator forward_batch"),

@@ -6,7 +6,7 @@ Nothing of them computes. A test that reached one of their functions would get n
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableSequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -28,7 +28,7 @@ def _empty(name: str) -> object:
 
 
 class _Stub(ModuleType):
-    __path__: Sequence[str] = ()
+    __path__: MutableSequence[str] = []  # noqa: RUF012
     __version__ = "0"  # older than any version that is asked for
 
     def __getattr__(self, name: str) -> object:

@@ -44,6 +44,21 @@ def gate_of(dtype: torch.dtype = torch.bfloat16, *, seed: int = 0, **config: Any
     return gate
 
 
+def own_forward(dtype: torch.dtype, *, tokens: int, **config: Any) -> Any:
+    """What SGLang's own `MoEGate.forward` returns, of a gate without values."""
+    from sglang.srt.models.deepseek_v2 import MoEGate
+
+    with torch.device("meta"):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            gate = MoEGate(SimpleNamespace(topk_method="greedy", **config), None)
+        finally:
+            torch.set_default_dtype(before)
+        hidden = torch.empty(tokens, config["hidden_size"], dtype=dtype)
+    return MoEGate.forward.__wrapped__(gate, hidden)
+
+
 def bias_of(seed: int) -> Tensor:
     return torch.rand(EXPERTS, generator=torch.Generator().manual_seed(seed)) * 0.2
 

@@ -56,9 +56,7 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
         {"num_expert_group": 7},
         f"RouterSpec.n_group = 7; allowed: a divisor of the {EXPERTS} selectable experts",
     ),
-    **{
-        name: ({"output_format": name}, f"output format {name}") for name in ("BYPASSED", "TRITON_KERNEL", "PACKED")
-    },
+    **{name: ({"output_format": name}, f"output format {name}") for name in ("BYPASSED", "TRITON_KERNEL", "PACKED")},
 }
 
 
@@ -119,7 +117,8 @@ def test_modes_of_the_server(argument: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"), [("dynamic_expert_bias", torch.zeros(5, EXPERTS)), ("router_logits_partials", torch.zeros(1))]
+    ("argument", "value"),
+    [("dynamic_expert_bias", torch.zeros(5, EXPERTS)), ("router_logits_partials", torch.zeros(1))],
 )
 def test_arguments_of_a_call(argument: str, value: torch.Tensor) -> None:
     from sglang.kernels.spec import KernelBackend

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import sglang_layers
 import torch
-from sglang_layers import EXPERTS, GROUPED, HIDDEN, TOP_K, as_routing, backend_of, bias_of, hidden_of, logits_of, top_k_of
+from sglang_layers import (
+    EXPERTS,
+    GROUPED,
+    HIDDEN,
+    TOP_K,
+    as_routing,
+    backend_of,
+    bias_of,
+    hidden_of,
+    logits_of,
+    top_k_of,
+)
 
 import moegate
 from moegate import RouterSpec

@@ -102,9 +102,9 @@ def in_another_process(code: str, **environment: str) -> str:
     """What a new Python prints that can import SGLang and has these variables, on both outputs; it must succeed."""
     support = Path(__file__).parent
     start = "import sglang_stubs; sglang_stubs.install()\n"
-    variables = {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(support), **environment}
+    variables = {"SGLANG_USE_CPU_ENGINE": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": str(support), **environment}
     done = subprocess.run(
-        [sys.executable, "-c", start + code],
+        [sys.executable, "-u", "-c", start + code],
         env={"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

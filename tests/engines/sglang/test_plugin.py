@@ -16,7 +16,8 @@ load_plugins()
 SHOW = """
 from sglang.srt.layers.moe import topk
 from sglang.srt.models import deepseek_v2, kimi_k3
-print("TopK", topk.TopK.__name__, deepseek_v2.TopK is topk.TopK, "MoEGate", hasattr(deepseek_v2.MoEGate.forward, "__wrapped__"))
+is_hooked = hasattr(deepseek_v2.MoEGate.forward, "__wrapped__")
+print("TopK", topk.TopK.__name__, deepseek_v2.TopK is topk.TopK, "MoEGate", is_hooked)
 import torch
 print("CUDA", torch.cuda.is_initialized())
 """
@@ -74,8 +75,9 @@ with get_context().override_server_args(), torch.inference_mode():
     print("plain", logits.__dict__, sorted(output.topk_ids[0].tolist()), "moegate" in str(type(top_k)))
 """
     imports = "\n".join(LAYERS.splitlines()[:4])
-    assert "plain {} [" in loaded(imports + route)
-    assert "] False" in loaded(imports + route)
+    printed = loaded(imports + route)
+    assert "plain {} [" in printed
+    assert "] False" in printed
 
 
 def test_one_line_says_what_is_routed() -> None:
@@ -198,7 +200,8 @@ model = torch.nn.ModuleDict({"mlp": torch.nn.Module()})
 hashed = HashTopK.__new__(HashTopK)
 torch.nn.Module.__init__(hashed)
 model["mlp"].topk = hashed
-hook = next(cell.cell_contents for cell in ModelRunner.load_model.__closure__ if cell.cell_contents.__module__.startswith("moegate"))
+hooks = [cell.cell_contents for cell in ModelRunner.load_model.__closure__]
+(hook,) = [hook for hook in hooks if hook.__module__.startswith("moegate")]
 hook(None, SimpleNamespace(model=model))
 REPORT.tell()
 """

@@ -55,11 +55,9 @@ def requirements_of(engine: str, python: str) -> list[str]:
     """The Requires-Dist of the engine's wheel."""
     with TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed"]
-            + ["--only-binary=:all:", "--python-version", python, "--target", folder, "--report", str(report), engine],
-            check=True,
-        )
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed"]
+        wanted = ["--only-binary=:all:", "--python-version", python, "--target", folder, "--report", str(report)]
+        subprocess.run([*pip, *wanted, engine], check=True)
         (found,) = json.loads(report.read_text(encoding="utf-8"))["install"]
     required: list[str] = found["metadata"]["requires_dist"]
     return required

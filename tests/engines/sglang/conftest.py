@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterator
 
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # read when SGLang is imported
-os.environ["TORCH_COMPILE_DISABLE"] = "1"  # SGLang's own selections run eagerly here: compiling one takes half a minute
 
 import pytest
 import sglang_stubs
-import torch
+import torch._dynamo.config
 
 sglang_stubs.install()
+torch._dynamo.config.disable = True  # SGLang's own selections run eagerly here: compiling one takes half a minute
 
 
 @pytest.fixture(scope="session", autouse=True)

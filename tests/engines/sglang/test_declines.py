@@ -39,6 +39,10 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
         {"shared_experts": 1, "correction_bias": None, "scoring_func": "softmax"},
         "shared experts in the top-k without a correction bias",
     ),
+    "shared with sqrtsoftplus": (
+        {"shared_experts": 1, "use_grouped_topk": False, "scoring_func": "sqrtsoftplus"},
+        "a shared expert in the top-k with sqrtsoftplus",
+    ),
     "softmax": (
         {"use_grouped_topk": False, "scoring_func": "softmax"},
         "softmax with a correction bias, which not all of SGLang's kernels add",

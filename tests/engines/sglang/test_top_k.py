@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import sglang_layers
 import torch
+from sglang_cases import CASES, SCALE
 from sglang_layers import (
     EXPERTS,
     GROUPED,
@@ -24,35 +25,6 @@ import moegate
 from moegate import RouterSpec
 from moegate.contract.verify import verify_routing
 from moegate.routing import RouterTensors
-
-SIGMOID: dict[str, Any] = {"scoring_func": "sigmoid"}
-BIASED: dict[str, Any] = {**SIGMOID, "correction_bias": "score"}
-GROUPS: dict[str, Any] = {"n_group": 8, "topk_group": 4}
-EPS: dict[str, Any] = {"renormalize": True, "renormalize_eps": 1e-20}
-SCALE: dict[str, Any] = {"routed_scaling_factor": 2.5, "apply_routed_scaling_factor_on_output": True}
-# SGLang's TopK arguments, whether there is a correction bias, and the spec worked out by hand.
-CASES: dict[str, tuple[dict[str, Any], bool, dict[str, Any]]] = {
-    "deepseek-v3": ({**GROUPED, **SCALE}, True, {**BIASED, **GROUPS, **EPS, "routed_scaling_factor": 2.5}),
-    "deepseek-v3, scaled later": ({**GROUPED, "routed_scaling_factor": 2.5}, True, {**BIASED, **GROUPS, **EPS}),
-    "one group": (
-        {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1, **SIGMOID},
-        True,
-        {**BIASED, **EPS},
-    ),
-    "deepseek-v2": ({**GROUPED, "renormalize": False}, False, {**GROUPS, "group_score": "max"}),
-    "sigmoid by groups": ({**GROUPED, **SIGMOID}, False, {**SIGMOID, **GROUPS, **EPS, "group_score": "max"}),
-    "qwen3": ({}, False, {"renormalize": True}),
-    "qwen2": ({"renormalize": False}, False, {}),
-    "softmax scaled": ({**SCALE}, False, {"renormalize": True, "routed_scaling_factor": 2.5}),
-    "minimax-m2": (SIGMOID, True, {**BIASED, **EPS}),
-    "sigmoid": (SIGMOID, False, {**SIGMOID, **EPS}),
-    "sigmoid, not renormalized": ({**SIGMOID, "renormalize": False}, True, BIASED),
-    "deepseek-v4": (
-        {"scoring_func": "sqrtsoftplus", **SCALE},
-        True,
-        {**BIASED, **EPS, "scoring_func": "sqrtsoftplus", "routed_scaling_factor": 2.5},
-    ),
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -84,6 +84,8 @@ def _check_shared_experts(config: Any) -> None:
     slots = config.num_shared_topk_slots
     if slots and config.correction_bias is None:
         raise LeftToEngineError("shared experts in the top-k without a correction bias")
+    if slots and config.scoring_func == "sqrtsoftplus" and not config.use_grouped_topk:
+        raise LeftToEngineError("a shared expert in the top-k with sqrtsoftplus")  # whose padding is masked, too
     if slots > 1:
         raise LeftToEngineError(f"{slots} shared experts in the top-k")
 

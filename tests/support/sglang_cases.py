@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-import torch
+import torch._dynamo.config
 from sglang_layers import GROUPED, TOP_K, bias_of, hidden_of, logits_of, top_k_of
 
 SIGMOID: dict[str, Any] = {"scoring_func": "sigmoid"}
@@ -81,6 +82,7 @@ def answers_for_cuda(file: str) -> None:
     from sglang.srt.layers.moe import topk
     from sglang.srt.runtime_context import get_context
 
+    torch._dynamo.config.disable = True
     router = import_module("sglang.kernels.ops.moe.moe_fused_gate")
     answers: dict[tuple[str, bool], Any] = {}
     with (
@@ -96,3 +98,10 @@ def answers_for_cuda(file: str) -> None:
             )
             answers[name, has_shared] = (output.topk_ids, output.topk_weights)
     torch.save(answers, file)
+
+
+if __name__ == "__main__":
+    import sglang_stubs
+
+    sglang_stubs.install()
+    answers_for_cuda(sys.argv[1])

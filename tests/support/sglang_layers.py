@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,19 +93,3 @@ def as_routing(output: Any, logits: Tensor, spec: RouterSpec, tensors: RouterTen
     keys = choice_keys(finite_logits(logits, torch.float64), spec, tensors)
     order = keys.gather(-1, ids).argsort(dim=-1, descending=True)
     return Routing(ids.gather(-1, order).int(), weights.gather(-1, order))
-
-
-def in_another_process(code: str, **environment: str) -> str:
-    """What a new Python prints that can import SGLang and has these variables, on both outputs; it must succeed."""
-    support = Path(__file__).parent
-    start = "import sglang_stubs; sglang_stubs.install()\n"
-    variables = {"SGLANG_USE_CPU_ENGINE": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": str(support), **environment}
-    done = subprocess.run(
-        [sys.executable, "-u", "-c", start + code],
-        env={"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import sglang_cases
 import torch
 from sglang_cases import TOKENS, asked, case_of
-from sglang_layers import EXPERTS, TOP_K, backend_of, hidden_of, in_another_process, logits_of
+from sglang_layers import EXPERTS, TOP_K, backend_of, hidden_of, logits_of
 
 Answers = dict[tuple[str, bool], tuple[torch.Tensor, torch.Tensor]]
 
@@ -15,7 +20,12 @@ Answers = dict[tuple[str, bool], tuple[torch.Tensor, torch.Tensor]]
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     file = tmp_path_factory.mktemp("cuda") / "answers.pt"
-    in_another_process(f"import sglang_cases; sglang_cases.answers_for_cuda({str(file)!r})", TRITON_INTERPRET="1")
+    # Read when SGLang's kernels are defined, and so in a process of its own from the start.
+    subprocess.run(
+        [sys.executable, sglang_cases.__file__, str(file)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(sglang_cases.__file__).parent)},
+        check=True,
+    )
     found: Any = torch.load(file)
     return found  # type: ignore[no-any-return]
 

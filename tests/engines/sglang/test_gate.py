@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_layers import EXPERTS, GROUPED, HIDDEN, TOP_K, gate_of, hidden_of, in_another_process, top_k_of
+from sglang_layers import EXPERTS, GROUPED, HIDDEN, TOP_K, gate_of, hidden_of, top_k_of
+from sglang_process import in_another_process
 from torch import Tensor
 
 import moegate
@@ -212,9 +213,8 @@ def test_packed_weights_stay_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMPILED = """
-import os
-os.environ["MOEGATE"] = "1"
 import torch
+torch._dynamo.config.disable = False
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.runtime_context import get_context
@@ -237,6 +237,6 @@ with get_context().override_server_args(), torch.inference_mode():
 
 
 def test_compiled_code_is_sglangs() -> None:
-    printed = in_another_process(COMPILED, TORCH_COMPILE_DISABLE="0")
+    printed = in_another_process(COMPILED, MOEGATE="1")
     assert "compiled {} True" in printed
     assert "seen False True" in printed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sglang_layers import in_another_process
+from sglang_process import in_another_process
 
 LOAD = """
 import logging, sys
@@ -57,10 +57,10 @@ def loaded(then: str, *, before: str = "", **environment: str) -> str:
     ids=str,
 )
 def test_the_two_variables(environment: dict[str, str], is_on: bool) -> None:
-    show = "print('model code', 'sglang.srt.models.deepseek_v2' in sys.modules)\n" + SHOW
+    show = "print('hooks', 'moegate.integrations.sglang.hooks' in sys.modules)\n" + SHOW
     printed = loaded(show, **environment)
     assert (OURS if is_on else THEIRS) in printed
-    assert f"model code {is_on}" in printed  # off, nothing of SGLang's is imported
+    assert f"hooks {is_on}" in printed  # off, nothing that imports SGLang's model code is imported
     assert "CUDA False" in printed
     assert "WARNING moegate" not in printed
 

@@ -120,8 +120,10 @@ def test_a_bias_that_is_written_or_replaced_takes_effect() -> None:
     with torch.no_grad():
         top_k.topk_config.correction_bias.data.copy_(bias_of(2))
     assert top_k(hidden, logits).topk_ids.equal(top_k_of(bias_of(2), **GROUPED)(hidden, logits).topk_ids)
-    top_k.topk_config.correction_bias = bias_of(3)
+    top_k.topk_config.correction_bias.data = bias_of(3)
     assert top_k(hidden, logits).topk_ids.equal(top_k_of(bias_of(3), **GROUPED)(hidden, logits).topk_ids)
+    top_k.topk_config.correction_bias = bias_of(4)
+    assert top_k(hidden, logits).topk_ids.equal(top_k_of(bias_of(4), **GROUPED)(hidden, logits).topk_ids)
 
 
 def test_a_forced_backend_that_cannot_run_falls_back() -> None:

@@ -47,9 +47,8 @@ class Selection:
             self._top_k = TopK(self.spec, e_score_correction_bias=self.bias)
 
     def is_of(self, config: Any) -> bool:
-        """True if the bias is still the tensor at the address that the selection reads."""
-        bias = config.correction_bias
-        return config is self._given and bias is self.bias and _address(bias) == self._address
+        """True if the bias is still at the address that the selection reads, which the selection keeps allocated."""
+        return config is self._given and _address(config.correction_bias) == self._address
 
     def fits(self, logits: Tensor) -> bool:
         """True for logits that moegate selects by."""

@@ -23,6 +23,7 @@ from moegate.cuda import device as gpu
 from moegate.warn import warn_once
 
 GPU_TESTS = Path(__file__).parent / "gpu"
+ENGINE_TESTS = Path(__file__).parent / "engines"
 
 # Every run draws the same examples, so that failures are reproducible; `--hypothesis-profile explore` draws new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -63,8 +64,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """True for tests/gpu without a CUDA device; the run's summary says so, and has the date of their last run."""
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """True for tests/gpu without a CUDA device; the run's summary says so, and has the date of their last run.
+
+    And for tests/engines, unless the command line names one of them: each engine has an environment of its own.
+    """
+    if collection_path == ENGINE_TESTS:
+        return None if any(path.is_relative_to(ENGINE_TESTS) for path in _asked_for(config)) else True
     return True if collection_path == GPU_TESTS and not torch.cuda.is_available() else None
 
 

@@ -29,6 +29,8 @@ class Environment:
     """A folder of tests/engines, whose requirements.txt pins all but the engine."""
     engine: str
     """The engine's requirement."""
+    deps: bool = True
+    """Install what the packages require; False: what is listed, and nothing else."""
 
     @property
     def folder(self) -> Path:
@@ -47,7 +49,7 @@ class Environment:
 
     def newest(self) -> Environment:
         """The same with whatever release is newest."""
-        return Environment(f"{self.tests}-newest", self.tests, self.engine.split("==")[0])
+        return Environment(f"{self.tests}-newest", self.tests, self.engine.split("==")[0], self.deps)
 
     def make(self) -> None:
         """Makes the folder, unless it was made of the same."""
@@ -58,10 +60,10 @@ class Environment:
         shutil.rmtree(self.folder, ignore_errors=True)
         venv.create(self.folder, with_pip=True)
         pip = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        pins = self.requirements.read_text().split()
+        pins = [line for line in self.requirements.read_text().splitlines() if not line.startswith("#")]
         if "==" not in self.engine:  # the newest engine chooses the versions, but for torch
             pins = [pin if pin.startswith("torch==") else pin.split("==")[0] for pin in pins]
-        subprocess.run([*pip, *pins, self.engine], check=True)
+        subprocess.run([*pip, *([] if self.deps else ["--no-deps"]), *pins, self.engine], check=True)
         subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], check=True)
         stamp.write_text(made_of)
 
@@ -74,6 +76,7 @@ class Environment:
 ENVIRONMENTS = (
     Environment("transformers-5.24", "transformers", "transformers==5.24.0"),
     Environment("transformers-5.23", "transformers", "transformers==5.23.0"),
+    Environment("sglang-0.5.23", "sglang", "sglang==0.5.23", deps=False),
 )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `moegate models`, `route`, `check`, `explain`, `tune`, `bench`."""
+"""The command line: `moegate models`, `route`, `check`, `explain`, `engines`, `tune`, `bench`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from moegate._version import __version__
-from moegate.cli import bench, check, explain, models, route, tune
+from moegate.cli import bench, check, engines, explain, models, route, tune
 from moegate.cli.output import complain
 
 app = typer.Typer(
@@ -21,7 +21,15 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (models.models, route.route, check.check, explain.explain, tune.tune, bench.bench):
+for command in (
+    models.models,
+    route.route,
+    check.check,
+    explain.explain,
+    engines.engines,
+    tune.tune,
+    bench.bench,
+):
     app.command()(command)
 
 

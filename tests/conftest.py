@@ -23,6 +23,7 @@ from moegate.cuda import device as gpu
 from moegate.warn import warn_once
 
 GPU_TESTS = Path(__file__).parent / "gpu"
+ENGINE_TESTS = Path(__file__).parent / "engines"
 
 # Every run draws the same examples, so that failures are reproducible; `--hypothesis-profile explore` draws new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -51,6 +52,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def _asked_for(config: pytest.Config) -> list[Path]:
     """The files and folders of the command line."""
     return [Path(config.invocation_params.dir, word.partition("::")[0]).resolve() for word in config.args]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves out the tests beside an engine, each of which needs an environment of its own, unless they are asked for."""
+    if collection_path == ENGINE_TESTS and not any(path.is_relative_to(ENGINE_TESTS) for path in _asked_for(config)):
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,8 +14,7 @@ from moegate.routing import Routing
 _HARMLESS = {
     Tensor.shape.__get__,  # type: ignore[attr-defined]
     Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    Tensor.device.__get__,  # type: ignore[attr-defined]
-    Tensor.ndim.__get__,
+    Tensor.device.__get__,
     Tensor.size,
     Tensor.dim,
 }

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles its grouped top-k, which takes longer than all tests
 for name in ("MOEGATE", "MOEGATE_LOGITS", "VLLM_PLUGINS"):
     os.environ.pop(name, None)
 

@@ -171,7 +171,7 @@ def test_left_to_vllm(make: Any, reason: str) -> None:
     assert router._compute_routing == before
 
 
-def test_a_parameter_that_is_new_in_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parameter_that_is_new_in_vllm() -> None:
     class FusedTopKRouter(vllm_layers.FusedTopKRouter):  # type: ignore[misc]
         def __init__(self, *args: Any, temperature: float = 2.0, top_k: int = 4) -> None:
             super().__init__(*args)

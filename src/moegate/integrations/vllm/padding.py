@@ -26,7 +26,7 @@ def mask_of(router: Any) -> MaskOf | None:
 
     def mask(num_tokens: int) -> Tensor | None:
         found: Tensor | None = masked(num_tokens)
-        # After tokens were gathered from other ranks, or dealt out to them, the mask is that of other rows.
+        # Rows that were gathered from other ranks are not in the mask.
         return found if found is not None and len(found) == num_tokens else None
 
     return mask

@@ -81,7 +81,8 @@ def main(checkpoint: str, result: str, compile_: bool) -> None:
     if not compile_:
         found["classes"] = {name: type(layer).__name__ for name, layer in layers.items()}
         found["gates"] = {name: layer.gate.weight.detach().clone() for name, layer in layers.items()}
-        found["biases"] = {name: layer.router.e_score_correction_bias for name, layer in layers.items()}
+        biases = {name: layer.router.e_score_correction_bias for name, layer in layers.items()}
+        found["biases"] = {name: None if bias is None else bias.data.clone() for name, bias in biases.items()}
         for layer in layers.values():
             layer.gate.weight.data.neg_()  # a write that no version counts; vLLM has packed the weight, and keeps it
         found["tokens of negated gates"] = tokens_of(llm)

@@ -1,33 +1,56 @@
-"""The switch, and when moegate stands aside; each in a process of its own, since a registration lasts."""
+"""The switch, and when moegate stands aside."""
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm.plugins
+from vllm import envs
+from vllm.model_executor import custom_op
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-REGISTER = "from moegate.integrations.vllm import register\n"
-SHOW = "from vllm.model_executor.custom_op import op_registry_oot\nprint('classes', sorted(op_registry_oot))\n"
-BOTH = "classes ['GateLinear', 'MoERunner']"
-NONE = "classes []"
+from moegate.integrations.engines import Engine
+from moegate.integrations.vllm import register, registration, signatures
+
+BOTH = {"GateLinear": "MoegateGateLinear", "MoERunner": "MoegateRunner"}
+NONE: dict[str, str] = {}
 
 
-def run(code: str, **environment: str) -> str:
-    """What a program prints and logs."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MOEGATE")}
-    # VLLM_LOGGING_LEVEL is left at its default, which is what a user sees.
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=clean | environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+class Registry:
+    """vLLM's registry of replaced classes, for one test, and what moegate logs meanwhile."""
+
+    def __init__(self) -> None:
+        self.classes: dict[str, type] = {}
+        self.records: list[logging.LogRecord] = []
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {name: kind.__name__ for name, kind in self.classes.items()}
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
+    found = Registry()
+    monkeypatch.setattr(custom_op, "op_registry_oot", found.classes)
+    monkeypatch.setattr(envs, "environment_variables", dict(envs.environment_variables))
+    monkeypatch.setattr(vllm.plugins, "plugins_loaded", False)
+    handler = logging.Handler()
+    handler.emit = found.records.append  # type: ignore[method-assign]
+    registration.logger.addHandler(handler)
+    yield found
+    registration.logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize(
-    ("environment", "shown"),
+    ("environment", "names"),
     [
         ({"MOEGATE": "1"}, BOTH),
         ({"VLLM_PLUGINS": "moegate"}, BOTH),
@@ -37,110 +60,155 @@ def run(code: str, **environment: str) -> str:
         ({"VLLM_PLUGINS": "other"}, NONE),
     ],
 )
-def test_the_switch(environment: dict[str, str], shown: str) -> None:
-    output = run(REGISTER + "register()\nregister()\n" + SHOW, **environment)
-    assert shown in output
-    assert "stands aside" not in output
+def test_the_switch(
+    environment: dict[str, str], names: dict[str, str], registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls, as vLLM may make them; its registry refuses a second class of one name."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = set(envs.environment_variables)
+    register()
+    register()
+    assert registry.names == names
+    assert not registry.records
+    assert set(envs.environment_variables) - before == ({"MOEGATE", "MOEGATE_LOGITS"} if names else set())
 
 
-@pytest.mark.parametrize(("plugins", "shown"), [(None, BOTH), ("moegate", BOTH), ("", NONE), ("other", NONE)])
-def test_through_the_loader_of_vllm(plugins: str | None, shown: str) -> None:
+@pytest.mark.parametrize(("plugins", "names"), [(None, BOTH), ("moegate", BOTH), ("", NONE), ("other", NONE)])
+def test_through_the_loader_of_vllm(
+    plugins: str | None, names: dict[str, str], registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With MOEGATE=1, vLLM's own list of plugins still decides which ones it calls."""
-    code = "from vllm.plugins import load_general_plugins\nload_general_plugins()\nload_general_plugins()\n"
-    environment = {} if plugins is None else {"VLLM_PLUGINS": plugins}
-    assert shown in run(code + SHOW, MOEGATE="1", **environment)
+    monkeypatch.setenv("MOEGATE", "1")
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    vllm.plugins.load_general_plugins()
+    assert registry.names == names
 
 
-def test_off_costs_nothing() -> None:
-    code = (
-        "import sys, time, vllm.plugins\nbefore = set(sys.modules)\nstart = time.perf_counter()\n"
-        + REGISTER
-        + "register()\nprint('seconds', time.perf_counter() - start)\n"
-        "new = set(sys.modules) - before\nprint('vllm' if any(name.startswith('vllm') for name in new) else 'no vllm')\n"
+def other_version(patch: pytest.MonkeyPatch, version: str) -> str:
+    patch.setattr(Engine, "installed", lambda self: version)
+    return f"vLLM {version} is outside of the tested range, 0.26 to 0.33"
+
+
+def other_parameter(patch: pytest.MonkeyPatch) -> str:
+    patch.setattr(
+        BaseRouter,
+        "_compute_routing",
+        lambda self, hidden_states, router_logits, indices_type, input_ids, more: None,
     )
-    output = run(code)
-    assert "no vllm" in output
-    assert float(output.split("seconds ")[1].split()[0]) < 0.2
+    return f"BaseRouter._compute_routing of {BaseRouter.__module__} has another parameter, more"
 
 
-def test_no_cuda_starts() -> None:
-    output = run(REGISTER + "register()\nimport torch\nprint('started', torch.cuda.is_initialized())\n", MOEGATE="1")
-    assert "started False" in output
+def missing_parameter(patch: pytest.MonkeyPatch) -> str:
+    patch.setattr(MoERunner, "__init__", lambda self, layer_name, moe_config, routed_experts: None)
+    return f"MoERunner.__init__ of {MoERunner.__module__} has no parameter router"
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_another_process(method: str) -> None:
-    """As vLLM's workers: a fork has the classes already, a spawned process registers them itself."""
-    code = (
-        REGISTER
-        + "def work():\n    register()\n    from vllm.model_executor.custom_op import op_registry_oot\n"
-        + "    print('classes', sorted(op_registry_oot))\n"
-        + "if __name__ == '__main__':\n    import multiprocessing\n    register()\n"
-        + f"    process = multiprocessing.get_context('{method}').Process(target=work)\n"
-        + "    process.start(); process.join(); assert process.exitcode == 0\n"
-    )
-    assert BOTH in run_file(code)
+def missing_method(patch: pytest.MonkeyPatch) -> str:
+    patch.delattr(MoERunner, "do_naive_dispatch_combine")
+    return f"{MoERunner.__module__} has no MoERunner.do_naive_dispatch_combine"
 
 
-def run_file(code: str) -> str:
-    """A spawned process imports the main program again, so that it must be a file."""
-    import tempfile
-    from pathlib import Path
+def other_plugin(patch: pytest.MonkeyPatch) -> str:
+    patch.setitem(custom_op.op_registry_oot, "GateLinear", int)
+    return "another plugin has replaced GateLinear"
 
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "program.py"
-        program.write_text(code, encoding="utf-8")
-        return run(f"import runpy\nrunpy.run_path({str(program)!r}, run_name='__main__')\n", MOEGATE="1")
+
+def unknown_logits(patch: pytest.MonkeyPatch) -> str:
+    patch.setenv("MOEGATE_LOGITS", "float16")
+    return "MOEGATE_LOGITS = 'float16'; allowed: 'engine' and 'float32'"
+
+
+def fault(patch: pytest.MonkeyPatch) -> str:
+    patch.setattr(signatures, "why_not", lambda found: 1 / 0)
+    return "its registration failed"
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    "change",
     [
-        (
-            "import moegate.integrations.engines as e\ne.Engine.installed = lambda self: '0.25.9'\n",
-            "vLLM 0.25.9 is outside of the tested range, 0.26 to 0.33",
-        ),
-        (
-            "import moegate.integrations.engines as e\ne.Engine.installed = lambda self: '0.34.0'\n",
-            "vLLM 0.34.0 is outside of the tested range, 0.26 to 0.33",
-        ),
-        (
-            "from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter\n"
-            "BaseRouter._compute_routing = lambda self, hidden_states, router_logits, indices_type, input_ids, more: 1\n",
-            "BaseRouter._compute_routing of vllm.model_executor.layers.fused_moe.router.base_router"
-            " has another parameter, more",
-        ),
-        (
-            "from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner\n"
-            "del MoERunner.do_naive_dispatch_combine\n",
-            "vllm.model_executor.layers.fused_moe.runner.moe_runner has no MoERunner.do_naive_dispatch_combine",
-        ),
-        (
-            "from vllm.model_executor.custom_op import PluggableLayer\n"
-            "from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear\n"
-            "PluggableLayer.register_oot(name='GateLinear')(type('Mine', (GateLinear,), {}))\n",
-            "another plugin has replaced GateLinear",
-        ),
-        ("import os\nos.environ['MOEGATE_LOGITS'] = 'float16'\n", "MOEGATE_LOGITS = 'float16'"),
-        (
-            "import moegate.integrations.vllm.signatures as s\ns.why_not = lambda found: 1 / 0\n",
-            "its registration failed",
-        ),
+        lambda patch: other_version(patch, "0.25.9"),
+        lambda patch: other_version(patch, "0.34.0"),
+        other_parameter,
+        missing_parameter,
+        missing_method,
+        other_plugin,
+        unknown_logits,
+        fault,
     ],
 )
-def test_standing_aside(change: str, reason: str) -> None:
-    """One warning, no exception, and vLLM's class of the runner stays."""
-    output = run(change + REGISTER + "register()\n" + SHOW, MOEGATE="1")
-    warnings = [line for line in output.splitlines() if "moegate stands aside" in line]
-    assert len(warnings) == 1
-    assert warnings[0].startswith("WARNING")
-    assert reason in warnings[0]
-    assert "MoERunner" not in output.split("classes ")[1].splitlines()[0]
+def test_standing_aside(change: Any, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning, no exception, and no class of moegate."""
+    monkeypatch.setenv("MOEGATE", "1")
+    reason = change(monkeypatch)
+    register()
+    assert [(record.levelname, record.getMessage()) for record in registry.records] == [
+        ("WARNING", f"moegate stands aside: {reason}")
+    ]
+    assert not [name for name in registry.names.values() if "Moegate" in name]
 
 
-@pytest.mark.parametrize("environment", [{"MOEGATE": "1"}, {}])
-def test_the_compile_cache_knows_the_switch(environment: Any) -> None:
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_compile_cache_knows_the_switch(
+    is_on: bool, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM looks a compiled graph up by these factors before it traces anything."""
-    code = REGISTER + "from vllm import envs\nbefore = envs.compile_factors()\nregister()\n"
-    code += "print('changed', envs.compile_factors() != before)\n"
-    assert f"changed {bool(environment)}" in run(code, **environment)
+    if is_on:
+        monkeypatch.setenv("MOEGATE", "1")
+    before = envs.compile_factors()
+    register()
+    assert (envs.compile_factors() != before) == is_on
+
+
+def run(program: Path, code: str, **environment: str) -> str:
+    """What a program prints."""
+    program.write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_off_costs_nothing(tmp_path: Path) -> None:
+    output = run(
+        tmp_path / "program.py",
+        """
+import sys, time, vllm.plugins
+before, start = set(sys.modules), time.perf_counter()
+from moegate.integrations.vllm import register
+register()
+print(time.perf_counter() - start, sum(name.split(".")[0] in ("vllm", "torch") for name in set(sys.modules) - before))
+""",
+    )
+    seconds, modules = output.split()
+    assert float(seconds) < 0.2
+    assert modules == "0"
+
+
+def test_other_processes(tmp_path: Path) -> None:
+    """As vLLM's workers: a fork has the classes already, a spawned process registers them itself. CUDA stays unused."""
+    output = run(
+        tmp_path / "program.py",
+        """
+import multiprocessing
+from moegate.integrations.vllm import register
+
+def work():
+    register()
+    import torch
+    from vllm.model_executor.custom_op import op_registry_oot
+    print(*sorted(op_registry_oot), torch.cuda.is_initialized(), flush=True)
+
+if __name__ == "__main__":
+    register()
+    for method in ("fork", "spawn"):
+        process = multiprocessing.get_context(method).Process(target=work)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+""",
+        MOEGATE="1",
+    )
+    assert output.splitlines() == ["GateLinear MoERunner False"] * 2

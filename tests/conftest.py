@@ -54,13 +54,6 @@ def _asked_for(config: pytest.Config) -> list[Path]:
     return [Path(config.invocation_params.dir, word.partition("::")[0]).resolve() for word in config.args]
 
 
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leaves out the tests beside an engine, each of which needs an environment of its own, unless they are asked for."""
-    if collection_path == ENGINE_TESTS and not any(path.is_relative_to(ENGINE_TESTS) for path in _asked_for(config)):
-        return True
-    return None
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests of the CPU alone in a run on another device; the run's summary counts them, with the reason."""
     if on_device.DEVICE.type == "cpu":
@@ -71,8 +64,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """True for tests/gpu without a CUDA device; the run's summary says so, and has the date of their last run."""
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """True for tests/gpu without a CUDA device; the run's summary says so, and has the date of their last run.
+
+    Also for tests/engines, unless they are asked for: each engine needs an environment of its own.
+    """
+    if collection_path == ENGINE_TESTS:
+        return None if any(path.is_relative_to(ENGINE_TESTS) for path in _asked_for(config)) else True
     return True if collection_path == GPU_TESTS and not torch.cuda.is_available() else None
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-os.environ["VLLM_NO_USAGE_STATS"] = "1"
-for name in ("MOEGATE", "MOEGATE_LOGITS", "VLLM_PLUGINS"):
-    os.environ.pop(name, None)
-
 import pytest
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+for _name in ("MOEGATE", "MOEGATE_LOGITS", "VLLM_PLUGINS"):
+    os.environ.pop(_name, None)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,15 @@ BOTH = {"GateLinear": "MoegateGateLinear", "MoERunner": "MoegateRunner"}
 NONE: dict[str, str] = {}
 
 
+class Notes(logging.Handler):
+    def __init__(self, records: list[logging.LogRecord]) -> None:
+        super().__init__()
+        self.records = records
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 class Registry:
     """vLLM's registry of replaced classes, for one test, and what moegate logs meanwhile."""
 
@@ -42,8 +51,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     monkeypatch.setattr(custom_op, "op_registry_oot", found.classes)
     monkeypatch.setattr(envs, "environment_variables", dict(envs.environment_variables))
     monkeypatch.setattr(vllm.plugins, "plugins_loaded", False)
-    handler = logging.Handler()
-    handler.emit = found.records.append  # type: ignore[method-assign]
+    handler = Notes(found.records)
     registration.logger.addHandler(handler)
     yield found
     registration.logger.removeHandler(handler)
@@ -150,9 +158,7 @@ def test_standing_aside(change: Any, registry: Registry, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("is_on", [True, False])
-def test_the_compile_cache_knows_the_switch(
-    is_on: bool, registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_compile_cache_knows_the_switch(is_on: bool, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM looks a compiled graph up by these factors before it traces anything."""
     if is_on:
         monkeypatch.setenv("MOEGATE", "1")

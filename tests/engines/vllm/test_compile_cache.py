@@ -14,17 +14,22 @@ PROGRAM = Path(__file__).parents[2] / "support" / "vllm_program.py"
 
 
 def test_one_cache_for_both(tmp_path: Path) -> None:
-    """moegate's operator runs in the compiled gates when moegate is on, and only then, also from a warm cache."""
-    checkpoint = tmp_path / "checkpoint"
+    """The compiled gates call moegate's operator when moegate is on, and only then.
+
+    vLLM keeps a compiled model in a folder that it finds by its settings alone, before it traces anything: moegate must
+    be one of these settings. (vLLM 0.32 then fails to load from that folder on a CPU, with and without moegate, and
+    compiles anew, so that the folders are looked at here.)
+    """
+    checkpoint, cache = tmp_path / "checkpoint", tmp_path / "cache"
     vllm_models.write("qwen3_moe", checkpoint)
-    found = []
-    for number, switch in enumerate(("0", "1", "0", "1")):
+    ran, folders = [], []
+    for number, switch in enumerate(("1", "0", "1")):
         result = tmp_path / f"{number}.pt"
-        environment = os.environ | {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "MOEGATE": switch}
+        environment = os.environ | {"VLLM_CACHE_ROOT": str(cache), "MOEGATE": switch}
         command = [sys.executable, str(PROGRAM), str(checkpoint), str(result), "compile"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        log = done.stdout + done.stderr
-        assert done.returncode == 0, log[-4000:]
-        is_warm = "Directly load AOT compilation" in log
-        found.append((torch.load(result, weights_only=True)["gemms"] > 0, is_warm))
-    assert found == [(False, False), (True, False), (False, True), (True, True)]
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        ran.append(torch.load(result, weights_only=True)["gemms"] > 0)
+        folders.append(len(list((cache / "torch_compile_cache" / "torch_aot_compile").iterdir())))
+    assert ran == [True, False, True]
+    assert folders == [1, 2, 2]

@@ -114,7 +114,7 @@ def custom() -> Any:
 def simulator() -> Any:
     from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import RoutingSimulatorRouter
 
-    return RoutingSimulatorRouter(4, EXPERTS)
+    return RoutingSimulatorRouter.__new__(RoutingSimulatorRouter)  # what it is made of differs between versions
 
 
 def subclass() -> Any:

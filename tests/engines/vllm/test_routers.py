@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
 import vllm_layers
 from torch import Tensor
-from vllm.model_executor.layers.fused_moe.router import fused_topk_bias_router
+from vllm.model_executor.layers.fused_moe.router import fused_topk_bias_router, grouped_topk_router
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import FusedTopKBiasRouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
@@ -50,6 +51,8 @@ def test_what_vllm_selects(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     aiter = fused_topk_bias_router.rocm_aiter_ops
     monkeypatch.setattr(aiter, "is_fused_moe_enabled", lambda: "with a bias" in name)  # behind it is plain PyTorch
     monkeypatch.setattr(fused_topk_bias_router, "_aiter_can_use_biased_grouped_topk", lambda *_: False)
+    # vLLM compiles this function, which would take longer than all other tests.
+    monkeypatch.setattr(grouped_topk_router, "grouped_topk", inspect.unwrap(grouped_topk_router.grouped_topk))
     make, spec = ROUTERS[name]
     router = make()
     weights, ids = router._compute_routing(torch.zeros(TOKENS, HIDDEN), logits(), None)

@@ -159,6 +159,16 @@ def test_a_weight_that_is_written_or_replaced_is_followed() -> None:
     assert routed(runner, hidden())[0].as_subclass(Tensor).equal(-before)
 
 
+def test_a_bias_that_moves_is_followed() -> None:
+    """Offloading gives a parameter other memory."""
+    router = ROUTERS["sigmoid with a bias"][0]()
+    router.e_score_correction_bias = nn.Parameter(router.e_score_correction_bias, requires_grad=False)
+    runner = runner_of(router, gate_of())
+    take_over(runner)
+    router.e_score_correction_bias.data = torch.where(torch.arange(EXPERTS) == 7, 9.0, -1.0)
+    assert (routed(runner, hidden())[2][:, 0] == 7).all()
+
+
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize(
     ("name", "is_heeded"), [("softmax", True), ("sqrtsoftplus", True), ("groups", False), ("softmax on a CPU", False)]

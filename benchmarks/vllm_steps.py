@@ -230,7 +230,7 @@ def main(name: str) -> None:
         bench.replayed.append(graph)
         REPLAY(graph)
 
-    torch.cuda.CUDAGraph.replay = replay
+    torch.cuda.CUDAGraph.replay = replay  # type: ignore[method-assign, assignment]
     ways = ["own", *(["own, as 0.33"] if name == "deepseek-v3" else []), "moegate", "moegate, padding", "no router"]
     found: dict[str, dict[int, tuple[float, int]]] = {}
     for way in (*ways, "own again", "moegate again"):

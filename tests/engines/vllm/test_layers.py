@@ -122,6 +122,8 @@ def test_ids_in_int64() -> None:
     runner = runner_of(make(), gate_of(), topk_indices_dtype=torch.int64)
     take_over(runner)
     hold(runner, hidden(), replace(spec, topk_ids_dtype="int64", logits_dtype="bfloat16"))
+    # Before vLLM would cast them, by a kernel of its own.
+    assert runner.router._compute_routing(hidden(), runner.gate(hidden())[0], torch.int64)[1].dtype == torch.int64
 
 
 def test_a_routing_stays_with_its_logits() -> None:

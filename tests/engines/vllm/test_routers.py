@@ -69,7 +69,7 @@ def test_every_router_class_is_covered() -> None:
 def test_ids_in_int64() -> None:
     router = ROUTERS["groups"][0]()
     take_over(runner_of(router, topk_indices_dtype=torch.int64))
-    weights, ids = router.select_experts(torch.zeros(TOKENS, HIDDEN), logits(), torch.int64)
+    weights, ids = router._compute_routing(torch.zeros(TOKENS, HIDDEN), logits(), torch.int64)
     assert (weights.dtype, ids.dtype) == (torch.float32, torch.int64)
 
 

@@ -87,7 +87,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
 
 def place_of(name: str) -> tuple[str, str]:
     """The page and the id of a public name."""
-    return ("moegate/catalog.html", name[len("catalog.") :]) if name.startswith("catalog.") else ("moegate.html", name)
+    for module in ("catalog", "integrations.transformers"):
+        if name.startswith(f"{module}."):
+            return f"moegate/{module.replace('.', '/')}.html", name.removeprefix(f"{module}.")
+    return "moegate.html", name
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -127,6 +130,7 @@ def test_public_names() -> None:
     assert set(moegate.__all__) - {"__version__", "catalog"} <= set(PUBLIC)
     assert {"Gate.forward", "Gate.from_checkpoint", "Routing.topk_ids", "RouterSpec.from_config"} <= set(PUBLIC)
     assert {"catalog.get_model", "catalog.Model.spec"} <= set(PUBLIC)
+    assert {"integrations.transformers.patch", "integrations.transformers.Takeover.left"} <= set(PUBLIC)
     assert "Gate.register_buffer" not in PUBLIC
 
 

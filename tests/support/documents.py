@@ -18,6 +18,7 @@ from torch import nn
 
 import moegate
 from moegate import catalog
+from moegate.integrations import transformers
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -98,9 +99,9 @@ def anchors_of(text: str) -> set[str]:
 
 @cache
 def public_objects() -> dict[str, Any]:
-    """The public objects by name: the names of `moegate` and `moegate.catalog`, and members of their classes."""
+    """The public objects by name: the names of the public modules, and members of their classes."""
     found: dict[str, Any] = {}
-    for module, prefix in ((moegate, ""), (catalog, "catalog.")):
+    for module, prefix in ((moegate, ""), (catalog, "catalog."), (transformers, "integrations.transformers.")):
         for name in module.__all__:
             value = getattr(module, name)
             if not inspect.ismodule(value) and not name.startswith("__"):

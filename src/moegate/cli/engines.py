@@ -13,7 +13,8 @@ from moegate.integrations.engines import ENGINES, TRANSFORMERS, Engine
 
 def engines(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="Also say what moegate would route of the checkpoint in this folder.")
+        Path | None,
+        typer.Argument(metavar="CHECKPOINT", help="Also say what moegate would route of the checkpoint there."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects, one an engine.")] = False,
 ) -> None:

@@ -21,7 +21,7 @@ from moegate.integrations.transformers.classes import STATE, StandsForOriginal, 
 from moegate.integrations.transformers.forms import types_of_classes
 from moegate.integrations.transformers.taken import TakenRouter
 
-__all__ = ["disable", "enable", "patch", "report", "unpatch"]
+__all__ = ["Takeover", "disable", "enable", "patch", "report", "unpatch"]
 
 _log = logging.getLogger("moegate")
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -75,7 +75,11 @@ def patch(model: nn.Module) -> Takeover:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Gives a model its own routers back, whether `patch` or `enable` replaced them."""
+    """Gives a model its own routers back, whether `patch` or `enable` replaced them.
+
+    Args:
+        model: The model.
+    """
     for router in model.modules():
         new = type(router)
         if isinstance(new, StandsForOriginal):
@@ -85,7 +89,14 @@ def unpatch(model: nn.Module) -> None:
 
 
 def report(model: nn.Module) -> Takeover:
-    """Which routers of a model moegate routes, and why not the others."""
+    """Which routers of a model moegate routes, and why not the others.
+
+    Args:
+        model: As in `patch`; nothing in it changes.
+
+    Returns:
+        The routers by name. One that `patch` would take over is left as "not patched".
+    """
     takeover = Takeover()
     for name, router, found in _look_at(model):
         if isinstance(vars(router).get(STATE), TakenRouter):

@@ -36,11 +36,10 @@ class GateOfLayer:
         if not is_taken:
             return
         dtype = logits_dtype("float32" if weight.is_cuda or weight.dtype == torch.float32 else "bfloat16")
-        # On a GPU a gate keeps nothing of a frozen weight, and only reads it early. On a CPU it would pack a copy,
-        # which a reload through `.data` does not reach.
-        self._frozen = weight.is_cuda
+        # Not frozen, so that each call reads the weight itself: SGLang reloads and updates weights through `.data`,
+        # which nobody can notice.
         with torch.inference_mode(False):
-            self._linear = GateLinear(weight, out_dtype=getattr(torch, dtype), frozen=self._frozen)
+            self._linear = GateLinear(weight, out_dtype=getattr(torch, dtype), frozen=False)
         self._selection: Selection | None = None
         self._gate: Gate | None = None
 
@@ -51,7 +50,7 @@ class GateOfLayer:
             return
         spec = replace(selection.spec, hidden_size=self.weight.shape[1], logits_dtype=self._linear.spec.logits_dtype)
         with torch.inference_mode(False):
-            self._gate = Gate(spec, self.weight, e_score_correction_bias=selection.bias, frozen=self._frozen)
+            self._gate = Gate(spec, self.weight, e_score_correction_bias=selection.bias, frozen=False)
         self._selection = selection
 
     def logits(self, hidden_states: Tensor) -> Tensor:

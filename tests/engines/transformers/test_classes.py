@@ -20,6 +20,11 @@ from moegate.integrations.transformers.classes import STATE, generated, look_at,
 from moegate.integrations.transformers.forms import LEFT, form_of, types_of_classes
 from moegate.integrations.transformers.taken import TakenRouter
 
+
+def class_of(case: Case) -> str:
+    return transformers_routers.class_name(case.model_type, case.hash_routing)
+
+
 CASES = [case for case in router_cases.tiny_cases() if transformers_routers.class_name(case.model_type) not in LEFT]
 BY_NAME = {"ids": lambda case: case.name}
 
@@ -119,12 +124,35 @@ def test_dtypes_and_dimensions(case: Case, weight_dtype: str, hidden_dtype: str)
     hold_same_kind(call(run, hidden), own)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.dtype == "float32" and not form_of(class_of(case)).flattens],
+    **BY_NAME,  # type: ignore[arg-type]
+)
+def test_more_dimensions_than_a_class_takes(case: Case) -> None:
+    """What the class makes of them, be it an error."""
+    run = Run(case)
+    hidden = run.hidden.unflatten(0, (2, -1))
+    results = []
+    for take in (lambda run: None, taken_over):
+        take(run)
+        try:
+            results.append(call(run, hidden))
+        except (RuntimeError, IndexError) as error:
+            results.append(str(error))
+    own, ours = results
+    if isinstance(own, str):
+        assert ours == own
+    else:
+        hold_same_kind(ours, own)
+
+
 # Classes of the catalog that an older release does not have yet.
 ABSENT = {"5.23": {"HYV4VLTopkRouter", "Inkling2LoopTopKRouter", "LaraMiniTopKRouter"}}
 
 
 def test_every_class_of_the_catalog_is_claimed_or_left() -> None:
-    claimed = {transformers_routers.class_name(case.model_type, case.hash_routing) for case in CASES}
+    claimed = set(map(class_of, CASES))
     absent = {name for name in types_of_classes() if original(name) is None}
     assert claimed | set(LEFT) | absent == set(types_of_classes())
     assert absent == ABSENT.get(transformers.__version__.rpartition(".")[0], set())

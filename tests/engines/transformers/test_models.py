@@ -203,6 +203,19 @@ def test_accelerate_hooks(qwen: Any, first: str, routed: list[int]) -> None:
     routed.clear()
     assert logits_of(qwen).equal(expected)
     assert routed == []
+    assert len(patch(qwen).taken) == 2
+
+
+def test_layers_with_different_routers(tmp_path: Path, routed: list[int]) -> None:
+    """DeepSeek-V4: layer 0 reads its ids from a table, layer 1 computes them; their classes tell which is which."""
+    model = tiny_models.tiny_model("deepseek_v4").eval()
+    expected = logits_of(model)
+    model.save_pretrained(tmp_path)
+    enable()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert str(report(loaded)) == "moegate routes 2 of 2 MoE layers"
+    hold_close(logits_of(loaded), expected)
+    assert len(routed) == 2
 
 
 def test_lora_beside_the_router(qwen: Any, routed: list[int], caplog: pytest.LogCaptureFixture) -> None:

@@ -117,12 +117,13 @@ class TakenRouter:
 def _spec(class_name: str, config: Any, layer: int | None, dtype: torch.dtype) -> RouterSpec:
     """The spec of a router class in a model of this dtype."""
     values = {**config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+    layers = (layer, *range(values.get("num_hidden_layers") or 0))
     try:
-        spec = RouterSpec.from_config(values, layer=layer)
-        if class_name == HASH_ROUTER:
-            spec = replace(spec, hash_routing=True, correction_bias=None)
-    except (TypeError, ValueError) as error:
-        raise LeftToEngineError(str(error)) from None
+        # Of an unknown layer a config tells the rule of most; the class tells which rule it is.
+        found = (RouterSpec.from_config(values, layer=number) for number in layers)
+        spec = next(each for each in found if each.hash_routing == (class_name == HASH_ROUTER))
+    except (TypeError, ValueError, StopIteration) as error:
+        raise LeftToEngineError(str(error) or "no layer of its config has this router") from None
     factor = model_types()[types_of_classes()[class_name]].output_factor
     if factor is not None:  # the block around the router multiplies by the factor, which is in the spec's weights
         spec = replace(spec, routed_scaling_factor=spec.routed_scaling_factor / values[factor])

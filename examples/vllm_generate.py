@@ -7,7 +7,7 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     llm = LLM(
         model=sys.argv[1],
-        skip_tokenizer_init=True,  # the tiny checkpoint has no tokenizer
+        skip_tokenizer_init=True,  # the tiny checkpoint has no tokenizer, of which vLLM warns at length
         max_model_len=256,
         block_size=32,
         enforce_eager=True,  # moegate leaves the layers to vLLM where torch.compile looks into them, on a CPU

@@ -245,7 +245,11 @@ def missing_files(page: Path, text: str, folders: str) -> list[str]:
 
 def unknown_names(page: Path, text: str) -> list[str]:
     """The names of source files, in inline code and text blocks, that are no files of the repository."""
-    known = {file.name for folder in ("src", "tests", "benchmarks", "tools") for file in (ROOT / folder).rglob("*.*")}
+    known = {
+        file.name
+        for folder in ("src", "tests", "benchmarks", "tools", "examples")
+        for file in (ROOT / folder).rglob("*.*")
+    }
     places = [(span.line, span.target) for span in spans_of(text)]
     places += [(block.line, block.code) for block in blocks_of(text, page) if block.language == "text"]
     named = [(line, name) for line, code in places for name in re.findall(r"[\w-]+\.(?:py|cuh|toml)\b", code)]

@@ -37,7 +37,7 @@ def test_versions_outside_of_the_range(versions: dict[str, str], found: str) -> 
     if found.startswith("0.33"):  # a release candidate of a tested version counts as that version
         assert VLLM.why_not() is None
     else:
-        assert VLLM.why_not() == f"vLLM {found} is outside of the tested range, 0.26 to 0.33"
+        assert VLLM.why_not() == f"vLLM {found} is outside of the range 0.26 to 0.33"
 
 
 def test_the_first_installed_package_counts(versions: dict[str, str]) -> None:
@@ -55,6 +55,8 @@ def test_the_first_installed_package_counts(versions: dict[str, str]) -> None:
         ({"MOEGATE": ""}, False),
         ({"MOEGATE": "0"}, False),
         ({"MOEGATE": "1"}, True),
+        ({"MOEGATE": "0", "VLLM_PLUGINS": "moegate"}, False),
+        ({"MOEGATE": "1", "VLLM_PLUGINS": "other"}, True),
         ({"VLLM_PLUGINS": "moegate"}, True),
         ({"VLLM_PLUGINS": "other, moegate"}, True),
         ({"VLLM_PLUGINS": "moegate2"}, False),
@@ -64,6 +66,12 @@ def test_the_first_installed_package_counts(versions: dict[str, str]) -> None:
 )
 def test_off_unless_asked_for(environment: dict[str, str], asked: bool) -> None:
     assert VLLM.is_asked_for(environment) == asked
+
+
+@pytest.mark.parametrize("value", ["true", "on", "off", "2"])
+def test_an_unknown_value_is_off_and_said(value: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert not VLLM.is_asked_for({"MOEGATE": value, "VLLM_PLUGINS": "moegate"})
+    assert f"moegate stays off: MOEGATE = '{value}'; allowed: 0 and 1" in caplog.text
 
 
 def test_each_engine_has_its_own_list_of_plugins() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,22 +26,22 @@ def engines(
         print_json(rows)
         return
     table = new_table()
-    for title in ("engine", "installed", "tested", "switched on by", *(["would route"] if checkpoint else [])):
+    for title in ("engine", "installed", "from, to", "switch", *(["would route"] if checkpoint else [])):
         table.add_column(title, overflow="fold")
     for row in rows:
         table.add_row(*(str(row[key] or "-") for key in row if key != "left"))
     console().print(table)
     for row in rows:
-        for name, reason in row.get("left", {}).items():
-            console().print(f"{row['engine']}: {name} is left: {reason}")
+        for reason, count in Counter(row.get("left", {}).values()).most_common():
+            console().print(f"{row['engine']}: {count} left: {reason}")
 
 
 def _row(engine: Engine, checkpoint: Path | None) -> dict[str, Any]:
-    switch = "patch(model), enable()" if engine is TRANSFORMERS else f"MOEGATE=1, {engine.plugins}=moegate"
+    switch = "patch(model)" if engine is TRANSFORMERS else "MOEGATE=1"
     row: dict[str, Any] = {
         "engine": engine.name,
         "installed": engine.installed(),
-        "tested": f"{engine.oldest} to {engine.newest}" if engine.oldest != engine.newest else engine.oldest,
+        "range": engine.range,
         "switch": switch,
     }
     if checkpoint is None:

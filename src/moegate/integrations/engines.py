@@ -1,7 +1,8 @@
-"""The engines: which versions were tested, and what a user chooses by environment variables."""
+"""The engines: beside which versions moegate switches on, and what a user chooses by environment variables."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from packaging.version import Version
 
 from moegate.spec_values import LogitsDtype
 
+_log = logging.getLogger("moegate")
+
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine and the range of its versions in which the integration was tested."""
+    """An engine and the range of its versions beside which moegate switches on."""
 
     name: str
     distributions: tuple[str, ...]
@@ -24,6 +27,11 @@ class Engine:
     """By its first numbers: "5.24" holds for 5.24.0 and 5.24.1."""
     plugins: str | None = None
     """The environment variable with the engine's own list of plugins."""
+
+    @property
+    def range(self) -> str:
+        """The versions, for people."""
+        return self.oldest if self.oldest == self.newest else f"{self.oldest} to {self.newest}"
 
     def installed(self) -> str | None:
         """The installed version; None: the engine is not installed."""
@@ -35,19 +43,25 @@ class Engine:
         return None
 
     def why_not(self) -> str | None:
-        """Why moegate stands aside; None: the installed version is in the tested range."""
+        """Why moegate stands aside; None: the installed version is in the range."""
         found = self.installed()
         if found is None:
             return f"{self.name} is not installed"
         release, (oldest, newest) = Version(found).release, (Version(v).release for v in (self.oldest, self.newest))
         if oldest <= release[: len(oldest)] and release[: len(newest)] <= newest:
             return None
-        return f"{self.name} {found} is outside of the tested range, {self.oldest} to {self.newest}"
+        return f"{self.name} {found} is outside of the range {self.range}"
 
     def is_asked_for(self, environment: Mapping[str, str] = os.environ) -> bool:
-        """True if the user switched moegate on: by MOEGATE=1, or by name in the engine's own list of plugins."""
-        if environment.get("MOEGATE", "") not in ("", "0"):
-            return True
+        """True if the user switched moegate on: by MOEGATE=1, or by name in the engine's own list of plugins.
+
+        MOEGATE=0 is off in any case. So is any other value, with a warning, since nobody knows what it means.
+        """
+        switch = environment.get("MOEGATE", "")
+        if switch not in ("", "0", "1"):
+            _log.warning("moegate stays off: MOEGATE = %r; allowed: 0 and 1", switch)
+        if switch:
+            return switch == "1"
         listed = environment.get(self.plugins, "") if self.plugins else ""
         return "moegate" in (name.strip() for name in listed.split(","))
 

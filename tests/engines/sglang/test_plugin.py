@@ -116,7 +116,7 @@ ASIDE = {
     "version": (
         "from moegate.integrations import engines\nobject.__setattr__(engines.SGLANG, 'newest', '0.5.22')\n"
         "object.__setattr__(engines.SGLANG, 'oldest', '0.5.20')",
-        "SGLang 0.5.23 is outside of the tested range, 0.5.20 to 0.5.22",
+        "SGLang 0.5.23 is outside of the range 0.5.20 to 0.5.22",
     ),
     "parameters": (
         "from sglang.srt.models.deepseek_v2 import MoEGate\nMoEGate.forward = lambda self, hidden_states, more: None",

@@ -96,7 +96,7 @@ def test_through_the_loader_of_vllm(
 
 def other_version(patch: pytest.MonkeyPatch, version: str) -> str:
     patch.setattr(Engine, "installed", lambda self: version)
-    return f"vLLM {version} is outside of the tested range, 0.26 to 0.33"
+    return f"vLLM {version} is outside of the range 0.26 to 0.33"
 
 
 def other_parameter(patch: pytest.MonkeyPatch) -> str:

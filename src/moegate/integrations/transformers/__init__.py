@@ -32,7 +32,8 @@ _ROUTER_NAME = re.compile(r"(Top[kK]Router|MoE\w*Gate|MoeGate)$")
 def enable() -> None:
     """Has moegate route in all models that `from_pretrained` and `from_config` make from now on.
 
-    Does nothing but a warning in the log if the installed Transformers is outside of the tested range.
+    Does nothing but a warning in the log if the installed Transformers is outside of the range that
+    docs/transformers.md names.
     """
     if (reason := TRANSFORMERS.why_not()) is not None:
         _log.warning("moegate stands aside: %s", reason)
@@ -61,7 +62,7 @@ def patch(model: nn.Module) -> Takeover:
         nothing.
     """
     for _, router, found in _look_at(model):
-        if isinstance(found, TakenRouter):
+        if isinstance(found, TakenRouter) and STATE not in vars(router):
             own = type(router)
             new = generated(own.__name__)
             assert new is not None
@@ -99,10 +100,12 @@ def report(model: nn.Module) -> Takeover:
     """
     takeover = Takeover()
     for name, router, found in _look_at(model):
-        if isinstance(vars(router).get(STATE), TakenRouter):
+        if isinstance(found, str):
+            takeover.left[name] = found
+        elif isinstance(vars(router).get(STATE), TakenRouter):
             takeover.taken.append(name)
         else:
-            takeover.left[name] = "not patched" if isinstance(found, TakenRouter) else found
+            takeover.left[name] = "not patched"
     return takeover
 
 
@@ -119,12 +122,19 @@ def _look_at(model: nn.Module) -> Iterator[tuple[str, nn.Module, TakenRouter | s
                 yield name, module, f"no router class of the catalog: {kind.__name__}"
             continue
         if isinstance(kind, StandsForOriginal):
-            yield name, module, vars(module)[STATE]
+            yield name, module, _unless_refused(module, vars(module)[STATE])
             continue
         numbered = _LAYER.search(f".{name}.")
         layer = None if numbered is None else int(numbered[1])
         reason = aside or why_not(module, configs[name], layer)
-        yield name, module, reason or look_at(module, configs[name], layer)
+        yield name, module, reason or _unless_refused(module, look_at(module, configs[name], layer))
+
+
+def _unless_refused(router: nn.Module, found: TakenRouter | str) -> TakenRouter | str:
+    """The same, or why no call of a router in its dtype can be moegate's."""
+    if isinstance(found, str):
+        return found
+    return found.why_not_with(found.weight_of(router).dtype) or found
 
 
 def _mapping() -> dict[str, type[nn.Module]]:

@@ -66,6 +66,18 @@ class TakenRouter:
         """What the class computes of these dtypes."""
         return self.specs[weight_dtype, hidden_dtype]
 
+    def why_not_with(self, weight_dtype: torch.dtype) -> str | None:
+        """Why Transformers' own forward has to compute all calls with such a weight; None: moegate may."""
+        if weight_dtype not in FLOATS:
+            return f"its weight is {weight_dtype}"
+        if self.rounds and weight_dtype == torch.float16:
+            return "it rounds its logits to float16"
+        return None
+
+    def weight_of(self, router: nn.Module) -> Tensor:
+        """The weight of the gate."""
+        return _tensor(router, dict(self.tensors)["weight"])
+
     def why_not_now(self, router: nn.Module, hidden: Tensor) -> str | None:
         """Why Transformers' own forward has to compute this call; None: moegate may."""
         tensors = [_tensor(router, name) for _, name in self.tensors]
@@ -78,10 +90,12 @@ class TakenRouter:
             return "a setting of the router was changed"
         if not is_compiling() and not all(map(is_plain, tensors)):
             return f"its weight is a {type(weight).__name__}"
-        if hidden.dtype not in FLOATS or weight.dtype not in FLOATS:
-            return f"hidden_states are {hidden.dtype}, its weight is {weight.dtype}"
-        if self.rounds and (weight.dtype == torch.float16 or weight.dtype not in (torch.float32, hidden.dtype)):
-            return f"it rounds to {weight.dtype} in its product"
+        if (reason := self.why_not_with(weight.dtype)) is not None:
+            return reason
+        if hidden.dtype not in FLOATS:
+            return f"hidden_states are {hidden.dtype}"
+        if self.rounds and weight.dtype not in (torch.float32, hidden.dtype):
+            return f"it rounds hidden_states to {weight.dtype}"
         if hidden.dim() != 2 and not self.flattens:
             return "hidden_states have more than two dimensions"
         return None
@@ -89,7 +103,7 @@ class TakenRouter:
     @torch.no_grad()
     def warm_up(self, router: nn.Module) -> None:
         """On a GPU: compiles what calls in the model's dtype run."""
-        weight = _tensor(router, dict(self.tensors)["weight"])
+        weight = self.weight_of(router)
         if not weight.is_cuda or self.argument is not None:
             return
         for tokens in _WARM_UP_TOKENS:

@@ -123,6 +123,8 @@ def fresh_compiler() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Makes unwritten memory visible: new tensors hold NaN, or ids far out of range, instead of old contents."""
+    # `torch.device("meta")` as a context knows these functions by identity, and looks them up once.
+    torch.utils._device._device_constructors()
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
             (torch, "empty"),

@@ -72,7 +72,8 @@ def test_route_shows_ids_weights_and_load() -> None:
     assert len(bars) == 768
     assert [bar == "·" for bar in bars] == (load == 0).tolist()
     assert {index for index, bar in enumerate(bars) if bar == "█"} >= set((load == load.max()).nonzero()[:, 0].tolist())
-    assert max(map(len, result.stdout.splitlines())) <= 80
+    # The last line ends in the name of the CPU, which may be long.
+    assert max(len(line) for line in result.stdout.splitlines() if not line.startswith("time ")) <= 80
 
 
 def test_route_takes_hidden_states_from_a_file(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ as one that wants a gradient, the class's own forward runs, and a log line says 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from types import MethodType
@@ -17,7 +18,7 @@ from torch import nn
 
 from moegate.integrations.engines import TRANSFORMERS
 from moegate.integrations.takeover import Takeover
-from moegate.integrations.transformers.classes import STATE, StandsForOriginal, generated, look_at, why_not
+from moegate.integrations.transformers.classes import STATE, generated, is_generated, look_at, why_not
 from moegate.integrations.transformers.forms import types_of_classes
 from moegate.integrations.transformers.taken import TakenRouter
 
@@ -35,7 +36,7 @@ def enable() -> None:
     Does nothing but a warning in the log if the installed Transformers is outside of the range that
     docs/transformers.md names.
     """
-    if (reason := TRANSFORMERS.why_not()) is not None:
+    if (reason := _aside()) is not None:
         _log.warning("moegate stands aside: %s", reason)
         return
     from transformers.monkey_patching import register_patch_mapping
@@ -61,7 +62,7 @@ def patch(model: nn.Module) -> Takeover:
         What was taken over, and what was left for which reason; the line is logged at INFO, too. A second call changes
         nothing.
     """
-    for _, router, found in _look_at(model):
+    for _, router, found in list(_look_at(model)):
         if isinstance(found, TakenRouter) and STATE not in vars(router):
             own = type(router)
             new = generated(own.__name__)
@@ -82,10 +83,12 @@ def unpatch(model: nn.Module) -> None:
         model: The model.
     """
     for router in model.modules():
+        if STATE not in vars(router):
+            continue
+        vars(router).pop(STATE)
         new = type(router)
-        if isinstance(new, StandsForOriginal):
+        if is_generated(new):  # else a class that somebody derived, which finds its own forward without the state
             router.__class__ = new.__mro__[1]
-            vars(router).pop(STATE, None)
             _rebind(router, new)
 
 
@@ -111,18 +114,18 @@ def report(model: nn.Module) -> Takeover:
 
 def _look_at(model: nn.Module) -> Iterator[tuple[str, nn.Module, TakenRouter | str]]:
     """The routers of a model by name: what moegate would take note of, or why it leaves the router."""
-    aside = TRANSFORMERS.why_not()
+    aside = _aside()
     configs: dict[str, Any] = {}
     for name, module in model.named_modules():
         own = getattr(module, "config", None)
         configs[name] = own if hasattr(own, "to_dict") else configs.get(name.rpartition(".")[0])
         kind = type(module)
+        if STATE in vars(module):
+            yield name, module, _unless_refused(module, vars(module)[STATE])
+            continue
         if kind.__name__ not in types_of_classes():
             if _ROUTER_NAME.search(kind.__name__):
                 yield name, module, f"no router class of the catalog: {kind.__name__}"
-            continue
-        if isinstance(kind, StandsForOriginal):
-            yield name, module, _unless_refused(module, vars(module)[STATE])
             continue
         numbered = _LAYER.search(f".{name}.")
         layer = None if numbered is None else int(numbered[1])
@@ -134,12 +137,23 @@ def _unless_refused(router: nn.Module, found: TakenRouter | str) -> TakenRouter 
     """The same, or why no call of a router in its dtype can be moegate's."""
     if isinstance(found, str):
         return found
-    return found.why_not_with(found.weight_of(router).dtype) or found
+    if "forward" in vars(router) and "_old_forward" not in vars(router):
+        return "its forward was replaced"
+    try:
+        return found.why_not_in_all_calls(router) or found
+    except AttributeError as error:
+        return str(error)
 
 
 def _mapping() -> dict[str, type[nn.Module]]:
     found = {name: generated(name) for name in types_of_classes()}
-    return {name: new for name, new in found.items() if new is not None}
+    # Patterns: Transformers takes an entry by name first, which is somebody else's, and searches any part of a name.
+    return {f"^{name}$": new for name, new in found.items() if new is not None}
+
+
+def _aside() -> str | None:
+    """Why moegate takes nothing over; None: it does."""
+    return "MOEGATE=0" if os.environ.get("MOEGATE") == "0" else TRANSFORMERS.why_not()
 
 
 def _rebind(router: nn.Module, before: type[nn.Module]) -> None:

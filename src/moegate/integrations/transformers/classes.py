@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import threading
 from functools import cache
 from typing import Any, cast
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from moegate.integrations.takeover import LeftToEngineError
 from moegate.integrations.transformers.forms import LEFT, types_of_classes
-from moegate.integrations.transformers.taken import TakenRouter, say_once, settings_of
+from moegate.integrations.transformers.probe import agrees
+from moegate.integrations.transformers.taken import TakenRouter, inner_of, say_once, settings_of
 
+_lock = threading.RLock()
 STATE = "_moegate"
 """The attribute of a router module with its `TakenRouter`, or with the reason why there is none."""
 
@@ -27,7 +30,14 @@ class StandsForOriginal(type):
     """
 
     def __instancecheck__(cls, instance: object) -> bool:
+        if not is_generated(cls):  # somebody's subclass
+            return super().__instancecheck__(instance)
         return isinstance(instance, cls.__mro__[1])
+
+
+def is_generated(kind: type) -> bool:
+    """True for a generated class; False for a subclass of one, too."""
+    return isinstance(kind, StandsForOriginal) and kind.__module__ == __name__ and kind.__name__ in types_of_classes()
 
 
 @cache
@@ -45,26 +55,33 @@ def original(class_name: str) -> type[nn.Module] | None:
         return None
 
 
-@cache
 def generated(class_name: str) -> type[nn.Module] | None:
     """The class that takes the place of a router class of Transformers; None: that class stays, or there is none."""
+    with _lock:
+        return _generated(class_name)
+
+
+@cache
+def _generated(class_name: str) -> type[nn.Module] | None:
     own = original(class_name)
     if own is None or class_name in LEFT:
         return None
 
-    signature = inspect.signature(own.__init__)
+    signature, own_forward = inspect.signature(own.__init__), own.forward
 
     def init(self: nn.Module, *arguments: Any, **named: Any) -> None:
         own.__init__(self, *arguments, **named)
         given = signature.bind(self, *arguments, **named).arguments
-        vars(self)[STATE] = look_at(self, given["config"], given.get("layer_idx"))
+        if type(self) is generated(class_name):
+            vars(self)[STATE] = look_at(self, given["config"], given.get("layer_idx"))
 
     @functools.wraps(own.forward)
     def forward(self: nn.Module, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
         taken = vars(self).get(STATE)
-        if not isinstance(taken, TakenRouter):
+        if not isinstance(taken, TakenRouter) or len(arguments) + len(named) != taken.takes_second:
             return own.forward(self, hidden_states, *arguments, **named)
-        reason = taken.why_not_now(self, hidden_states)
+        changed = own.forward is not own_forward
+        reason = "its class was changed" if changed else taken.why_not_now(self, hidden_states)
         if reason is not None:
             say_once(self, reason)
             return own.forward(self, hidden_states, *arguments, **named)
@@ -77,10 +94,28 @@ def generated(class_name: str) -> type[nn.Module] | None:
 
 def look_at(router: nn.Module, config: Any, layer: int | None) -> TakenRouter | str:
     """What moegate knows of a router; or why the router stays Transformers' own."""
+    name = type(router).__name__
     try:
-        return TakenRouter(router, config, layer)
+        taken = TakenRouter(router, config, layer)
+        with torch.device("cpu"):
+            fresh = _made(name, config, layer).float()
+        if _agrees.get(key := (name, taken.settings, taken.exact, taken.returns)) is None:
+            _agrees[key] = agrees(fresh, taken)
+        return taken if _agrees[key] else "on random numbers it does not compute what its config says"
     except LeftToEngineError as error:
         return str(error)
+    except Exception as error:  # a config or a class of another kind; a model must not fail to load for that
+        return f"{type(error).__name__}: {error}"
+
+
+_agrees: dict[Any, bool] = {}
+
+
+def _made(class_name: str, config: Any, layer: int | None) -> nn.Module:
+    """A router of the class as Transformers makes it."""
+    kind = original(class_name)
+    assert kind is not None
+    return kind(config, layer) if "layer_idx" in inspect.signature(kind.__init__).parameters else kind(config)
 
 
 def why_not(router: nn.Module, config: Any, layer: int | None) -> str | None:
@@ -94,11 +129,16 @@ def why_not(router: nn.Module, config: Any, layer: int | None) -> str | None:
     if wrapped is not None and getattr(wrapped, "__func__", None) is not kind.forward:
         return "its forward was replaced"
     # What its forward reads must be what its config says.
-    parameters = inspect.signature(kind.__init__).parameters
-    with torch.device("meta"):
-        fresh = kind(config, layer) if "layer_idx" in parameters else kind(config)
+    try:
+        with torch.device("meta"):
+            fresh = _made(kind.__name__, config, layer)
+    except Exception as error:
+        return f"its config makes no such router: {type(error).__name__}: {error}"
     differs = dict(set(settings_of(router)) ^ set(settings_of(fresh)))
-    return f"its {', '.join(sorted(differs))} is not what its config says" if differs else None
+    if differs:
+        return f"its {', '.join(sorted(differs))} is not what its config says"
+    inside = dict(set(inner_of(router)) ^ set(inner_of(fresh)))
+    return f"its {min(inside)} was replaced" if inside else None
 
 
 def __getattr__(name: str) -> type[nn.Module]:

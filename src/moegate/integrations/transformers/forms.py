@@ -29,6 +29,8 @@ class Form:
     """The role of the second argument of `forward`; a correction bias may be held by the block around the router."""
     flattens: bool = True
     """`hidden_states` may have more than two dimensions, and all but the last become one."""
+    reads: tuple[str, ...] = ()
+    """What the forward reads of the router's config in each call."""
     rounds_logits: bool = False
     """The class multiplies in the dtype of its weight, where the spec of its models says float32."""
     casts_weights_to: str | None = None
@@ -74,7 +76,12 @@ _BIAS = "e_score_correction_bias"
 _MOE_STATICS = Form(names={_BIAS: "moe_statics.e_score_correction_bias"}, flattens=False)
 _ROWS = Form(flattens=False)
 _ROWS_UPCAST = Form(_UPCAST, flattens=False)
-_GEMMA4 = Form(("probabilities", *_SELECTED), names={"weight": "proj.weight", "input_scale": "scale"}, flattens=False)
+_GEMMA4 = Form(
+    ("probabilities", *_SELECTED),
+    names={"weight": "proj.weight", "input_scale": "scale"},
+    flattens=False,
+    reads=("config.top_k_experts",),
+)
 
 _FORMS = {
     "AfmoeTokenChoiceRouter": Form(_UPCAST, names={"weight": "gate.weight"}, argument=_BIAS),
@@ -99,7 +106,7 @@ _FORMS = {
     "LagunaTopKRouter": Form(("transformed logits", *_SELECTED)),
     "Lfm2MoeTopKRouter": Form(argument=_BIAS, flattens=False, casts_weights_to="weight"),
     "Llama4Router": Form(("scores of all", "logits"), flattens=False),
-    "LongcatFlashTopkRouter": Form(names={"weight": "classifier.weight"}),
+    "LongcatFlashTopkRouter": Form(names={"weight": "classifier.weight", "bias": "classifier.bias"}),
     "MiniMaxM2TopKRouter": Form(argument=_BIAS, rounds_logits=True),
     "MiniMaxM3VLTopKRouter": Form(rounds_logits=True),
     "Mistral4TopkRouter": Form(casts_weights_to="weight"),

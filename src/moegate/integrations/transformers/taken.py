@@ -61,10 +61,21 @@ class TakenRouter:
         self.argument = form.argument if form.argument in (*roles, "input_ids") else None
         self.model_dtype: torch.dtype | None = getattr(config, "dtype", None)
         self.settings = settings_of(router)
+        self.inner = inner_of(router)
+        self.takes_second = form.argument is not None
 
     def spec_for(self, weight_dtype: torch.dtype, hidden_dtype: torch.dtype) -> RouterSpec:
         """What the class computes of these dtypes."""
         return self.specs[weight_dtype, hidden_dtype]
+
+    def why_not_in_all_calls(self, router: nn.Module) -> str | None:
+        """Why Transformers' own forward has to compute every call of a router as it is now; None: moegate may."""
+        tensors = [_tensor(router, name) for _, name in self.tensors]
+        if not all(map(is_plain, tensors)):
+            return f"its weight is a {type(tensors[0]).__name__}"
+        if not all(_attribute(router, name) == value for name, value in self.settings):
+            return "a setting of the router was changed"
+        return self._why_not_inner(router) or self.why_not_with(tensors[0].dtype)
 
     def why_not_with(self, weight_dtype: torch.dtype) -> str | None:
         """Why Transformers' own forward has to compute all calls with such a weight; None: moegate may."""
@@ -82,11 +93,15 @@ class TakenRouter:
         """Why Transformers' own forward has to compute this call; None: moegate may."""
         tensors = [_tensor(router, name) for _, name in self.tensors]
         weight = tensors[0]
-        if torch.is_grad_enabled() and requires_grad((hidden, *tensors)):
+        if (reason := self._why_not_inner(router)) is not None:
+            return reason
+        # In training also without grad mode: reentrant checkpointing runs a step twice, once in each mode.
+        if (torch.is_grad_enabled() or router.training) and requires_grad((hidden, *tensors)):
             return "a gradient is wanted, and none flows through moegate's routing"
-        if torch.is_autocast_enabled(hidden.device.type):
+        kind = hidden.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return "autocast is on"
-        if not all(getattr(router, name) == value for name, value in self.settings):
+        if not all(_attribute(router, name) == value for name, value in self.settings):
             return "a setting of the router was changed"
         if not is_compiling() and not all(map(is_plain, tensors)):
             return f"its weight is a {type(weight).__name__}"
@@ -98,6 +113,20 @@ class TakenRouter:
             return f"it rounds hidden_states to {weight.dtype}"
         if hidden.dim() != 2 and not self.flattens:
             return "hidden_states have more than two dimensions"
+        if weight.shape != (self.exact.num_gate_rows, self.exact.hidden_size):
+            return "its weight has another shape than its config says"
+        if any(tensor.device != hidden.device or tensor.stride()[-1:] not in ((1,), ()) for tensor in tensors):
+            return "a tensor of its is strided, or on another device"
+        return None
+
+    def _why_not_inner(self, router: nn.Module) -> str | None:
+        """What was done to a module inside of the router, whose weight alone moegate would read."""
+        for name, kind in self.inner:
+            module = router.get_submodule(name)
+            if type(module) is not kind or "forward" in vars(module):
+                return f"its {name} was replaced"
+            if module._forward_hooks or module._forward_pre_hooks:
+                return f"its {name} has hooks"
         return None
 
     @torch.no_grad()
@@ -121,7 +150,10 @@ class TakenRouter:
         if "e_score_correction_bias" in given:
             given["e_score_correction_bias"] = given["e_score_correction_bias"].reshape(-1).float()
         spec = self.spec_for(weight.dtype, hidden.dtype)
-        routing = route(hidden.reshape(-1, hidden.shape[-1]), weight, spec, **given, return_logits=True)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        routing = route(rows, weight, spec, **given, return_logits=True)
         assert routing.logits is not None
         if self.rounds and routing.logits.dtype != weight.dtype:  # MOEGATE_LOGITS=float32
             routing = routing._replace(logits=routing.logits.to(weight.dtype))
@@ -151,21 +183,31 @@ def _with_weights(spec: RouterSpec, dtype: torch.dtype) -> RouterSpec:
 
 
 def settings_of(router: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """The plain attributes of a router, which its forward reads."""
+    """What the forward of a router reads beside tensors: its plain attributes, and keys of its config."""
     plain = (bool, int, float, str, type(None))
-    return tuple(
+    attributes = tuple(
         (name, value)
         for name, value in vars(router).items()
         if isinstance(value, plain) and name != "training" and not name.startswith("_")
     )
+    return attributes + tuple((name, _attribute(router, name)) for name in form_of(type(router).__name__).reads)
+
+
+def inner_of(router: nn.Module) -> tuple[tuple[str, type[nn.Module]], ...]:
+    """The modules inside of a router, by name."""
+    return tuple((name, type(module)) for name, module in router.named_modules() if name)
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    """An attribute by its dotted name."""
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    return owner
 
 
 def _tensor(router: nn.Module, name: str) -> Tensor:
     """A tensor of a router by its dotted name."""
-    value: Any = router
-    for part in name.split("."):
-        value = getattr(value, part)
-    assert isinstance(value, Tensor)
+    value: Tensor = _attribute(router, name)
     return value
 
 

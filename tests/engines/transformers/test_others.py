@@ -18,7 +18,7 @@ from transformers.monkey_patching import apply_patches, get_patch_mapping, regis
 from moegate.integrations.transformers import classes, disable, enable, patch, report, unpatch
 
 IDS = torch.arange(2, 18).view(2, 8)
-Router = modeling_qwen3_moe.Qwen3MoeTopKRouter
+Router: Any = modeling_qwen3_moe.Qwen3MoeTopKRouter
 
 
 @pytest.fixture(autouse=True)

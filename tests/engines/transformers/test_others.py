@@ -162,6 +162,16 @@ def test_subclasses_and_strangers_under_enable() -> None:
     assert "MyQwen3MoeTopKRouter" not in get_patch_mapping()
 
 
+def test_a_load_that_failed_leaves_nothing_behind() -> None:
+    """Transformers puts the classes back at the end of a load, which an error skips."""
+    enable()
+    with pytest.raises(RuntimeError, match="a load that failed"), apply_patches():
+        raise RuntimeError("a load that failed")
+    assert modeling_qwen3_moe.Qwen3MoeTopKRouter is not Router
+    disable()
+    assert modeling_qwen3_moe.Qwen3MoeTopKRouter is Router
+
+
 def test_somebody_elses_mapping_stays() -> None:
     class Mine(Router):  # type: ignore[misc]
         pass

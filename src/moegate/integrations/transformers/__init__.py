@@ -18,7 +18,7 @@ from torch import nn
 
 from moegate.integrations.engines import TRANSFORMERS
 from moegate.integrations.takeover import Takeover
-from moegate.integrations.transformers.classes import STATE, generated, is_generated, look_at, why_not
+from moegate.integrations.transformers.classes import STATE, generated, is_generated, look_at, put_back, why_not
 from moegate.integrations.transformers.forms import types_of_classes
 from moegate.integrations.transformers.taken import TakenRouter
 
@@ -50,6 +50,7 @@ def disable() -> None:
 
     ours, registered = _mapping(), get_patch_mapping()
     unregister_patch_mapping([name for name, found in ours.items() if registered.get(name) is found])
+    put_back()
 
 
 def patch(model: nn.Module) -> Takeover:

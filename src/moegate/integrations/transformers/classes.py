@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 import threading
 from functools import cache
 from typing import Any, cast
@@ -92,15 +93,25 @@ def _generated(class_name: str) -> type[nn.Module] | None:
     return cast("type[nn.Module]", StandsForOriginal(class_name, (own,), members))
 
 
+def put_back() -> None:
+    """Puts Transformers' own classes back where a load that failed, or two at once, left generated ones."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("transformers")]
+    for class_name in types_of_classes():
+        new = generated(class_name)
+        for module in modules:
+            if new is not None and vars(module).get(class_name) is new:
+                setattr(module, class_name, original(class_name))
+
+
 def look_at(router: nn.Module, config: Any, layer: int | None) -> TakenRouter | str:
     """What moegate knows of a router; or why the router stays Transformers' own."""
     name = type(router).__name__
     try:
         taken = TakenRouter(router, config, layer)
-        with torch.device("cpu"):
-            fresh = _made(name, config, layer).float()
-        if _agrees.get(key := (name, taken.settings, taken.exact, taken.returns)) is None:
-            _agrees[key] = agrees(fresh, taken)
+        key = name, taken.settings, taken.exact
+        if key not in _agrees:
+            with torch.device("cpu"):  # a model that is being loaded is made on meta
+                _agrees[key] = agrees(_made(name, config, layer).float(), taken)
         return taken if _agrees[key] else "on random numbers it does not compute what its config says"
     except LeftToEngineError as error:
         return str(error)

@@ -13,11 +13,13 @@ import peft
 import pytest
 import tiny_models
 import torch
+import transformers_routers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from moegate import functional
 from moegate.integrations.transformers import classes, disable, enable, patch, probe, report, taken, unpatch
+from moegate.integrations.transformers.forms import LEFT
 
 IDS = torch.arange(2, 18).view(2, 8)
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral")
@@ -90,6 +92,19 @@ def test_enable_and_disable_twice(model: Any, tmp_path: Path, routed: list[int])
         assert routed == [IDS.numel()] * layers
         for each in (on, off):  # Transformers replaces a class in lists that all models of a class share
             assert len(each(IDS, output_router_logits=True).router_logits) == layers
+
+
+@pytest.mark.parametrize("model_type", sorted(tiny_models.TINY.keys() & set(transformers_routers.model_types())))
+def test_every_family(model_type: str) -> None:
+    """A whole model gives what it gives without moegate, and every router of a claimed class is moegate's."""
+    model = tiny_models.tiny_model(model_type).eval()
+    with torch.no_grad():
+        expected = model(IDS)[0]
+        takeover = patch(model)
+        ours = model(IDS)[0]
+    assert bool(takeover.taken) != (transformers_routers.class_name(model_type) in LEFT), takeover
+    assert not (takeover.taken and takeover.left), takeover
+    hold_close(ours, expected)
 
 
 def test_patch_and_unpatch_twice(model: Any, routed: list[int]) -> None:

@@ -15,7 +15,7 @@ from moegate.configs.model_types import model_types
 from moegate.functional import route
 from moegate.integrations.engines import logits_dtype
 from moegate.integrations.takeover import LeftToEngineError
-from moegate.integrations.transformers.forms import HASH_ROUTER, LEFT, OUTPUTS, form_of, types_of_classes
+from moegate.integrations.transformers.forms import HASH_ROUTER, OUTPUTS, form_of, types_of_classes
 from moegate.noticing import requires_grad
 from moegate.plain import is_compiling, is_plain
 from moegate.routing import FLOATS, inputs_of
@@ -41,8 +41,6 @@ class TakenRouter:
 
     def __init__(self, router: nn.Module, config: Any, layer: int | None) -> None:
         name = type(router).__name__
-        if name in LEFT:
-            raise LeftToEngineError(LEFT[name])
         form, entry = form_of(name), model_types()[types_of_classes()[name]]
         self.returns = form.returns
         self.flattens = form.flattens
@@ -71,41 +69,28 @@ class TakenRouter:
     def why_not_in_all_calls(self, router: nn.Module) -> str | None:
         """Why Transformers' own forward has to compute every call of a router as it is now; None: moegate may."""
         tensors = [_tensor(router, name) for _, name in self.tensors]
-        if not all(map(is_plain, tensors)):
-            return f"its weight is a {type(tensors[0]).__name__}"
+        weight = tensors[0]
+        if not is_compiling() and not all(map(is_plain, tensors)):
+            return f"its weight is a {type(weight).__name__}"
         if not all(_attribute(router, name) == value for name, value in self.settings):
             return "a setting of the router was changed"
-        return self._why_not_inner(router) or self.why_not_with(tensors[0].dtype)
-
-    def why_not_with(self, weight_dtype: torch.dtype) -> str | None:
-        """Why Transformers' own forward has to compute all calls with such a weight; None: moegate may."""
-        if weight_dtype not in FLOATS:
-            return f"its weight is {weight_dtype}"
-        if self.rounds and weight_dtype == torch.float16:
+        if weight.dtype not in FLOATS:
+            return f"its weight is {weight.dtype}"
+        if self.rounds and weight.dtype == torch.float16:
             return "it rounds its logits to float16"
-        return None
-
-    def weight_of(self, router: nn.Module) -> Tensor:
-        """The weight of the gate."""
-        return _tensor(router, dict(self.tensors)["weight"])
+        return self._why_not_inner(router)
 
     def why_not_now(self, router: nn.Module, hidden: Tensor) -> str | None:
         """Why Transformers' own forward has to compute this call; None: moegate may."""
         tensors = [_tensor(router, name) for _, name in self.tensors]
         weight = tensors[0]
-        if (reason := self._why_not_inner(router)) is not None:
-            return reason
         # In training also without grad mode: reentrant checkpointing runs a step twice, once in each mode.
         if (torch.is_grad_enabled() or router.training) and requires_grad((hidden, *tensors)):
             return "a gradient is wanted, and none flows through moegate's routing"
         kind = hidden.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return "autocast is on"
-        if not all(_attribute(router, name) == value for name, value in self.settings):
-            return "a setting of the router was changed"
-        if not is_compiling() and not all(map(is_plain, tensors)):
-            return f"its weight is a {type(weight).__name__}"
-        if (reason := self.why_not_with(weight.dtype)) is not None:
+        if (reason := self.why_not_in_all_calls(router)) is not None:
             return reason
         if hidden.dtype not in FLOATS:
             return f"hidden_states are {hidden.dtype}"
@@ -116,7 +101,7 @@ class TakenRouter:
         if weight.shape != (self.exact.num_gate_rows, self.exact.hidden_size):
             return "its weight has another shape than its config says"
         if any(tensor.device != hidden.device or tensor.stride()[-1:] not in ((1,), ()) for tensor in tensors):
-            return "a tensor of its is strided, or on another device"
+            return "one of its tensors is strided, or on another device"
         return None
 
     def _why_not_inner(self, router: nn.Module) -> str | None:
@@ -132,7 +117,7 @@ class TakenRouter:
     @torch.no_grad()
     def warm_up(self, router: nn.Module) -> None:
         """On a GPU: compiles what calls in the model's dtype run."""
-        weight = self.weight_of(router)
+        weight = _tensor(router, self.tensors[0][1])
         if not weight.is_cuda or self.argument is not None:
             return
         for tokens in _WARM_UP_TOKENS:
